@@ -13,7 +13,6 @@ from spec.errors import MissingDependency, UserError, nearest
 REGISTRY: tuple[Backend, ...] = (
     Backend("torch", "backends.torch", "", "train", ("torch",), ("spec.yaml", "model.safetensors")),
     Backend("gguf", "backends.gguf", ".gguf", "gguf", ("gguf", "llama_cpp")),
-    Backend("numpy", "backends.numpy", "", "", ()),
 )
 
 
