@@ -1,0 +1,114 @@
+"""The proof of an artifact: packing, graph, arithmetic, quality and tokenizer, each on its own.
+
+`verify` runs them in a child process, since a runtime may abort (a GGML_ASSERT is a SIGABRT): a crash becomes a FAIL
+that names the signal and the check it died in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from convert.verify.report import Check, Report, Status, check_from
+from spec.errors import UserError
+
+__all__ = ["Check", "Report", "Status", "verify"]
+
+
+def verify(
+    artifact: str | Path,
+    backend: str,
+    source_path: str | Path,
+    level: str,
+    text: str | Path | None = None,
+    *,
+    threads: int | None = None,
+    on_check: Callable[[Check], None] | None = None,
+) -> Report:
+    """Check an artifact against the source it was converted from.
+
+    text: a UTF-8 file whose first tokens the numeric checks run on (none: a few standard library modules).
+    on_check: called with each check as it ends. Raises `UserError` where artifact, source or text cannot be read; what is
+    wrong with the artifact itself is a FAIL in the report.
+    """
+    started = time.monotonic()
+    report = Report(str(artifact), backend, level, str(source_path))
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        journal = Path(folder) / "journal.jsonl"
+        command = [sys.executable, "-m", "convert.verify", str(artifact), "--backend", backend]
+        command += ["--source", str(source_path), "--level", level, "--journal", str(journal)]
+        command += ["--text", str(text)] if text is not None else []
+        command += ["--threads", str(threads)] if threads else []
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        journal.touch()
+        with (
+            (Path(folder) / "stderr").open("w+b") as stderr,
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=env) as child,
+        ):
+            try:
+                state = _follow(child, journal, report, on_check)
+            except BaseException:
+                child.kill()
+                raise
+            stderr.seek(0)
+            tail = stderr.read()[-8000:].decode("utf-8", "replace")
+    if "error" in state:
+        raise UserError(state["error"])
+    if not state.get("done"):
+        name = state.get("start", "verification")
+        check = Check(name, Status.FAIL, reason=f"the runtime {_death(child.returncode)} during {name}{_last_words(tail)}")
+        report.checks.append(check)
+        if on_check is not None:
+            on_check(check)
+    report.seconds = round(time.monotonic() - started, 2)
+    return report
+
+
+def _follow(
+    child: subprocess.Popen[bytes], journal: Path, report: Report, on_check: Callable[[Check], None] | None
+) -> dict[str, Any]:
+    """Read the journal while the child writes it; returns the last state."""
+    state: dict[str, Any] = {}
+    with journal.open(encoding="utf-8") as lines:
+        partial = ""
+        while True:
+            ended = child.poll() is not None
+            for line in iter(lines.readline, ""):
+                partial += line
+                if not partial.endswith("\n"):
+                    continue
+                event, partial = json.loads(partial), ""
+                if "check" in event:
+                    check = check_from(event["check"])
+                    report.checks.append(check)
+                    if on_check is not None:
+                        on_check(check)
+                elif "facts" in event:
+                    for key, value in event["facts"].items():
+                        setattr(report, key, value)
+                else:
+                    state |= event
+            if ended:
+                return state
+            time.sleep(0.02)
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with status {code}"
+
+
+def _last_words(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    told = [line for line in lines if "ASSERT" in line or "rror" in line]
+    words = (told or lines)[-1:]
+    return f": {words[0][:300]}" if words else ""

@@ -1,0 +1,83 @@
+"""`python -m convert.verify ARTIFACT --source CHECKPOINT`: prove an artifact again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from spec.errors import UserError
+
+app = App(
+    name="verify",
+    help="""Check an artifact against the source it was converted from: packing, graph, arithmetic, quality, tokenizer.
+
+Example: python -m convert.verify model.q4.gguf --source runs/tiny --level q4
+
+Exit status 0: nothing failed; 1: a check failed; 2: something to fix in the command or its files.""",
+    version_flags=[],
+)
+
+
+@app.default
+def main(
+    artifact: Path,
+    *,
+    source: Path,
+    level: str | None = None,
+    backend: str | None = None,
+    text: Path | None = None,
+    threads: int | None = None,
+    json: bool = False,
+    journal: Annotated[Path | None, Parameter(show=False)] = None,
+) -> int:
+    """Verify an artifact.
+
+    Parameters
+    ----------
+    artifact
+        The file or folder to check.
+    source
+        The checkpoint or Hugging Face folder it was converted from.
+    level
+        The precision level it was converted at; by default its receipt says so.
+    backend
+        By default recognised from the artifact.
+    text
+        UTF-8 text to run the numeric checks on; by default standard library modules.
+    threads
+        Threads of the runtime.
+    json
+        Print the report as JSON.
+    journal
+        Where a parent process reads along.
+    """
+    try:
+        if journal is not None:
+            from convert.verify.run import run
+
+            run(artifact, backend or "", source, level or "", text, threads, journal)
+            return 0
+        from convert.verify import verify
+        from convert.verify.run import describe
+
+        found, declared = describe(artifact, backend)
+        report = verify(artifact, found, source, level or declared, text, threads=threads)
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    if json:
+        from convert.verify.report import dumps
+
+        print(dumps(report.to_dict()))
+    else:
+        from rich.console import Console
+
+        Console().print(report.table())
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(app())

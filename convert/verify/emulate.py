@@ -1,0 +1,142 @@
+"""A runtime's own roundings, reproduced inside the oracle: what an artifact's error *should* be.
+
+llama.cpp on a CPU rounds the input of a matrix product to the type that its dot product takes: blocks of 32 int8 for
+Q4_0 and Q8_0 weights, blocks of 256 int8 for K-quants, float16 for float16 weights, bfloat16 for bfloat16. Its KV cache
+is float16, and its tanh-GELU and quick-GELU are tables over float16. Running the oracle with exactly these
+roundings measures the activation term instead of guessing it.
+
+Sources: ggml's `type_traits_cpu` (vec_dot_type), `quantize_row_q8_0`, `quantize_row_q8_K_ref`, `ggml_vec_gelu_f32`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from backends.numpy.ops import Handle, NumpyOps
+from spec.config import Activation, Attention
+from spec.ops import Step
+
+Array = NDArray[Any]
+Rounding = Callable[[Array], Array]
+
+
+def to_f32(x: Array) -> Array:
+    """Through float32."""
+    return x.astype(np.float32)
+
+
+def to_f16(x: Array) -> Array:
+    """Through float16, ties to even."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32).astype(np.float16).astype(np.float32)
+
+
+def to_bf16(x: Array) -> Array:
+    """Through bfloat16, ties to even."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32).reshape(x.shape)
+
+
+def to_q8_0(x: Array) -> Array:
+    """Through int8 blocks of 32 with a float16 scale of amax / 127; codes are found for the unrounded scale."""
+    b = x.astype(np.float32).reshape(-1, 32)
+    amax = np.abs(b).max(-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.rint(b * np.where(amax > 0, np.float32(127) / amax, np.float32(0)))
+    return (codes * to_f16(amax / np.float32(127))).reshape(x.shape)
+
+
+def to_q8_k(x: Array) -> Array:
+    """Through int8 blocks of 256 with a float32 scale; the element of largest magnitude becomes -127."""
+    b = x.astype(np.float32).reshape(-1, 256)
+    top = np.take_along_axis(b, np.abs(b).argmax(-1, keepdims=True), -1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.where(top != 0, np.float32(-127) / top, np.float32(0))
+        codes = np.minimum(np.rint(b * inverse), 127)
+        return np.where(inverse != 0, codes * (np.float32(1) / inverse), np.float32(0)).reshape(x.shape)
+
+
+ROUNDINGS: Mapping[str, Rounding] = {"f32": to_f32, "f16": to_f16, "bf16": to_bf16, "q8_0": to_q8_0, "q8_k": to_q8_k}
+
+_Q8_0 = ("q1_0", "q2_0", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "nvfp4")
+"""Types whose dot product takes Q8_0, or Q8_1, which is Q8_0 with the block's sum beside it."""
+
+
+def activation_type(weight_type: str) -> str:
+    """What llama.cpp rounds the input of a product with weights of this ggml type to: a key of `ROUNDINGS`."""
+    t = weight_type.lower()
+    if t in ("f32", "f16", "bf16"):
+        return t
+    return "q8_0" if t in _Q8_0 else "q8_k"
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A weight that knows how the runtime rounds what it is multiplied with; an array-like to the oracle."""
+
+    weight: Any
+    """Array-like: shape and row indexing."""
+    activation: str
+    """A key of `ROUNDINGS`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def __getitem__(self, rows: Any) -> Array:
+        return self.weight[rows]
+
+
+GELU_TABLES: tuple[Activation, ...] = ("gelu_tanh", "quick_gelu")
+"""Activations that llama.cpp looks up in a table over float16."""
+
+
+class EmulatedOps(NumpyOps):
+    """The oracle with a runtime's roundings in the batch rows `rows`, and none in the others.
+
+    Batch rows never mix, so one pass over the weights (the expensive part) yields both the exact logits and the
+    emulated ones. `linears`: round the inputs of products by each weight's `Typed.activation`. `kv`: rounding of queries,
+    keys and values inside attention. `tables`: GELU through float16.
+    """
+
+    def __init__(
+        self,
+        dtype: DTypeLike = np.float64,
+        *,
+        linears: bool = True,
+        kv: str = "f16",
+        tables: bool = True,
+        rows: slice = slice(None),
+    ) -> None:
+        super().__init__(dtype)
+        self.linears, self.kv, self.tables, self.rows = linears, kv, tables, rows
+
+    def _round(self, x: Array, rounding: Rounding) -> Array:
+        out = x.copy()
+        out[self.rows] = rounding(x[self.rows]).astype(self.dtype)
+        return out
+
+    def linear(self, x: Array, w: Handle) -> Array:
+        kind = w.weight.activation if self.linears and isinstance(w.weight, Typed) else "f64"
+        return super().linear(self._round(x, ROUNDINGS[kind]) if kind in ROUNDINGS else x, w)
+
+    def act(self, x: Array, kind: Activation) -> Array:
+        y = super().act(x, kind)
+        if self.tables and kind in GELU_TABLES:
+            h = to_f16(x[self.rows])
+            looked_up = to_f16(super().act(h, kind))
+            if kind == "gelu_tanh":
+                looked_up = np.where(x[self.rows] <= -10, 0, np.where(x[self.rows] >= 10, x[self.rows], looked_up))
+            y[self.rows] = looked_up
+        return y
+
+    def mix(self, q: Array, k: Array, v: Array, step: Step[Array], key_slots: Any, a: Attention, w: Any) -> Array:
+        if self.kv in ("f16", "bf16"):
+            q, k, v = (self._round(t, ROUNDINGS[self.kv]) for t in (q, k, v))
+        return super().mix(q, k, v, step, key_slots, a, w)

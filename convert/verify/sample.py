@@ -1,0 +1,74 @@
+"""What a verification feeds the model: a text, and as many of its tokens as the model's size lets one afford."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spec.config import Spec
+from spec.errors import UserError
+from spec.params import params
+
+if TYPE_CHECKING:
+    from backends.base import Tokenizer
+
+_FLOPS = 2e11
+"""Multiply-adds that one pass of the oracle may take: about ten seconds of float64 on two cores."""
+_MODULES = ("textwrap", "statistics", "heapq", "json.decoder", "argparse", "email.message", "asyncio.queues", "decimal")
+
+
+def corpus() -> str:
+    """Prose and code that every machine has: a few modules of the standard library."""
+    parts: list[str] = []
+    for name in _MODULES:
+        found = importlib.util.find_spec(name)
+        if found is not None and found.origin is not None and Path(found.origin).suffix == ".py":
+            parts.append(Path(found.origin).read_text(encoding="utf-8"))
+    return "\n".join(parts)
+
+
+def read_text(source: str | Path | None) -> str:
+    """The text of a file; none or `stdlib` stands for `corpus`. Raises `UserError`."""
+    if source is None or str(source) == "stdlib":
+        return corpus()
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    if not text.strip():
+        raise UserError(f"{path}: holds no text")
+    return text
+
+
+def affordable(spec: Spec) -> int:
+    """Tokens for the numeric checks: 16 to 256, by the model's size, within its context."""
+    weights = sum(p.size for p in params(spec) if p.matrix)
+    return max(2, min(spec.context - 1, 256, max(16, int(_FLOPS / (2 * weights)))))
+
+
+def open_tokenizer(tokenizer: Tokenizer) -> Any:
+    """The `tokenizers` library's object."""
+    import json
+
+    from tokenizers import Tokenizer as Library
+
+    return Library.from_str(json.dumps(tokenizer.json))
+
+
+def token_ids(spec: Spec, tokenizer: Tokenizer | None, text: str | None, count: int) -> NDArray[np.int64]:
+    """[1, count] ids: the text's first tokens, or random ones without a tokenizer (seeded: every run alike)."""
+    if tokenizer is None:
+        return np.random.default_rng(0).integers(0, spec.vocab_size, (1, count))
+    lead = text if text is not None else corpus()
+    ids: list[int] = open_tokenizer(tokenizer).encode(lead[: 16 * count], add_special_tokens=False).ids
+    ids = [i for i in ids if i < spec.vocab_size][:count]
+    if len(ids) < 2:
+        raise UserError("the verification text has fewer than two tokens (give a longer one)")
+    return np.asarray([ids], dtype=np.int64)

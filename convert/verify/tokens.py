@@ -1,0 +1,121 @@
+"""The fifth check: the artifact's own tokenizer against the `tokenizers` library, on text made to break it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from backends.base import Tokenizer
+from convert.gates import TOKENIZER_DIFFERENCES
+from convert.verify.report import Check, Status
+from convert.verify.sample import corpus, open_tokenizer
+
+_FIXED = (
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\r\n",
+    " \n \n\n  x",
+    "Hello, world!",
+    "I'm you're WE'LL they'd it's 'tis",
+    "def f(x: int) -> str:\n\treturn f'{x!r:>10}'  # no-op\n",
+    "3.14159 1,000,000 0xDEADBEEF 1e-5 123456789012345678901234567890",
+    "naïve café Ünïcödé ﬁ ß İ ı",
+    "日本語のテキスト 中文字符 한국어 ภาษาไทย",
+    "Привет, мир! שלום עולם مرحبا بالعالم",
+    "👩‍👩‍👧‍👦 🇺🇸 e\u0301 \u200b\ufeff\u00a0\u2028 𝔘𝔫𝔦",
+    "https://example.org/a?b=c&d=%20#e <tag attr='v'/> {\"k\": [1, null]}",
+    "\u0000\u0001\u001b[0m\u007f",
+    "a" * 300,
+    " " * 37 + "x" + "\n" * 9 + "\t" * 5,
+)
+_ALPHABETS = (
+    "abc XYZ09.,;:!?'\"()[]{}<>/\\|_-+=*&^%$#@~`",
+    " \t\n\r\u00a0\u3000",
+    "éüñçøåßœ",
+    "абвгдежз",
+    "漢字かなカナ",
+    "אבגד",
+    "😀🎉👍🏽\u200d♥",
+    "0123456789",
+)
+
+
+class Encoder(Protocol):
+    """The part of a runtime that this check uses."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> bytes: ...
+
+
+def fuzz(specials: Sequence[str] = (), count: int = 300, seed: int = 0) -> list[str]:
+    """Texts: the known troublemakers, every single byte as a character, code, random mixes of scripts and white space,
+    arbitrary bytes read as UTF-8, and special tokens inside text."""
+    rng = random.Random(seed)
+    out = [*_FIXED, *(chr(i) for i in range(1, 256))]
+    code = corpus()
+    for _ in range(count):
+        match rng.randrange(4):
+            case 0:
+                at = rng.randrange(max(1, len(code) - 200))
+                out.append(code[at : at + rng.randrange(1, 200)])
+            case 1:
+                out.append("".join(rng.choice(rng.choice(_ALPHABETS)) for _ in range(rng.randrange(1, 60))))
+            case 2:
+                out.append(bytes(rng.randrange(1, 256) for _ in range(rng.randrange(1, 40))).decode("utf-8", "replace"))
+            case _:
+                points = (rng.choice((rng.randrange(1, 0xD800), rng.randrange(0xE000, 0x110000))) for _ in range(12))
+                out.append("".join(map(chr, points)))
+    for s in specials:
+        out += [s, f"before {s}after", f"{s}{s}\n {s} x"]
+    return out
+
+
+def expected_ids(library: Any, tokenizer: Tokenizer, text: str) -> list[int]:
+    """What the `tokenizers` library makes of a text, with the BOS and EOS policy of the tokenizer's configuration."""
+    ids: list[int] = list(library.encode(text, add_special_tokens=False).ids)
+    if tokenizer.add_bos and tokenizer.bos is not None:
+        ids.insert(0, library.token_to_id(tokenizer.bos))
+    if tokenizer.add_eos and tokenizer.eos is not None:
+        ids.append(library.token_to_id(tokenizer.eos))
+    return ids
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def check_tokenizer(runtime: Encoder, tokenizer: Tokenizer | None, count: int = 300, seed: int = 0) -> Check:
+    """Ids equal on every fuzzed text, and text back from ids wherever the library itself gets it back."""
+    if tokenizer is None:
+        return Check("tokenizer", Status.NOT_RUN, reason="the source has no tokenizer")
+    library = open_tokenizer(tokenizer)
+    specials = [t["content"] for t in tokenizer.json.get("added_tokens", []) if t.get("special")]
+    texts = fuzz(specials, count, seed)
+    wrong, lossy, tokens, trips = [], [], 0, 0
+    for text in texts:
+        want, got = expected_ids(library, tokenizer, text), list(runtime.encode(text))
+        tokens += len(want)
+        if want != got:
+            wrong.append((text, _first_difference(want, got), want, got))
+        plain = library.encode(text, add_special_tokens=False).ids
+        if any(s in text for s in specials) or library.decode(plain) != text:
+            continue  # the library does not restore it either (normalisers, prefix spaces)
+        trips += 1
+        if runtime.decode(plain) != text.encode():
+            lossy.append(text)
+    details = {"texts": len(texts), "tokens": tokens, "round_trips": trips, "different": len(wrong), "lossy": len(lossy)}
+    bad = len(wrong) + len(lossy)
+    if bad <= TOKENIZER_DIFFERENCES:
+        reason = f"{len(texts)} texts, {tokens} tokens: ids equal, {trips} round trips exact"
+        return Check("tokenizer", Status.PASS, 0, TOKENIZER_DIFFERENCES, reason, details=details)
+    if wrong:
+        text, at, want, got = wrong[0]
+        reason = f"{len(wrong)} of {len(texts)} texts differ, first {text[:40]!r} at token {at}: {want[at:at + 4]} became {got[at:at + 4]}"
+    else:
+        reason = f"{len(lossy)} of {trips} texts do not come back, first {lossy[0][:40]!r}: {runtime.decode(library.encode(lossy[0], add_special_tokens=False).ids)[:40]!r}"
+    return Check("tokenizer", Status.FAIL, bad, TOKENIZER_DIFFERENCES, reason, details=details)
