@@ -1,0 +1,199 @@
+"""The decoder as a torch module: the shared forward pass over modules that bear the canonical names.
+
+Shapes: B batch, T tokens, D model, V vocab.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backends.torch.attention import Request, choose, plan
+from backends.torch.cache import Cache, full
+from backends.torch.loss import Criterion, cross_entropy_sum
+from backends.torch.modules import Block, Head, Norm, Rotary
+from backends.torch.ops import TorchOps
+from spec import forward
+from spec.config import Attention, Spec
+from spec.errors import UserError
+from spec.ops import Step
+from spec.params import Param, params
+from spec.rope import rope_tables
+
+
+class Decoder(nn.Module):
+    """A decoder transformer.
+
+    `length` is the longest sequence it will see, in tokens (default: the spec's context); the length-dependent rotary
+    scalings choose their tables by it. `attention` names the kernel (`auto`, `sdpa`, `flex`, `varlen`, `math`); the
+    choice and its reason are logged. Parameters have the names of `spec.params`; they are uninitialised until
+    `init_weights` or a checkpoint fills them.
+    """
+
+    def __init__(self, spec: Spec, *, length: int | None = None, attention: str = "auto") -> None:
+        super().__init__()
+        self.spec, self.length, self.attention = spec, length or spec.context, attention
+        positions = spec.embedding.positions
+        if positions is not None and self.length + positions.offset > spec.position_rows:
+            rows = spec.position_rows - positions.offset
+            raise UserError(f"length: {self.length} tokens need more than the {rows} learned positions (use {rows})")
+        self.kinds: list[Attention] = list(dict.fromkeys(b.attention for b in spec.layers))
+        self.embed = nn.Embedding(spec.vocab_size, spec.width)
+        if positions is not None:
+            self.positions = nn.Embedding(spec.position_rows, spec.width)
+        if spec.embedding.norm is not None:
+            self.embed_norm = Norm(spec.embedding.norm, spec.width)
+        self.layers = nn.ModuleList(Block(b, spec.width, self.kinds.index(b.attention)) for b in spec.layers)
+        if spec.final_norm is not None:
+            self.final_norm = Norm(spec.final_norm, spec.width)
+        self.head = Head(spec, self.embed)
+        self.rope = nn.ModuleList(Rotary(t) for t in rope_tables(spec, self.length))
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        last: bool = False,
+        criterion: Criterion = cross_entropy_sum,
+        taps: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-100 = ignored) the float32 sum of their losses.
+
+        `segments` [B, T] packs several documents into a row: consecutive tokens of one document bear one number, and
+        none sees another's. `positions` [B, T] default to the place within the document. With a `cache` the tokens
+        continue it. `last` keeps only the last position's logits, [B, 1, V]. `criterion(logits [N, V], targets [N])`
+        replaces the summed cross-entropy. `taps` receives every named intermediate.
+
+        Raises `UserError` for sequences beyond `length` or beyond the cache's end.
+        """
+        step, start = self._step(ids, positions, segments, cache)
+        dtype = self.embed.weight.dtype
+        device = ids.device.type
+        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        request = Request(step, start, computed, self.training, torch.is_grad_enabled())
+        ops = TorchOps(
+            plans=[plan(a, self.attention, request) for a in self.kinds],
+            training=self.training,
+            angle_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+            taps=taps,
+        )
+        tables: Any = self.rope
+        x, _ = forward.hidden(ops, self.spec, self, ids, step, tables, cache)
+        if last:
+            x = ops.last(x, step)
+        if targets is None:
+            return forward.logits(ops, self.spec, self, x)
+
+        def chunk_logits(linear: Callable[[Tensor], Tensor], chunk: Tensor) -> Tensor:
+            return forward.logits(ops, self.spec, SimpleNamespace(head=linear), chunk)
+
+        return self.head(x, targets, chunk_logits, criterion)
+
+    def _step(
+        self, ids: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None
+    ) -> tuple[Step[Tensor], int]:
+        if ids.dim() != 2:
+            raise UserError(f"ids: shape {tuple(ids.shape)} is not [batch, tokens]")
+        if cache is not None and segments is not None:
+            raise UserError("segments: documents cannot be packed into a cache (give each a row)")
+        (batch, tokens), start = ids.shape, 0 if cache is None else cache.length
+        if cache is not None and start + tokens > cache.capacity:
+            raise full(start, tokens, cache.capacity)
+        if cache is not None and batch != cache.batch:
+            raise UserError(f"ids: {batch} rows, and the cache was made for {cache.batch}")
+        if start + tokens > self.length:
+            raise UserError(f"ids: {start + tokens} tokens exceed the declared length of {self.length}")
+        slots = torch.arange(start, start + tokens, device=ids.device).expand(batch, tokens)
+        if positions is None:
+            positions = slots if segments is None else within_documents(segments)
+        layout = "cached" if cache is not None else "causal" if segments is None else "packed"
+        return Step(layout, positions, slots, segments), start
+
+    def new_cache(self, batch: int = 1, length: int | None = None) -> Cache:
+        """An empty cache for `batch` rows of at most `length` tokens (default: the declared length)."""
+        length = length or self.length
+        if length > self.length:
+            raise UserError(f"cache: {length} slots exceed the declared length of {self.length}")
+        return Cache(batch, length, [b.attention.window for b in self.spec.layers])
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, cache: Cache, *, last: bool = False) -> Tensor:
+        """Continue (or begin) a cached sequence by ids [B, T]: logits [B, T, V], or [B, 1, V] with `last`."""
+        return self(ids, cache=cache, last=last)
+
+    def prefill_cache(self, ids: Tensor, length: int | None = None) -> tuple[Tensor, Cache]:
+        """Begin a sequence with ids [B, T]: the last token's logits [B, V], and the cache."""
+        cache = self.new_cache(ids.shape[0], length)
+        return self.step(ids, cache, last=True)[:, 0], cache
+
+    def kernels(self, tokens: int, *, packed: bool = False, dtype: torch.dtype | None = None) -> dict[str, str]:
+        """Which kernel a training step over `tokens` tokens will use and why, for each distinct attention setting."""
+        slots = torch.arange(tokens, device=self.embed.weight.device)[None]
+        step = Step("packed" if packed else "causal", slots, slots, slots * 0 if packed else None)
+        request = Request(step, 0, dtype or self.embed.weight.dtype, self.training, True)
+        return {reason: kernel for kernel, reason in (choose(a, self.attention, request) for a in self.kinds)}
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Fill every parameter as `spec.init` says.
+
+        Each parameter has its own generator, seeded by `seed` and its name: the values depend on neither the device
+        nor how the parameters are sharded.
+        """
+        own = dict(self.named_parameters())
+        for p in params(self.spec):
+            _assign(own[p.name], initial(self.spec, p, seed))
+
+
+def within_documents(segments: Tensor) -> Tensor:
+    """[B, T] place of each token in its document, where documents are runs of equal segments."""
+    places = torch.arange(segments.shape[1], device=segments.device).expand(segments.shape)
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return places - torch.where(first, places, 0).cummax(1).values
+
+
+def initial(spec: Spec, p: Param, seed: int) -> Tensor:
+    """Initial values of one parameter, float32 on the CPU."""
+    i = spec.init
+    if p.role in ("bias", "sinks"):
+        return torch.zeros(p.shape)
+    if p.role == "gain":
+        return torch.full(p.shape, 1.0 - _gain_offset(spec, p.name))
+    std = i.std if p.role == "linear" or i.embed_std is None else i.embed_std
+    if i.depth_scaled and p.name.endswith(("attn.o.weight", "mlp.down.weight")):
+        std /= (2 * spec.depth) ** 0.5
+    digest = hashlib.sha256(f"{seed}:{p.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(p.shape).normal_(0.0, std, generator=generator)
+
+
+def _gain_offset(spec: Spec, name: str) -> float:
+    if not name.startswith("layers."):
+        norm = spec.embedding.norm if name.startswith("embed_norm") else spec.final_norm
+    else:
+        _, i, rest = name.split(".", 2)
+        b = spec.layers[int(i)]
+        norm = b.attention.qk_norm if rest.startswith("attn.") else b.norm
+    return norm.offset if norm is not None else 0.0
+
+
+def _assign(parameter: Tensor, values: Tensor) -> None:
+    """Copy whole values into a parameter, or its shard of them into a distributed one."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    values = values.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        shard = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(shard.to_local())
+    else:
+        parameter.copy_(values)

@@ -1,0 +1,194 @@
+"""The decoder's layers as torch modules. They hold parameters under the canonical names and are the weight handles of
+the shared forward pass: `ops.linear(x, w)` is `w(x)`, so FSDP, tensor parallelism, LoRA and quantized layers keep
+working. `Attention` and `MLP` are only containers; `Block` runs the shared `spec.forward.block`.
+
+Shapes: B batch, T query, D model, H q-heads, G kv-heads, K head dim, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backends.torch.loss import Criterion, chunked_loss, cross_entropy_sum
+from spec import config, forward
+from spec.rope import RopeTable, alibi_slopes
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, widened if it is a 16-bit float."""
+    return x.float() if x.dtype in HALF else x
+
+
+class Constants(nn.Module):
+    """A module with float32 constants: buffers that no checkpoint holds, that a cast of the model leaves at float32
+    and that come back from the meta device with their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._constants: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+
+    def constant(self, name: str, values: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        """Register a constant; it is then an attribute `name`."""
+        self._constants[name] = values
+        self.register_buffer(name, torch.from_numpy(values.copy()), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
+        super()._apply(fn, recurse)
+        for name, values in self._constants.items():
+            device = self._buffers[name].device  # type: ignore[union-attr]
+            self._buffers[name] = torch.from_numpy(values.copy()).to(device)
+        return self
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """cos and sin of one table for one step, [B, T, rotary_dim / 2]. A class and not a tuple, so that FSDP's casting of
+    inputs leaves it alone."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Rotary(Constants):
+    """A rotary table; called once a step with positions [B, T]."""
+
+    inv_freq: Tensor
+
+    def __init__(self, table: RopeTable) -> None:
+        super().__init__()
+        self.factor = table.factor
+        self.constant("inv_freq", table.inv_freq)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        angle = positions[..., None].to(dtype) * self.inv_freq.to(dtype)
+        return Rotation(angle.cos() * self.factor, angle.sin() * self.factor)
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, computed in at least float32."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, norm: config.Norm, size: int) -> None:
+        super().__init__()
+        self.rms, self.eps, self.offset = norm.kind == "rmsnorm", norm.eps, norm.offset
+        self.register_parameter("weight", nn.Parameter(torch.full((size,), 1 - norm.offset)) if norm.weight else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if norm.bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, size = at_least_float32(x), x.shape[-1:]
+        weight = None if self.weight is None else self.weight.to(h.dtype)
+        if weight is not None and self.offset:
+            weight = weight + self.offset
+        bias = None if self.bias is None else self.bias.to(h.dtype)
+        if not self.rms:
+            return F.layer_norm(h, size, weight, bias, self.eps).to(x.dtype)
+        h = F.rms_norm(h, size, weight, self.eps)
+        return (h if bias is None else h + bias).to(x.dtype)
+
+
+class Attention(Constants):
+    """The parameters of one attention; `kind` is its index among the model's distinct attention settings."""
+
+    sinks: nn.Parameter | None
+    slopes: Tensor | None
+
+    def __init__(self, a: config.Attention, width: int, kind: int) -> None:
+        super().__init__()
+        assert a.kv_heads is not None and a.head_dim is not None, "a resolved layer"
+        self.kind = kind
+        q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+        self.q = nn.Linear(width, q, bias=a.bias.q)
+        self.k = nn.Linear(width, kv, bias=a.bias.k)
+        self.v = nn.Linear(width, kv, bias=a.bias.v)
+        if a.qk_norm is not None:
+            head = a.qk_norm.over == "head"
+            self.q_norm = Norm(a.qk_norm, a.head_dim if head else q)
+            self.k_norm = Norm(a.qk_norm, a.head_dim if head else kv)
+        self.register_parameter("sinks", nn.Parameter(torch.zeros(a.heads)) if a.sinks else None)
+        if isinstance(a.position, config.Alibi):
+            self.constant("slopes", alibi_slopes(a.position, a.heads))
+        else:
+            self.register_buffer("slopes", None, persistent=False)
+        self.o = nn.Linear(q, width, bias=a.bias.o)
+
+
+class MLP(nn.Module):
+    """The parameters of one feed-forward part."""
+
+    def __init__(self, m: config.MLP, width: int) -> None:
+        super().__init__()
+        if m.gated:
+            self.gate = nn.Linear(width, m.hidden, bias=m.bias.gate)
+        self.up = nn.Linear(width, m.hidden, bias=m.bias.up)
+        self.down = nn.Linear(m.hidden, width, bias=m.bias.down)
+
+
+class Block(nn.Module):
+    """One decoder layer. Holds no layer index, so that equal layers share one compiled graph."""
+
+    def __init__(self, b: config.Block, width: int, kind: int) -> None:
+        super().__init__()
+        self.spec = b
+        if b.pre:
+            self.attn_norm = Norm(b.norm, width)
+        self.attn = Attention(b.attention, width, kind)
+        if b.post:
+            self.attn_post_norm = Norm(b.norm, width)
+        if b.pre and not b.shared_norm:
+            self.mlp_norm = Norm(b.norm, width)
+        self.mlp = MLP(b.mlp, width)
+        if b.post:
+            self.mlp_post_norm = Norm(b.norm, width)
+
+    def forward(self, ops: Any, x: Tensor, step: Any, rotation: Any, cache: Any = None) -> tuple[Tensor, Any]:
+        """[B, T, D] -> [B, T, D], and the layer's cache."""
+        return forward.block(ops, self.spec, self, x, step, rotation, cache)
+
+
+class Head(nn.Module):
+    """The output projection. A tied one has no weight of its own and reads the embedding's, which must then share its
+    FSDP group (the root)."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, spec: config.Spec, embed: nn.Embedding) -> None:
+        super().__init__()
+        tied = spec.head.tied
+        self._tied = (embed,) if tied else ()  # in a tuple: a registered submodule would name its weight twice
+        self.register_parameter("weight", None if tied else nn.Parameter(torch.empty(spec.vocab_size, spec.width)))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(spec.vocab_size)) if spec.head.bias else None)
+
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        logits: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None,
+        criterion: Criterion = cross_entropy_sum,
+    ) -> Tensor:
+        """[B, T, D] -> the bare linear's [B, T, V]; with targets [B, T] the summed loss.
+
+        `logits(linear, x)` turns a chunk of hidden states into logits (scale and softcap included); the whole batch's
+        logits never exist.
+        """
+        weight = self._tied[0].weight if self._tied else self.weight
+        assert weight is not None
+        if targets is None:
+            return F.linear(x, weight, self.bias)
+        finish = logits or (lambda linear, chunk: linear(chunk))
+
+        def chunk_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return finish(lambda h: F.linear(h, weight, bias), chunk)
+
+        return chunked_loss(x.flatten(0, -2), weight, self.bias, targets.flatten(), chunk_logits, criterion)

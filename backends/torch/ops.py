@@ -1,0 +1,130 @@
+"""The decoder's vocabulary in torch: weight handles are the layers themselves.
+
+Shapes: B batch, T query, S key, D model, H q-heads, G kv-heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backends.torch.attention import KERNELS, Plan
+from backends.torch.cache import LayerCache
+from backends.torch.modules import Rotation
+from spec.config import Activation, Attention, Block, Norm
+from spec.ops import Ops, Step
+from spec.rope import RopeTable
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+@dataclass
+class TorchOps(Ops[Tensor, Any, LayerCache]):
+    """Operations of one forward pass."""
+
+    plans: Sequence[Plan] = ()
+    """The attention plan of each kind of attention (`Attention.kind`)."""
+    training: bool = False
+    """Whether dropout drops."""
+    angle_dtype: torch.dtype = torch.float32
+    """In which angles, cosines and sines are computed: float64 in a float64 model."""
+    taps: dict[str, Tensor] | None = None
+    """Where intermediates go, by canonical name (`L3.attn.q_rope`)."""
+    prefix: str = field(default="", init=False)
+
+    def embed(self, ids: Tensor, w: Any, offset: int = 0) -> Tensor:
+        return w(ids + offset if offset else ids)
+
+    def linear(self, x: Tensor, w: Any) -> Tensor:
+        return w(x)
+
+    def unembed(self, x: Tensor, w: Any) -> Tensor:
+        return w(x)
+
+    def last(self, x: Tensor, step: Step[Tensor]) -> Tensor:
+        return x[:, -1:]
+
+    def norm(self, x: Tensor, w: Any, norm: Norm) -> Tensor:
+        return w(x)
+
+    def act(self, x: Tensor, kind: Activation) -> Tensor:
+        return ACTIVATIONS[kind](x)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def mul(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        return cap * torch.tanh(x / cap)
+
+    def clip(self, x: Tensor, low: float | None, high: float | None) -> Tensor:
+        return x.clamp(low, high)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return F.dropout(x, p) if self.training and p else x
+
+    def cast(self, x: Tensor) -> Tensor:
+        """The embedding's dtype is the residual stream's: FSDP's policy or the model's own dtype decides."""
+        return x
+
+    def split_heads(self, x: Tensor, head_dim: int) -> Tensor:
+        return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+    def rotation(self, table: RopeTable | Any, step: Step[Tensor]) -> Rotation:
+        """`table` is the `Rotary` module that holds the table on the device."""
+        return table(step.positions, self.angle_dtype)
+
+    def rope(self, x: Tensor, rotation: Rotation) -> Tensor:
+        cos, sin = rotation.cos[:, None], rotation.sin[:, None]
+        half = cos.shape[-1]
+        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)  # in the dtype of cos, then rounded
+        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+    def store(
+        self, k: Tensor, v: Tensor, step: Step[Tensor], cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor, Any, LayerCache | None]:
+        if cache is None:
+            return k, v, step.slots, None
+        k, v, slots = cache.store(k, v)
+        return k, v, slots[None], cache
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, step: Step[Tensor], key_slots: Any, a: Attention, w: Any
+    ) -> Tensor:
+        """The plan already knows the slots: masks are built from them before the first layer."""
+        plan = self.plans[w.kind]
+        return KERNELS[plan.kernel](q, k, v, plan, a, w)
+
+    def call(
+        self, i: int, b: Block, w: Any, x: Tensor, step: Step[Tensor], rotation: Any, cache: LayerCache | None
+    ) -> tuple[Tensor, LayerCache | None]:
+        self.prefix = f"L{i}." if self.taps is not None else ""
+        x, cache = w(self, x, step, rotation, cache)
+        self.prefix = ""
+        return x, cache
+
+    def tap(self, x: Tensor, name: str) -> Tensor:
+        if self.taps is not None:
+            self.taps[self.prefix + name] = x.detach()
+        return x
