@@ -1,0 +1,94 @@
+"""Which tensor is stored how at a portable level. No calibration: a fixed order decides what gets int8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+
+from backends.base import Planned
+from convert.levels import LEVELS
+from spec.config import Spec
+from spec.errors import UserError, nearest
+from spec.params import Param, params
+
+BUDGET = 4.95
+"""Bits per weight that `q4` may spend over all matrices, scales counted."""
+
+PAYS_MOST = ("head.weight", "embed.weight", "attn.v.weight", "mlp.down.weight", "attn.o.weight", "attn.k.weight")
+"""`q4` upgrades these to int8 while the budget lasts: what the logits are read from, then what sums up many terms
+or passes straight into the residual stream. Within a kind, outer layers come first (they are the sensitive ones)."""
+
+
+def plan(spec: Spec, level: str) -> list[Planned]:
+    """Every parameter in canonical order with its storage at a portable level.
+
+    Vectors stay f32. Position tables and matrices whose rows are no whole groups are f16 where others are quantized.
+    """
+    if level not in LEVELS:
+        raise UserError(f"{level}: no portable level ({nearest(level, LEVELS)})")
+    chosen = {p.name: _level(p, level) for p in params(spec)}
+    if level == "q4":
+        chosen.update(dict.fromkeys(_upgrades(spec, chosen), "q8"))
+    return [Planned(p.name, p.shape, chosen[p.name]) for p in params(spec)]
+
+
+def _level(p: Param, level: str) -> str:
+    if not p.matrix:
+        return "f32"
+    group = LEVELS[level].group
+    whole = group is None or (p.shape[-1] % group == 0 and p.name != "positions.weight")
+    return level if whole else "f16"
+
+
+def _upgrades(spec: Spec, chosen: Mapping[str, str]) -> Iterator[str]:
+    """Matrices that become int8, greedily in the fixed order, each only if it still fits."""
+    matrices = {p.name: p.size for p in params(spec) if p.matrix}
+    spent = sum(n * LEVELS[chosen[name]].stored for name, n in matrices.items())
+    allowed = BUDGET * sum(matrices.values())
+    for name in _order(spec):
+        if chosen.get(name) != "q4":
+            continue
+        extra = matrices[name] * (LEVELS["q8"].stored - LEVELS["q4"].stored)
+        if spent + extra <= allowed:
+            spent += extra
+            yield name
+
+
+def _order(spec: Spec) -> Iterator[str]:
+    layers = sorted(range(spec.depth), key=lambda i: (_rank(i, spec.depth), i))
+    for kind in PAYS_MOST:
+        if kind.startswith(("attn.", "mlp.")):
+            yield from (f"layers.{i}.{kind}" for i in layers)
+        else:
+            yield kind
+
+
+def _rank(i: int, depth: int) -> int:
+    """0: the first and last eighth; 1: every third layer between; 2: the others (llama.cpp's mixtures do likewise)."""
+    eighth = max(1, depth // 8)
+    if i < eighth or i >= depth - eighth:
+        return 0
+    return 1 if (i - eighth) % 3 == 2 else 2
+
+
+def bits_per_weight(planned: Sequence[Planned], stored: Mapping[str, float] | None = None) -> float:
+    """Stored bits per weight over all matrices; `stored` gives the bits of native levels."""
+    bits = {name: level.stored for name, level in LEVELS.items()} | dict(stored or {})
+    matrices = [p for p in planned if len(p.shape) > 1]
+    total = sum(prod(p.shape) for p in matrices)
+    return sum(prod(p.shape) * bits[p.level] for p in matrices) / total
+
+
+def notes(spec: Spec, planned: Sequence[Planned], level: str) -> list[str]:
+    """What a user should know about a portable plan."""
+    out = []
+    odd = [p for p in planned if len(p.shape) > 1 and p.level == "f16" != level and p.name != "positions.weight"]
+    if odd:
+        names = ", ".join(f"{p.name} [{p.shape[0]}, {p.shape[1]}]" for p in odd[:3])
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        out.append(f"stays f16 (width no multiple of 32): {names}{more}")
+    if level == "q4":
+        bits = bits_per_weight(planned)
+        if bits > BUDGET:
+            out.append(f"{bits:.2f} bits/weight: more than {BUDGET}, because of what stays f16")
+    return out
