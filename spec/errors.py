@@ -92,12 +92,12 @@ def problems_from(error: ValidationError, data: Any, model: type | None = None) 
 def _path(loc: Sequence[int | str], data: Any) -> str:
     """A pydantic location as a YAML path; tags of discriminated unions, which are no keys of the data, are dropped."""
     text, here = "", data
-    for n, part in enumerate(loc):
+    for part in loc:
         if isinstance(part, int):
             text += f"[{part}]"
             here = here[part] if isinstance(here, list | tuple) and part < len(here) else None
         else:
-            tag = isinstance(here, dict) and part not in here and here.get("kind") == part and n < len(loc) - 1
+            tag = isinstance(here, dict) and part not in here and here.get("kind") == part
             if tag:
                 continue
             text += f".{part}" if text else part
