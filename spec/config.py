@@ -169,7 +169,7 @@ class Alibi(Model):
 
     kind: Literal["alibi"]
     max_bias: Positive = 8.0
-    """Slopes are 2^(-max_bias * i / heads) for i = 1..heads (heads a power of two; else interleaved as in the paper)."""
+    """Slopes are 2^(-max_bias * i / heads) for i = 1..heads (heads a power of two; else interleaved as there)."""
 
 
 class NoPosition(Model):

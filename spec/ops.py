@@ -112,7 +112,7 @@ class Ops(ABC, Generic[X, W, C]):
 
     @abstractmethod
     def rotation(self, table: RopeTable, step: Step[X]) -> Any:
-        """What `rope` needs of one table for this step (cos and sin [B, T, dim/2], or a graph's caches); once a step."""
+        """What `rope` needs of one table for this step (cos and sin [B, T, dim/2], a graph's caches); once a step."""
 
     @abstractmethod
     def rope(self, x: X, rotation: Any) -> X:

@@ -1,4 +1,4 @@
-"""Rotary tables and ALiBi slopes: computed once, in float64, rounded to float32 once. Every backend gets these numbers."""
+"""Rotary tables and ALiBi slopes: computed once, in float64, rounded to float32 once, the same for every backend."""
 
 from __future__ import annotations
 

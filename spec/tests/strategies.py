@@ -131,7 +131,9 @@ def specs(draw: st.DrawFn) -> Data:
     position_table = some(offset=st.integers(0, 3))
     data |= draw(some(
         name=st.text(min_size=1, max_size=20),
-        embedding=some(scale=positive, positions=st.none() | position_table, norm=st.none() | norms(), dropout=probability),
+        embedding=some(
+            scale=positive, positions=st.none() | position_table, norm=st.none() | norms(), dropout=probability
+        ),
         final_norm=st.none() | norms(),
         head=some(tied=st.booleans(), bias=st.booleans(), scale=positive, softcap=positive),
         init=some(std=positive, embed_std=positive, depth_scaled=st.booleans()),
