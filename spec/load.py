@@ -48,7 +48,7 @@ _add_float_resolver()
 def read_yaml(text: str, source: str) -> dict[str, Any]:
     """A YAML mapping, or a `UserError` that names line and column."""
     try:
-        data = yaml.load(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
