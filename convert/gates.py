@@ -31,7 +31,7 @@ UNIT: Mapping[str, float] = {
 """Unit roundoff: the largest relative error of one rounding."""
 
 RATIO: Mapping[str, float] = {"graph": 4.0, "arithmetic": 3.0, "invariant": 4.0}
-"""Times the control's NMSE: graph is 2 squared (float32, as in PyTorch's own accuracy harness), the others see above."""
+"""Times the control's NMSE: graph is 2 squared (float32, as in PyTorch's own accuracy harness)."""
 
 FLOOR_K = 8.0
 """One operation's worth of roundings: a norm, two products and a sum lie on every path."""

@@ -101,7 +101,7 @@ class SoftcapAfterMask(Float32):
         k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
         scores = q @ k.swapaxes(-1, -2) * self.dtype.type(a.scale or 1.0)
         distance = step.slots[:, None, :, None] - key_slots[:, None, None, :]
-        scores = np.where((distance >= 0) & (distance < (a.window or 1 << 30)), scores, -np.inf)
+        scores = np.where((distance >= 0) & (distance < (int(a.window) if a.window else 10**9)), scores, -np.inf)
         scores = self.softcap(scores, a.softcap or 1e9)
         p = np.exp(scores - scores.max(-1, keepdims=True))
         return (p / p.sum(-1, keepdims=True)) @ v
@@ -133,7 +133,7 @@ class SinksMissed(Float32):
 
 class OtherGelu(Float32):
     def act(self, x: Array, kind: Activation) -> Array:
-        swap: Mapping[Activation, Activation] = {"gelu": "gelu_tanh", "gelu_tanh": "gelu", "silu": "gelu"}
+        swap: dict[Activation, Activation] = {"gelu": "gelu_tanh", "gelu_tanh": "gelu", "silu": "gelu"}
         return super().act(x, swap.get(kind, kind))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from convert.verify.report import Check, Report, Status, check_from
 from spec.errors import UserError
 
-__all__ = ["Check", "Report", "Status", "verify"]
+__all__ = ["Check", "Report", "Status", "last_words", "verify"]
 
 
 def verify(
@@ -36,8 +36,8 @@ def verify(
     """Check an artifact against the source it was converted from.
 
     text: a UTF-8 file whose first tokens the numeric checks run on (none: a few standard library modules).
-    on_check: called with each check as it ends. Raises `UserError` where artifact, source or text cannot be read; what is
-    wrong with the artifact itself is a FAIL in the report.
+    on_check: called with each check as it ends. Raises `UserError` where artifact, source or text cannot be read; what
+    is wrong with the artifact itself is a FAIL in the report.
     """
     started = time.monotonic()
     report = Report(str(artifact), backend, level, str(source_path))
@@ -51,7 +51,9 @@ def verify(
         journal.touch()
         with (
             (Path(folder) / "stderr").open("w+b") as stderr,
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=env) as child,
+            subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=env
+            ) as child,
         ):
             try:
                 state = _follow(child, journal, report, on_check)
@@ -64,7 +66,9 @@ def verify(
         raise UserError(state["error"])
     if not state.get("done"):
         name = state.get("start", "verification")
-        check = Check(name, Status.FAIL, reason=f"the runtime {_death(child.returncode)} during {name}{_last_words(tail)}")
+        check = Check(
+            name, Status.FAIL, reason=f"the runtime {_death(child.returncode)} during {name}{last_words(tail)}"
+        )
         report.checks.append(check)
         if on_check is not None:
             on_check(check)
@@ -107,7 +111,8 @@ def _death(code: int | None) -> str:
     return f"ended with status {code}"
 
 
-def _last_words(stderr: str) -> str:
+def last_words(stderr: str) -> str:
+    """`: ` and the line of a dead process's stderr that tells most, or nothing."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     told = [line for line in lines if "ASSERT" in line or "rror" in line]
     words = (told or lines)[-1:]

@@ -101,8 +101,8 @@ class EmulatedOps(NumpyOps):
     """The oracle with a runtime's roundings in the batch rows `rows`, and none in the others.
 
     Batch rows never mix, so one pass over the weights (the expensive part) yields both the exact logits and the
-    emulated ones. `linears`: round the inputs of products by each weight's `Typed.activation`. `kv`: rounding of queries,
-    keys and values inside attention. `tables`: GELU through float16.
+    emulated ones. `linears`: round the inputs of products by each weight's `Typed.activation`. `kv`: rounding of
+    queries, keys and values inside attention. `tables`: GELU through float16.
     """
 
     def __init__(

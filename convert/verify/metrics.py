@@ -63,7 +63,7 @@ class Quality:
             self.nll += (-q[at[valid], t[valid]]).tolist()
 
     def summary(self) -> dict[str, float]:
-        """Means with their standard errors. `top1_clear` leaves out ties that rounding may decide (a gap under 1e-3)."""
+        """Means with their standard errors. `top1_clear` forgives near-ties (a gap under 1e-3) that rounding decides."""
         kl, agree, gap = np.array(self.kl), np.array(self.agree), np.array(self.gap)
         out = {
             "kl_mean": float(kl.mean()),
@@ -77,6 +77,7 @@ class Quality:
             nll, ref = np.array(self.nll), np.array(self.nll_ref)
             out |= {
                 "nll": float(nll.mean()),
+                "nll_se": standard_error(nll),
                 "nll_ref": float(ref.mean()),
                 "delta_nll": float((nll - ref).mean()),
                 "delta_nll_se": standard_error(nll - ref),

@@ -25,14 +25,27 @@ def judge(name: str, run: Array, reference: Array, gate: gates.Gate, what: str, 
     error = nmse(run, reference)
     per_token = np.square(run - reference).sum(-1) / np.square(reference).sum(-1).clip(1e-300)
     details = {
-        "control": gate.control, "formula": gate.formula, "ceiling": gate.ceiling,
-        "max_abs": float(np.abs(run - reference).max()), "worst_token": float(per_token.max()), **details,
+        "control": gate.control,
+        "formula": gate.formula,
+        "ceiling": gate.ceiling,
+        "max_abs": float(np.abs(run - reference).max()),
+        "worst_token": float(per_token.max()),
+        **details,
     }
     if not np.isfinite(run).all():
-        return Check(name, Status.FAIL, error, gate.limit, f"{int((~np.isfinite(run)).sum())} logits are not finite", details=details)
+        return Check(
+            name,
+            Status.FAIL,
+            error,
+            gate.limit,
+            f"{int((~np.isfinite(run)).sum())} logits are not finite",
+            details=details,
+        )
     if error > gate.limit:
         if not gate.usable:
-            reason = f"error above the gate, and rounding alone costs {gate.control:.1e}, above the bound {gate.ceiling:.1e}"
+            reason = (
+                f"error above the gate, and rounding alone costs {gate.control:.1e}, above the bound {gate.ceiling:.1e}"
+            )
             return Check(name, Status.FAIL, error, gate.limit, reason, details=details)
         reason = f"NMSE {error:.1e} exceeds {gate.formula}"
         if "unexplained" in details:
@@ -52,8 +65,8 @@ def rounds_by_table(spec: Spec) -> bool:
 def check_graph(run: Array, spec: Spec, weights: Weights, ids: Array, tables: bool, what: str) -> Check:
     """Float32 compute on the dequantized weights against the float64 oracle.
 
-    run: the runtime's logits [B, T, V] in float32 arithmetic throughout. tables: the runtime's GELU is a float16 table by
-    design; then the reference looks it up too, so that the gate stays a float32 one, and the plain error is reported.
+    run: the runtime's logits [B, T, V] in float32 arithmetic throughout. tables: the runtime's GELU is a float16 table
+    by design; then the reference looks it up too, so that the gate stays a float32 one, and the plain error is reported.
     """
     tables = tables and rounds_by_table(spec)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Status(StrEnum):
     """How a check ended."""
 
-    PASS = "PASS"  # noqa: S105: a verdict
+    PASS = "PASS"
     FAIL = "FAIL"
     XFAIL = "XFAIL"
     NOT_RUN = "NOT_RUN"
@@ -76,7 +76,9 @@ class Report:
     @property
     def flagged(self) -> list[str]:
         """What to tell the user even though the artifact is let through."""
-        out = [f"{c.name}: {c.status} ({c.reason})" for c in self.checks if c.status in (Status.NOT_RUN, Status.EMULATED)]
+        out = [
+            f"{c.name}: {c.status} ({c.reason})" for c in self.checks if c.status in (Status.NOT_RUN, Status.EMULATED)
+        ]
         return out + [f"{c.name}: {flag}" for c in self.checks for flag in c.flags]
 
     def __getitem__(self, name: str) -> Check:
@@ -102,7 +104,9 @@ class Report:
         """A rich table."""
         from rich.table import Table
 
-        table = Table(title=f"{self.artifact}: {self.level} on {self.backend}, {self.tokens} tokens", title_justify="left")
+        table = Table(
+            title=f"{self.artifact}: {self.level} on {self.backend}, {self.tokens} tokens", title_justify="left"
+        )
         for column in ("check", "status", "measured", "gate", "margin", "what"):
             table.add_column(column, justify="right" if column in ("measured", "gate", "margin") else "left")
         style = {Status.PASS: "green", Status.FAIL: "bold red"}

@@ -108,14 +108,21 @@ def check_tokenizer(runtime: Encoder, tokenizer: Tokenizer | None, count: int = 
         trips += 1
         if runtime.decode(plain) != text.encode():
             lossy.append(text)
-    details = {"texts": len(texts), "tokens": tokens, "round_trips": trips, "different": len(wrong), "lossy": len(lossy)}
+    details = {
+        "texts": len(texts),
+        "tokens": tokens,
+        "round_trips": trips,
+        "different": len(wrong),
+        "lossy": len(lossy),
+    }
     bad = len(wrong) + len(lossy)
     if bad <= TOKENIZER_DIFFERENCES:
         reason = f"{len(texts)} texts, {tokens} tokens: ids equal, {trips} round trips exact"
         return Check("tokenizer", Status.PASS, 0, TOKENIZER_DIFFERENCES, reason, details=details)
     if wrong:
         text, at, want, got = wrong[0]
-        reason = f"{len(wrong)} of {len(texts)} texts differ, first {text[:40]!r} at token {at}: {want[at:at + 4]} became {got[at:at + 4]}"
+        change = f"{want[at : at + 4]} became {got[at : at + 4]}"
+        reason = f"{len(wrong)} of {len(texts)} texts differ, first {text[:40]!r} at token {at}: {change}"
     else:
-        reason = f"{len(lossy)} of {trips} texts do not come back, first {lossy[0][:40]!r}: {runtime.decode(library.encode(lossy[0], add_special_tokens=False).ids)[:40]!r}"
+        reason = f"{len(lossy)} of {trips} texts do not come back from their ids, first {lossy[0][:40]!r}"
     return Check("tokenizer", Status.FAIL, bad, TOKENIZER_DIFFERENCES, reason, details=details)

@@ -1,0 +1,1 @@
+"""Quality and speed of any artifact, side by side, against the checkpoint it came from."""
