@@ -9,6 +9,7 @@ Shapes: B batch, T query, S key, H q-heads, G kv-heads, K head dim.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -216,6 +217,7 @@ def documents(step: Step[Tensor]) -> tuple[Tensor, int]:
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, p: Plan, a: Attention, w: Any) -> Tensor:
     """The reference: every feature, softmax in at least float32, scores in memory."""
+    assert a.scale is not None, "a resolved layer"
     k, v = _repeat(k, q), _repeat(v, q)
     scores = (q @ k.transpose(-2, -1)).to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     scores = scores * a.scale
@@ -254,14 +256,21 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, p: Plan, a: Attention, w: 
     from torch.nn.attention.varlen import varlen_attn
 
     assert p.cumulative is not None
-    batch, heads, tokens, _ = q.shape
-    flat = (t.transpose(1, 2).flatten(0, 1) for t in (q, _repeat(k, q), _repeat(v, q)))
-    left = -1 if a.window is None else a.window - 1
+    flat_q, flat_k, flat_v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     y = varlen_attn(
-        *flat, p.cumulative, p.cumulative, p.longest, p.longest, scale=a.scale, window_size=(left, 0)
+        flat_q,
+        flat_k,
+        flat_v,
+        p.cumulative,
+        p.cumulative,
+        p.longest,
+        p.longest,
+        scale=a.scale,
+        window_size=(-1 if a.window is None else a.window - 1, 0),
+        enable_gqa=k.shape[1] != q.shape[1],
     )
     assert isinstance(y, Tensor)
-    return y.unflatten(0, (batch, tokens)).transpose(1, 2)
+    return y.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, p: Plan, a: Attention, w: Any) -> Tensor:
@@ -314,7 +323,12 @@ def _repeat(x: Tensor, q: Tensor) -> Tensor:
 def _flex(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    return torch.compile(flex) if device == "cuda" else flex
+    def reference(*args: Any, **options: Any) -> Any:
+        with warnings.catch_warnings():  # it warns that it materialises the scores; that was the choice
+            warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+            return flex(*args, **options)
+
+    return torch.compile(flex) if device == "cuda" else reference
 
 
 def _block_mask(a: Attention, r: Request, keys: Tensor) -> Any:

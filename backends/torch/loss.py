@@ -32,11 +32,17 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="sum")
 
 
-@torch.compiler.disable
 def chunked_loss(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logits: ChunkLogits, criterion: Criterion
 ) -> Tensor:
     """Summed loss of hidden states [N, D] against targets [N]; differentiable once in x, weight and bias."""
+    return _eager(x, weight, bias, targets, logits, criterion)
+
+
+@torch.compiler.disable(reason="it takes gradients inside the forward pass")
+def _eager(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logits: ChunkLogits, criterion: Criterion
+) -> Tensor:
     rows = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**28) // weight.shape[0])
     if torch.is_grad_enabled():
         return _ChunkedLoss.apply(x, weight, bias, targets, logits, criterion, rows)  # type: ignore[no-any-return]

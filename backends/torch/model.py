@@ -68,10 +68,11 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-100 = ignored) the float32 sum of their losses.
 
-        `segments` [B, T] packs several documents into a row: consecutive tokens of one document bear one number, and
-        none sees another's. `positions` [B, T] default to the place within the document. With a `cache` the tokens
-        continue it. `last` keeps only the last position's logits, [B, 1, V]. `criterion(logits [N, V], targets [N])`
-        replaces the summed cross-entropy. `taps` receives every named intermediate.
+        `segments` [B, T] packs several documents into a row: the tokens of one bear one number, which does not come
+        back after another's, and none sees another's. `positions` [B, T] default to the place within the document.
+        With a `cache` the tokens continue it. `last` keeps only the last position's logits, [B, 1, V].
+        `criterion(logits [N, V], targets [N])` replaces the summed cross-entropy. `taps` receives every named
+        intermediate.
 
         Raises `UserError` for sequences beyond `length` or beyond the cache's end.
         """
@@ -127,8 +128,12 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: Cache, *, last: bool = False) -> Tensor:
-        """Continue (or begin) a cached sequence by ids [B, T]: logits [B, T, V], or [B, 1, V] with `last`."""
-        return self(ids, cache=cache, last=last)
+        """Continue (or begin) a cached sequence by ids [B, T]: logits [B, T, V], or [B, 1, V] with `last`.
+
+        Compiled blocks run eagerly here, since the cache's shapes change with every token.
+        """
+        with torch.compiler.set_stance("force_eager"):
+            return self(ids, cache=cache, last=last)
 
     def prefill_cache(self, ids: Tensor, length: int | None = None) -> tuple[Tensor, Cache]:
         """Begin a sequence with ids [B, T]: the last token's logits [B, V], and the cache."""

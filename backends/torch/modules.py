@@ -156,6 +156,10 @@ class Block(nn.Module):
         return forward.block(ops, self.spec, self, x, step, rotation, cache)
 
 
+def _bare(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return linear(x)
+
+
 class Head(nn.Module):
     """The output projection. A tied one has no weight of its own and reads the embedding's, which must then share its
     FSDP group (the root)."""
@@ -186,7 +190,7 @@ class Head(nn.Module):
         assert weight is not None
         if targets is None:
             return F.linear(x, weight, self.bias)
-        finish = logits or (lambda linear, chunk: linear(chunk))
+        finish = logits if logits is not None else _bare
 
         def chunk_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return finish(lambda h: F.linear(h, weight, bias), chunk)

@@ -18,7 +18,6 @@ from backends.torch.cache import LayerCache
 from backends.torch.modules import Rotation
 from spec.config import Activation, Attention, Block, Norm
 from spec.ops import Ops, Step
-from spec.rope import RopeTable
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -90,7 +89,7 @@ class TorchOps(Ops[Tensor, Any, LayerCache]):
     def merge_heads(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)
 
-    def rotation(self, table: RopeTable | Any, step: Step[Tensor]) -> Rotation:
+    def rotation(self, table: Any, step: Step[Tensor]) -> Rotation:
         """`table` is the `Rotary` module that holds the table on the device."""
         return table(step.positions, self.angle_dtype)
 
@@ -109,12 +108,10 @@ class TorchOps(Ops[Tensor, Any, LayerCache]):
         k, v, slots = cache.store(k, v)
         return k, v, slots[None], cache
 
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, step: Step[Tensor], key_slots: Any, a: Attention, w: Any
-    ) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, step: Step[Tensor], key_slots: Any, a: Attention, w: Any) -> Tensor:
         """The plan already knows the slots: masks are built from them before the first layer."""
         plan = self.plans[w.kind]
-        return KERNELS[plan.kernel](q, k, v, plan, a, w)
+        return self.tap(KERNELS[plan.kernel](q, k, v, plan, a, w), "attn.heads")
 
     def call(
         self, i: int, b: Block, w: Any, x: Tensor, step: Step[Tensor], rotation: Any, cache: LayerCache | None

@@ -1,0 +1,5 @@
+"""`python -m backends`."""
+
+from backends.cli import main
+
+main()

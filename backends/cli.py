@@ -1,0 +1,179 @@
+"""`python -m backends`: what is installed, and text from any artifact. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+app = App(
+    name="backends",
+    help="The runtimes: which are installed, and text from any artifact.",
+    version_flags=[],
+    help_format="plaintext",
+)
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for programs.")]
+
+
+@app.command(name="list")
+def list_backends(*, json: Json = False) -> None:
+    """List the backends: whether what they need is installed, how to install it, and what they open."""
+    from backends import REGISTRY, missing
+
+    rows = [
+        {
+            "name": b.name,
+            "installed": not missing(b),
+            "missing": missing(b),
+            "install": f"pip install 'allotrope[{b.extra}]'" if b.extra else "",
+            "opens": f"*{b.suffix}" if b.suffix else " + ".join(b.marks),
+        }
+        for b in REGISTRY
+    ]
+    if json:
+        print(jsonlib.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("backend", "installed", "opens", "to install")
+    for row in rows:
+        lacks = ", ".join(row["missing"])
+        table.add_row(
+            row["name"], "yes" if row["installed"] else f"no ({lacks} missing)", row["opens"] or "-",
+            "" if row["installed"] else row["install"],
+        )  # fmt: skip
+    Console().print(table)
+
+
+@app.command
+def generate(
+    artifact: Path,
+    *,
+    prompt: str,
+    max_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    backend: str | None = None,
+    threads: int | None = None,
+    context: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    json: Json = False,
+) -> None:
+    """Continue a prompt with an artifact's model, as it is written.
+
+    Example: python -m backends generate model.gguf --prompt "def main():" --max-tokens 64 --seed 1
+
+    Parameters
+    ----------
+    artifact
+        A .gguf file or a checkpoint folder.
+    prompt
+        The text to continue; "-" reads it from the standard input.
+    max_tokens
+        Most tokens to write.
+    temperature
+        Divides the logits; 0 always takes the likeliest token.
+    top_k
+        Draw from the k likeliest tokens only; 0 is off.
+    top_p
+        Draw from the fewest tokens whose probabilities reach p; 1 is off.
+    min_p
+        Draw from tokens at least p times as likely as the likeliest; 0 is off.
+    repetition_penalty
+        Above 1 makes tokens that have occurred less likely.
+    seed
+        Makes the text repeatable.
+    stop
+        End before this text (may be repeated).
+    backend
+        Which backend opens the artifact, where it could be several.
+    threads
+        CPU threads.
+    context
+        Tokens of the longest sequence; default: the model's.
+    device
+        Where the torch backend runs: cpu, cuda, mps.
+    dtype
+        Precision of the torch backend: f32, bf16, f16.
+    """
+    import time
+
+    from backends import load
+    from backends.generate import generate as pieces
+
+    given = {"threads": threads, "context": context, "device": device, "dtype": dtype}
+    options = {name: value for name, value in given.items() if value is not None}
+    _check_options(artifact, backend, options)
+    text_in = sys.stdin.read() if prompt == "-" else prompt
+    with load(artifact, backend, **options) as runtime:
+        ids = runtime.encode(text_in)
+        while len(ids) > 1 and ids[-1] in runtime.eos_ids:  # a tokenizer that ends texts must not end the prompt
+            ids.pop()
+        tokens: list[int] = []
+        texts: list[str] = []
+        start = time.perf_counter()
+        stream = pieces(
+            runtime, ids, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, seed=seed, stop=stop, on_token=tokens.append,
+        )  # fmt: skip
+        if not json:
+            print(text_in, end="", flush=True)
+        for piece in stream:
+            texts.append(piece)
+            if not json:
+                print(piece, end="", flush=True)
+        seconds = time.perf_counter() - start
+        if not json:
+            print()
+            return
+        out = {
+            "prompt": text_in, "text": "".join(texts), "prompt_ids": ids, "ids": tokens,
+            "seconds": seconds, "info": runtime.info(),
+        }  # fmt: skip
+        print(jsonlib.dumps(out, indent=2))
+
+
+def _check_options(artifact: Path, backend: str | None, options: dict[str, Any]) -> None:
+    """Raises `UserError` for an option that the artifact's backend does not have."""
+    import inspect
+
+    from backends import REGISTRY, get, part
+    from backends.base import recognise
+    from spec.errors import UserError
+
+    found = get(backend) if backend else recognise(artifact, REGISTRY)
+    if found is None or not options:
+        return  # `load` says what is wrong with it
+    known = inspect.signature(part(found, "runtime").load).parameters
+    for name in options:
+        if name not in known:
+            raise UserError(f"--{name}: the {found.name} backend has no such option (leave it out)")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; what the user can fix ends with one line a problem and exit status 2."""
+    from spec.errors import UserError
+
+    try:
+        app(argv)
+        sys.stdout.flush()
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` closed the pipe: that is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
