@@ -19,7 +19,7 @@ setup:
 	@.ci/setup
 
 demo: setup
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/demo.sh
+	@examples/main_job.sh
 
 test: setup
 	$(pytest)
