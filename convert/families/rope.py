@@ -1,0 +1,109 @@
+"""Rotary settings of a config.json, in both layouts: `rope_theta` + `rope_scaling`, and transformers 5's
+`rope_parameters`. Formulas of the defaults: transformers' modeling_rope_utils (checked against it in the tests)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from convert.families.config import Config
+from spec.errors import nearest
+from spec.rope import longrope_attention_factor
+
+FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (
+        (),
+        ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+         "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (
+        ("short_factor", "long_factor"),
+        ("factor", "original_max_position_embeddings", "attention_factor"),
+    ),
+}  # fmt: skip
+"""Required and optional numbers of each type."""
+COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+ALIASES = {"su": "longrope"}
+
+
+def rope(c: Config) -> dict[str, Any]:
+    """The `position` field of a spec. Problems are noted on the config under the key that has them."""
+    theta = c.take("rope_theta", (int, float), optional=True)
+    fraction = c.take("partial_rotary_factor", (int, float), optional=True)
+    original = c.take("original_max_position_embeddings", int, optional=True)
+    new, old = c.take("rope_parameters", dict, optional=True), c.take("rope_scaling", dict, optional=True)
+    if new and old and new != old:
+        c.bad("rope_scaling", None, "and rope_parameters differ", "keep one of them")
+    key, given = ("rope_parameters", new) if new else ("rope_scaling", old or {})
+    assert given is not None
+    if any(isinstance(v, dict) for v in given.values()):
+        c.bad(key, None, "has settings by layer type, which this family does not use", "")
+        return {}
+    position: dict[str, Any] = {
+        "kind": "rope",
+        "theta": float(given.get("rope_theta", theta if theta is not None else 10000.0)),
+    }
+    fraction = given.get("partial_rotary_factor", fraction)
+    if fraction not in (None, 1, 1.0):
+        position["fraction"] = fraction
+    if original is not None:
+        given = {**given, "original_max_position_embeddings": original}
+    scaling = _scaling(c, key, given)
+    return {**position, **({"scaling": scaling} if scaling else {})}
+
+
+def _scaling(c: Config, key: str, given: dict[str, Any]) -> dict[str, Any] | None:
+    kind = given.get("rope_type", given.get("type", "default"))
+    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else str(kind)
+    if kind not in FIELDS:
+        c.bad(f"{key}.rope_type", kind, "is no scaling that is read", nearest(kind, FIELDS))
+        return None
+    required, optional = FIELDS[kind]
+    lists = ("short_factor", "long_factor")
+    g = {n: v for n, v in given.items() if v is not None and n not in COMMON}
+    spare = {"original_max_position_embeddings"} if kind in ("default", "linear") else set()
+    for name in sorted(set(g) - set(required) - set(optional) - spare):
+        c.bad(f"{key}.{name}", g[name], f"is an unknown key of {kind}", nearest(name, (*required, *optional)))
+    for name in required:
+        if name not in g:
+            c.bad(f"{key}.{name}", None, "is missing", f"{kind} needs it")
+    for name, value in g.items():
+        numbers = value if name in lists and isinstance(value, list) else [value]
+        if name != "truncate" and not all(_number(v) for v in numbers):
+            c.bad(f"{key}.{name}", value, "is no number")
+    context = c.take("max_position_embeddings", int)
+    if c.problems or kind == "default" or context is None:
+        return None
+    original = g.get("original_max_position_embeddings", context)
+    if kind == "linear":
+        return {"kind": kind, "factor": g["factor"]}
+    if kind == "dynamic":  # transformers takes max_position_embeddings for the original context
+        return {"kind": kind, "factor": g["factor"], "original_context": context}
+    if kind == "llama3":
+        return {"kind": kind, **{n: g[n] for n in required}, "original_context": original}
+    ratio = g.get("factor", context / original)
+    if kind == "yarn":
+        factor = g.get("attention_factor", _yarn_attention(ratio, g.get("mscale"), g.get("mscale_all_dim")))
+        return {
+            "kind": kind, "factor": ratio, "original_context": original, "attention_factor": factor,
+            "beta_fast": g.get("beta_fast") or 32, "beta_slow": g.get("beta_slow") or 1,
+            "truncate": g.get("truncate", True),
+        }  # fmt: skip
+    factor = g.get("attention_factor", longrope_attention_factor(max(1, ratio) * original, original))
+    return {"kind": kind, "short_factor": g["short_factor"], "long_factor": g["long_factor"],
+            "original_context": original, "attention_factor": factor}  # fmt: skip
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _yarn_attention(factor: float, mscale: float | None, all_dim: float | None) -> float:
+    def of(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    return of(mscale) / of(all_dim) if mscale and all_dim else of(1.0)

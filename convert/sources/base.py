@@ -1,0 +1,206 @@
+"""A source of canonical tensors: what converters, verification and loaders read."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Floats, Tokenizer, content_hash
+from convert.sources.safetensors import DTYPES, Tensors
+from spec.config import Spec
+from spec.errors import UserError
+from spec.layout import Layout
+from spec.params import params
+
+BLOCK = 1 << 21
+"""Weights in a row block: 8 MiB as float32."""
+
+
+class Source:
+    """A checkpoint, open: its spec, its tokenizer, and a lazy stream of canonical tensors in row blocks.
+
+    `aliases` are external tensors that must equal a canonical one (a tied head that was stored all the same); they
+    are compared while the canonical one streams. `ignored` is a pattern of external tensors that hold no weights.
+    Raises `UserError` that lists every missing, unclaimed and misshapen tensor.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        spec: Spec,
+        layout: Layout,
+        tensors: Tensors,
+        tokenizer: Tokenizer | None,
+        *,
+        aliases: dict[str, str] | None = None,
+        ignored: str = r"(?!)",
+    ) -> None:
+        self.path, self.spec, self.tokenizer = path, spec, tokenizer
+        self.notes: list[str] = []
+        """What a user should know though nothing is lost."""
+        self._layout, self._tensors = layout, tensors
+        self._params = {p.name: p for p in params(spec)}
+        self._aliases = {c: e for e, c in (aliases or {}).items() if e in tensors.entries}
+        self._check(ignored)
+        self._check_vocabulary()
+
+    def names(self) -> list[str]:
+        """Canonical names, in canonical order."""
+        return list(self._params)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a canonical tensor."""
+        return self._params[name].shape
+
+    @property
+    def weights(self) -> int:
+        """How many weights there are."""
+        return sum(p.size for p in self._params.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights as stored."""
+        return self._tensors.nbytes
+
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors come in each dtype."""
+        found = [self._tensors.entries[n].dtype.lower() for n in self._layout.external]
+        return {d: found.count(d) for d in sorted(set(found))}
+
+    def rows(self, name: str) -> int:
+        """Rows of one block: as many as 8 MiB hold, and whole heads of q and k, whose rows some formats permute."""
+        shape = self.shape(name)
+        rows = max(1, BLOCK // prod(shape[1:]))
+        if re.fullmatch(r"layers\.\d+\.attn\.[qk]\.weight", name):
+            head_dim = self.spec.layers[int(name.split(".")[1])].attention.head_dim
+            assert head_dim is not None, "a resolved layer"
+            rows = max(head_dim, rows // head_dim * head_dim)
+        return min(rows, shape[0])
+
+    def blocks(self, name: str, rows: int | None = None) -> Iterator[tuple[int, Floats]]:
+        """(first row, float32 rows) of a tensor, in order, `rows` at a time (default: about 8 MiB).
+
+        Raises `UserError` at a NaN or infinity, naming tensor and row, and at an alias that differs.
+        """
+        total, step = self.shape(name)[0], rows or self.rows(name)
+        for start in range(0, total, step):
+            stop = min(total, start + step)
+            block = self._layout.read(name, start, stop, self._tensors.fetch)
+            _finite(self._label(name), start, block)
+            alias = self._aliases.get(name)
+            if alias is not None and not np.array_equal(block, self._tensors.fetch(alias, start, stop)):
+                raise UserError(f"{alias}: differs from {self._label(name)}, and the model ties the two "
+                                "(tie_word_embeddings: false would keep both)")  # fmt: skip
+            yield start, block
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """A whole tensor, float32."""
+        out = np.empty(self.shape(name), np.float32)
+        for start, block in self.blocks(name):
+            out[start : start + len(block)] = block
+        return out
+
+    def hash(self) -> str:
+        """SHA-256 over every canonical tensor's values, whatever dtype and files they came in (reads all of them)."""
+        return weights_hash((n, content_hash(b for _, b in self.blocks(n))) for n in self.names())
+
+    def close(self) -> None:
+        """Close the files."""
+        self._tensors.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _label(self, name: str) -> str:
+        outside = self._layout.of[name].external
+        return name if outside == (name,) else f"{name} ({', '.join(outside)})"
+
+    def _check(self, ignored: str) -> None:
+        have, want = self._tensors.entries, self._layout.external
+        problems = []
+        missing = [n for n in want if n not in have]
+        if missing:
+            problems.append(f"{len(missing)} tensors are missing: {collapse(missing)}")
+        skip = re.compile(ignored)
+        extra = [n for n in have if n not in want and n not in self._aliases.values() and not skip.fullmatch(n)]
+        if extra:
+            problems.append(f"{len(extra)} tensors belong to nothing in the model: {collapse(extra)}")
+        problems += [
+            f"{n}: shape {list(have[n].shape)}, the model needs {list(shape)}"
+            for n, shape in want.items()
+            if n in have and have[n].shape != shape
+        ]
+        for canonical, alias in self._aliases.items():
+            if have[alias].shape != self.shape(canonical):
+                problems.append(f"{alias}: shape {list(have[alias].shape)}, the tied {canonical} has "
+                                f"{list(self.shape(canonical))}")  # fmt: skip
+        used = [*(n for n in want if n in have), *self._aliases.values()]
+        for dtype in sorted({have[n].dtype for n in used} - set(DTYPES)):
+            names = [n for n in used if have[n].dtype == dtype]
+            problems.append(f"{len(names)} tensors are {dtype} (F32, F16 and BF16 are read): {collapse(names)}")
+        if problems:
+            raise UserError("\n".join(f"{self.path}: {p}" for p in problems))
+
+    def _check_vocabulary(self) -> None:
+        if self.tokenizer is None:
+            self.notes.append("no tokenizer: the artifact takes token ids only")
+            return
+        from convert.tokenizers import token_count
+
+        tokens, rows = token_count(self.tokenizer), self.spec.vocab_size
+        if tokens > rows:
+            raise UserError(f"{self.path}: the tokenizer has {tokens} tokens and the embedding {rows} rows; "
+                            "the tokenizer is another model's, or the embedding was not resized")  # fmt: skip
+        if tokens < rows:
+            self.notes.append(f"{rows - tokens} embedding rows have no token (padding)")
+
+
+def _finite(label: str, start: int, block: Floats) -> None:
+    if np.isfinite(block).all():
+        return
+    row, *column = (int(i) for i in np.argwhere(~np.isfinite(block))[0])
+    value = block[(row, *column)]
+    at = f"row {start + row}" + (f", column {column[0]}" if column else "")
+    raise UserError(f"{label}: {value} at {at}; the checkpoint is damaged or its training diverged")
+
+
+def collapse(names: Sequence[str], limit: int = 12) -> str:
+    """Names with layer numbers folded together: `layers.{0..15}.attn.q.bias`."""
+    groups: dict[str, list[int]] = {}
+    for n in names:
+        number = re.search(r"\.(\d+)\.", n)
+        key = n[: number.start(1)] + "{}" + n[number.end(1) :] if number else n
+        groups.setdefault(key, []).append(int(number[1]) if number else -1)
+    shown = [key.replace("{}", "{" + _ranges(sorted(set(i))) + "}" if len(i) > 1 else str(i[0]), 1)
+             for key, i in groups.items()]  # fmt: skip
+    more = f" and {len(shown) - limit} more kinds" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
+
+
+def _ranges(numbers: list[int]) -> str:
+    out: list[list[int]] = []
+    for n in numbers:
+        if out and n == out[-1][1] + 1:
+            out[-1][1] = n
+        else:
+            out.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in out)
+
+
+def weights_hash(tensors: Iterator[tuple[str, str]]) -> str:
+    """One hash over the (name, hash) of every tensor, in canonical order."""
+    whole = hashlib.sha256()
+    for name, digest in tensors:
+        whole.update(f"{name} {digest}\n".encode())
+    return whole.hexdigest()
