@@ -25,7 +25,10 @@ _REF = "#/$defs/"
 def spec_page() -> str:
     """docs/spec.md: an introduction, then one table for each model of the language."""
     schema = Spec.model_json_schema()
-    parts = [NOTE.format(source="docstrings in spec/config.py"), (HERE / "heads" / "spec.md").read_text(encoding="utf-8")]
+    parts = [
+        NOTE.format(source="docstrings in spec/config.py"),
+        (HERE / "heads" / "spec.md").read_text(encoding="utf-8"),
+    ]
     models = {"Spec": schema} | schema["$defs"]
     for name in _order("Spec", models):
         parts.append(f"\n## {name}\n\n{_about(models[name])}\n\n{_fields(models[name])}")

@@ -1,0 +1,1 @@
+"""Allotrope against the tools that a user would pick instead, on the same machine and the same model."""
