@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from spec.errors import UserError
 
@@ -81,7 +83,8 @@ def run(
 
 
 def _pm(x: float, se: float) -> str:
-    return f"{x:.4g} ± {se:.1g}"
+    digits = max(0, 1 - math.floor(math.log10(se))) if se > 0 else 4
+    return f"{x:.{digits}f} ± {se:.{digits}f}"
 
 
 ROWS: tuple[tuple[str, Any], ...] = (
@@ -97,7 +100,7 @@ ROWS: tuple[tuple[str, Any], ...] = (
     ("prefill", lambda r: f"{r['prefill_tokens_per_s']:,.0f} tokens/s"),
     ("decode", lambda r: f"{r['decode_tokens_per_s']:,.0f} tokens/s"),
     ("load", lambda r: f"{r['load_s']:.2f} s"),
-    ("peak memory", lambda r: f"{r['peak_above_base_bytes'] / 1e6:,.0f} MB"),
+    ("peak memory", lambda r: f"{r['peak_bytes'] / 1e6:,.0f} MB (model {r['peak_above_base_bytes'] / 1e6:,.0f})"),
 )
 
 
@@ -142,18 +145,20 @@ def _verdict(row: dict[str, Any], name: str) -> str:
             check = check_from(c)
             colour = {"PASS": "yellow" if check.flags else "green", "FAIL": "bold red"}.get(check.status, "yellow")
             word = "over budget" if check.flags and name == "quality" else str(check.status)
-            of = f" {number(check.measured)} / {number(check.gate)}" if check.gate is not None else ""
+            of = f" {number(check.measured)} / {number(check.gate)}" if check.gate else ""
             return f"[{colour}]{word}[/]{of}"
     return "-"
 
 
-def main() -> int:
-    """Run the command; `UserError` is one line and exit status 2."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; what the user can fix is one line and exit status 2."""
     try:
-        return int(app(result_action="return_value") or 0)
+        return int(app(argv, exit_on_error=False, result_action="return_value") or 0)
     except UserError as e:
         print(e, file=sys.stderr)
-        return 2
+    except CycloptsError:
+        pass  # already printed
+    return 2
 
 
 if __name__ == "__main__":

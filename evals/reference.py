@@ -79,16 +79,14 @@ def _torch(source: Any) -> tuple[str, Callable[[NDArray[np.int64]], Any]] | None
 
     from backends.torch.model import Decoder
 
-    with torch.device("meta"):
-        decoder = Decoder(spec)
-    state = {n: torch.from_numpy(np.ascontiguousarray(source.tensor(n), dtype=np.float32)) for n in source.names()}
-    fresh = Decoder(spec) if any(True for _ in decoder.buffers()) else decoder
-    fresh.load_state_dict(state, strict=False, assign=True)
-    fresh.float().eval()
+    decoder = Decoder(spec)
+    state = {n: torch.from_numpy(np.array(source.tensor(n), dtype=np.float32)) for n in source.names()}
+    decoder.load_state_dict(state, assign=True)
+    decoder.eval()
 
     def logits(ids: NDArray[np.int64]) -> Any:
         with torch.inference_mode():
-            return fresh(torch.from_numpy(ids)).float().numpy()
+            return decoder(torch.from_numpy(ids)).float().numpy()
 
     return f"PyTorch {torch.__version__}, float32", logits
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from spec.errors import UserError
 
@@ -54,20 +54,16 @@ def main(
     journal
         Where a parent process reads along.
     """
-    try:
-        if journal is not None:
-            from convert.verify.run import run
+    if journal is not None:
+        from convert.verify.run import run
 
-            run(artifact, backend or "", source, level or "", text, threads, journal)
-            return 0
-        from convert.verify import verify
-        from convert.verify.run import describe
+        run(artifact, backend or "", source, level or "", text, threads, journal)
+        return 0
+    from convert.verify import verify
+    from convert.verify.run import describe
 
-        found, declared = describe(artifact, backend)
-        report = verify(artifact, found, source, level or declared, text, threads=threads)
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
+    found, declared = describe(artifact, backend)
+    report = verify(artifact, found, source, level or declared, text, threads=threads)
     if json:
         from convert.verify.report import dumps
 
@@ -79,5 +75,16 @@ def main(
     return 0 if report.ok else 1
 
 
+def run_command() -> int:
+    """Run the command; what the user can fix is one line and exit status 2."""
+    try:
+        return int(app(exit_on_error=False, result_action="return_value") or 0)
+    except UserError as e:
+        print(e, file=sys.stderr)
+    except CycloptsError:
+        pass  # already printed
+    return 2
+
+
 if __name__ == "__main__":
-    sys.exit(app())
+    sys.exit(run_command())

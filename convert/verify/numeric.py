@@ -62,16 +62,20 @@ def rounds_by_table(spec: Spec) -> bool:
     return any(b.mlp.activation in GELU_TABLES for b in spec.layers)
 
 
-def check_graph(run: Array, spec: Spec, weights: Weights, ids: Array, tables: bool, what: str) -> Check:
+def check_graph(
+    run: Array, spec: Spec, weights: Weights, ids: Array, tables: bool, what: str, length: int | None = None
+) -> Check:
     """Float32 compute on the dequantized weights against the float64 oracle.
 
     run: the runtime's logits [B, T, V] in float32 arithmetic throughout. tables: the runtime's GELU is a float16 table
-    by design; then the reference looks it up too, so that the gate stays a float32 one, and the plain error is reported.
+    by design; then the reference looks it up too, so that the gate stays a float32 one; the plain error is reported.
+    length: the session's declared length in tokens.
     """
     tables = tables and rounds_by_table(spec)
 
     def logits(dtype: Any, looked_up: bool) -> Array:
-        return Oracle(spec, weights, ops=EmulatedOps(dtype, linears=False, kv="f32", tables=looked_up)).logits(ids)
+        ops = EmulatedOps(dtype, linears=False, kv="f32", tables=looked_up)
+        return Oracle(spec, weights, length=length, ops=ops).logits(ids)
 
     reference = logits(np.float64, tables)
     control = nmse(logits(np.float32, tables), reference)
@@ -83,13 +87,15 @@ def check_graph(run: Array, spec: Spec, weights: Weights, ids: Array, tables: bo
     return judge("graph", run, reference, gate, what, **extra)
 
 
-def exact_and_emulated(spec: Spec, weights: Weights, ids: Array) -> tuple[Array, Array]:
+def exact_and_emulated(
+    spec: Spec, weights: Weights, ids: Array, length: int | None = None
+) -> tuple[Array, Array]:
     """The oracle's logits and those with the runtime's roundings, both [1, T, V], in one pass over the weights.
 
     ids [1, T]. Weights that are `Typed` say how their input is rounded.
     """
     ops = EmulatedOps(np.float64, rows=slice(1, 2))
-    both = Oracle(spec, weights, ops=ops).logits(np.concatenate([ids, ids]))
+    both = Oracle(spec, weights, length=length, ops=ops).logits(np.concatenate([ids, ids]))
     return both[:1], both[1:]
 
 

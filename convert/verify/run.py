@@ -1,0 +1,229 @@
+"""The verification itself, inside the child process: opens artifact and source, runs the checks, keeps the journal."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+import backends
+from backends.base import Runtime
+from backends.numpy.model import Oracle
+from convert.verify import numeric, sample
+from convert.verify.packing import check_packing
+from convert.verify.report import Check, Report, Status, dumps
+from convert.verify.tokens import check_tokenizer
+from convert.verify.weights import source_weights
+from spec.config import Spec
+from spec.errors import UserError
+
+log = logging.getLogger(__name__)
+Array = NDArray[Any]
+
+VERIFIABLE: tuple[str, ...] = ("gguf",)
+"""Backends whose artifacts this can decode."""
+
+QUICK = 200_000_000
+"""Weights up to which the original's forward is float64 too; beyond, float32 (its rounding is a millionth of the
+mildest quantization's cost)."""
+
+
+class Shipped(Protocol):
+    """An artifact opened for verification: what a backend's door provides."""
+
+    spec: Spec
+    """The spec as the shipped graph computes it (exact folds included)."""
+    precision: str
+    """The coarsest rounding that the runtime applies while it computes, a key of `gates.UNIT`."""
+
+    def weights(self, name: str) -> Any:
+        """The dequantized weights as the graph uses them: array-like, `Typed` where the runtime rounds inputs."""
+        ...
+
+    def stored(self) -> Any:
+        """What `packing.check_packing` reads."""
+        ...
+
+    def load(self, context: int) -> Runtime:
+        """The runtime with its stock settings."""
+        ...
+
+    def twin(self, folder: Path) -> Twin:
+        """A small float32 copy for the graph check."""
+        ...
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A small float32 artifact of the same graph."""
+
+    spec: Spec
+    weights: Callable[[str], Any]
+    runtime: Runtime
+    what: str
+
+
+def door(backend: str) -> Any:
+    """How to open a backend's artifacts. Raises `UserError` for backends that nothing can decode yet."""
+    if backend == "gguf":
+        from convert.verify import gguf
+
+        return gguf
+    raise UserError(f"{backend}: its artifacts cannot be verified yet (verifiable: {', '.join(VERIFIABLE)})")
+
+
+def describe(artifact: Path, backend: str | None = None) -> tuple[str, str]:
+    """The backend of an artifact and the level that its receipt declares. Raises `UserError`."""
+    if not artifact.exists():
+        raise UserError(f"{artifact}: no such file or folder")
+    found = backends.get(backend) if backend else backends.recognise(artifact, backends.REGISTRY)
+    if found is None:
+        raise UserError(f"{artifact}: not an artifact of any backend ({', '.join(b.name for b in backends.REGISTRY)})")
+    return found.name, door(found.name).level_of(artifact)
+
+
+@dataclass
+class Session:
+    """What the checks share; everything expensive is made once, when first asked for."""
+
+    artifact: Path
+    source: Any
+    shipped: Any
+    level: str
+    text: str | None
+    threads: int | None
+
+    @cached_property
+    def ids(self) -> Array:
+        spec: Spec = self.source.spec
+        return sample.token_ids(spec, self.source.tokenizer, self.text, sample.affordable(spec))
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        return self.shipped.load(_context(self.source.spec, self.ids.shape[1]))
+
+    @cached_property
+    def logits(self) -> Array:
+        return self.runtime.logits(self.ids)
+
+    @cached_property
+    def exact_and_emulated(self) -> tuple[Array, Array]:
+        return numeric.exact_and_emulated(self.shipped.spec, self.shipped.weights, self.ids, self.runtime.context)
+
+    @cached_property
+    def arithmetic_control(self) -> float:
+        exact, emulated = self.exact_and_emulated
+        return numeric.nmse(emulated, exact)
+
+    def packing(self) -> Check:
+        return check_packing(self.shipped.stored(), self.source)
+
+    def graph(self) -> Check:
+        with tempfile.TemporaryDirectory(prefix="twin-") as folder:
+            twin = self.shipped.twin(Path(folder))
+            with twin.runtime as runtime:
+                ids = self._twin_ids(twin.spec)
+                run = runtime.logits(ids)
+                return numeric.check_graph(run, twin.spec, twin.weights, ids, True, twin.what, runtime.context)
+
+    def _twin_ids(self, spec: Spec) -> Array:
+        """Past every window that is not too long, and past the block sizes of the runtime's kernels."""
+        windows = [b.attention.window for b in spec.layers if b.attention.window is not None]
+        reach = max([64, *(w + 16 for w in windows if w <= 512)])
+        return np.random.default_rng(1).integers(0, spec.vocab_size, (1, min(reach, spec.context - 1)))
+
+    def arithmetic(self) -> Check:
+        exact, emulated = self.exact_and_emulated
+        what = f"stock runtime against float64 on the same dequantized weights, {self.ids.shape[1]} tokens"
+        check = numeric.check_arithmetic(self.logits, exact, emulated, self.shipped.spec, self.shipped.precision, what)
+        longest = max((b.attention.window or 0 for b in self.source.spec.layers), default=0)
+        if longest > self.ids.shape[1]:
+            beyond = f"the window of {longest} tokens is longer than the {self.ids.shape[1]} compared"
+            check = replace(check, details={**check.details, "not_covered": beyond})
+        return check
+
+    def invariants(self) -> Check:
+        spec: Spec = self.shipped.spec
+        return numeric.check_invariants(
+            self.runtime, self.ids, self.logits, self.arithmetic_control, self.shipped.precision, spec.depth
+        )
+
+    def quality(self) -> Check:
+        spec: Spec = self.source.spec
+        size = sum(int(np.prod(self.source.shape(n))) for n in self.source.names())
+        dtype = np.float64 if size <= QUICK else np.float32
+        original = Oracle(spec, source_weights(self.source), dtype, self.runtime.context).logits(self.ids)
+        check = numeric.check_quality(self.logits, original, self.ids, self.level)
+        if self.source.tokenizer is None:
+            check = replace(check, flags=(*check.flags, "random tokens, since the source has no tokenizer"))
+        return check
+
+    def tokenizer(self) -> Check:
+        return check_tokenizer(self.runtime, self.source.tokenizer)
+
+
+CHECKS: tuple[str, ...] = ("packing", "graph", "arithmetic", "invariants", "quality", "tokenizer")
+"""In order: cheap before dear, and each needs only what those before it have shown."""
+
+
+def _context(spec: Spec, tokens: int) -> int:
+    """Tokens to give the runtime room for: all of the context where rotary tables depend on it, else what is used."""
+    kinds = {getattr(getattr(b.attention.position, "scaling", None), "kind", None) for b in spec.layers}
+    return spec.context if kinds & {"dynamic", "longrope"} else min(spec.context, tokens + 8)
+
+
+def run(
+    artifact: Path, backend: str, source_path: Path, level: str, text: Path | None, threads: int | None, journal: Path
+) -> Report:
+    """Run every check and write each to the journal as it ends. A `UserError` goes there too."""
+    from convert.sources import open_source
+
+    report = Report(str(artifact), backend, level, str(source_path))
+    with journal.open("a", encoding="utf-8") as out:
+
+        def tell(**event: Any) -> None:
+            out.write(dumps(event) + "\n")
+            out.flush()
+
+        try:
+            if not artifact.exists():
+                raise UserError(f"{artifact}: no such file or folder")
+            source = open_source(source_path)
+            lead = None if text is None else sample.read_text(text)
+            opener = door(backend)
+        except UserError as e:
+            tell(error=str(e))
+            return report
+        tell(start="opening")
+        try:
+            shipped = opener.open_artifact(artifact, source.spec, threads)
+            session = Session(artifact, source, shipped, level, lead, threads)
+            tell(facts={"tokens": int(session.ids.size), "versions": opener.versions()})
+        except Exception as e:
+            report.checks.append(_failed("opening", e))
+            tell(check=asdict(report.checks[-1]))
+            tell(done=True)
+            return report
+        for name in CHECKS:
+            tell(start=name)
+            try:
+                check = getattr(session, name)()
+            except Exception as e:
+                log.debug("%s", name, exc_info=True)
+                check = _failed(name, e)
+            report.checks.append(check)
+            tell(check=asdict(check))
+        tell(done=True)
+    return report
+
+
+def _failed(name: str, e: Exception) -> Check:
+    text = " ".join(str(e).split()) or "no message"
+    return Check(name, Status.FAIL, reason=text[:300] if isinstance(e, UserError) else f"{type(e).__name__}: {text[:300]}")
