@@ -54,20 +54,35 @@ Values = Floats | QuantizedTensor
 """A block of rows on its way to a backend: float32, or on the portable grid."""
 
 
-def content_hash(blocks: Iterator[Values] | Sequence[Values]) -> str:
+class ContentHash:
     """SHA-256 of a tensor's values in canonical row order, independent of the container and of the block size.
 
     Two hashes run side by side, one over codes and one over scales (floats: one over their float32 bytes), so that
     cutting the rows elsewhere changes nothing.
     """
-    codes, scales = hashlib.sha256(), hashlib.sha256()
-    for b in blocks:
-        if isinstance(b, QuantizedTensor):
-            codes.update(np.ascontiguousarray(b.codes).tobytes())
-            scales.update(np.ascontiguousarray(b.scales, dtype="<f4").tobytes())
+
+    def __init__(self) -> None:
+        self._codes, self._scales = hashlib.sha256(), hashlib.sha256()
+
+    def update(self, values: Values) -> None:
+        """The next rows."""
+        if isinstance(values, QuantizedTensor):
+            self._codes.update(np.ascontiguousarray(values.codes).data)
+            self._scales.update(np.ascontiguousarray(values.scales, dtype="<f4").data)
         else:
-            codes.update(np.ascontiguousarray(b, dtype="<f4").tobytes())
-    return hashlib.sha256(codes.digest() + scales.digest()).hexdigest()
+            self._codes.update(np.ascontiguousarray(values, dtype="<f4").data)
+
+    def hexdigest(self) -> str:
+        """The hash of all rows so far."""
+        return hashlib.sha256(self._codes.digest() + self._scales.digest()).hexdigest()
+
+
+def content_hash(blocks: Iterator[Values] | Sequence[Values]) -> str:
+    """The `ContentHash` of a tensor's row blocks."""
+    whole = ContentHash()
+    for b in blocks:
+        whole.update(b)
+    return whole.hexdigest()
 
 
 @dataclass(frozen=True)

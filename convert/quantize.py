@@ -48,6 +48,37 @@ GRIDS = {
 }
 
 
+class TooLarge(UserError):
+    """A weight beyond what a level can hold; `row` counts from the start of the block."""
+
+    def __init__(self, row: int, value: float, limit: float, level: str) -> None:
+        self.row, self.value, self.limit, self.level = row, value, limit, level
+        super().__init__(self.at("", 0))
+
+    def at(self, name: str, start: int) -> str:
+        """The message, for a block that begins at row `start` of tensor `name`."""
+        return (f"{name}{': ' if name else ''}row {start + self.row}: a weight of {self.value:.6g} is beyond {self.level} "
+                f"(at most {self.limit:.6g}): use --quant f32")  # fmt: skip
+
+
+def round_floats(block: Floats, level: str) -> Floats:
+    """Finite float32 rounded to nearest even at `f16` or `bf16`, as float32; `f32` as it is. Raises `TooLarge`."""
+    if level == "f32":
+        return block
+    if level == "f16":
+        with np.errstate(over="ignore"):
+            out, limit = block.astype(np.float16).astype(np.float32), 65504.0
+    else:
+        bits = np.ascontiguousarray(block).view(np.uint32)
+        out = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+        limit = float(np.float32(2.0**127 * (2 - 2.0**-7)))
+    finite = np.isfinite(out)
+    if not finite.all():
+        row = int(np.argwhere(~finite)[0][0])
+        raise TooLarge(row, float(np.abs(block[row]).max()), limit, level)
+    return out
+
+
 def round_scale(scale: Floats) -> Floats:
     """The nearest positive scale of at most 8 significant bits that float16 holds exactly."""
     bits = np.ascontiguousarray(scale, np.float32).view(np.uint32)
@@ -80,11 +111,7 @@ def quantize(block: Floats, bits: int, group: int = 32, weights: Floats | None =
     too_large = np.flatnonzero(scales > grid.largest)
     if len(too_large):
         row = int(too_large[0]) * group // cols
-        limit = grid.largest * grid.high
-        raise UserError(
-            f"row {row}: a weight of {np.abs(block[row]).max():.4g} is beyond the q{bits} grid (at most {limit:.0f}); "
-            "use --quant f32 or bf16"
-        )
+        raise TooLarge(row, float(np.abs(block[row]).max()), grid.largest * grid.high, f"q{bits}")
     return QuantizedTensor(codes.reshape(rows, cols), scales.reshape(rows, cols // group), bits, group)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from backends.base import QuantizedTensor
-from convert.quantize import GRIDS, error, quantize, round_scale
+from convert.quantize import GRIDS, error, quantize, round_floats, round_scale
 from spec.errors import UserError
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
@@ -117,7 +117,7 @@ def test_importances_move_the_error_where_it_matters_less(bits: int) -> None:
 def test_weights_beyond_a_float16_scale_are_refused(bits: int) -> None:
     x = np.ones((3, 64), np.float32)
     x[2, 5] = 1e6
-    with pytest.raises(UserError, match=r"row 2: a weight of 1e\+06 is beyond the q. grid"):
+    with pytest.raises(UserError, match=r"row 2: a weight of 1e\+06 is beyond q"):
         quantize(x, bits)
 
 
@@ -125,3 +125,21 @@ def test_weights_beyond_a_float16_scale_are_refused(bits: int) -> None:
 def test_rounded_scales_are_as_near_as_they_can_be(s: float) -> None:
     r = float(round_scale(np.array([s], np.float32))[0])
     assert abs(r - s) <= max(s * 2**-8, 2**-25) or r == 2**-24
+
+
+@given(x=blocks(-6e4, 6e4))
+@settings(max_examples=50, deadline=None)
+def test_float_levels_round_to_nearest_even(x: np.ndarray) -> None:
+    np.testing.assert_array_equal(round_floats(x, "f16"), x.astype(np.float16).astype(np.float32))
+    assert round_floats(x, "f32") is x
+    half = round_floats(x, "bf16")
+    np.testing.assert_array_equal(half, bf16(half))
+    assert (np.abs(half - x) <= np.abs(x) * 2**-8).all()
+
+
+@pytest.mark.parametrize(("level", "value"), [("f16", 7e4), ("bf16", 3.4e38)])
+def test_floats_that_would_become_infinite_are_refused(level: str, value: float) -> None:
+    x = np.ones((3, 4), np.float32)
+    x[1, 2] = value
+    with pytest.raises(UserError, match="row 1: a weight of"):
+        round_floats(x, level)
