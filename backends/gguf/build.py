@@ -1,0 +1,331 @@
+"""Writing a GGUF file: the whole layout is known before the first weight arrives, so rows go to their final place."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Planned, QuantizedTensor, Tokenizer, Values
+from backends.gguf import metadata as meta
+from backends.gguf.fit import Fit, choose
+from backends.gguf.names import Piece, Slot, slots
+from backends.gguf.pack import pack
+from backends.gguf.recipe import recipe
+from backends.gguf.tokenizer import tokenizer_metadata
+from backends.gguf.twin import twin
+from backends.gguf.types import TYPES, fitting, joined
+from spec.config import Spec
+from spec.errors import UserError
+from spec.load import dump
+
+__all__ = ["GGUFWriter", "layout", "recipe", "size", "stamp", "twin", "writer"]
+
+log = logging.getLogger(__name__)
+
+ALIGNMENT = 32
+SPEC_KEY = "allotrope.spec"
+RECEIPT_KEY = "allotrope.receipt"
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor of the file with its type and its place behind the header."""
+
+    slot: Slot
+    type: str
+    offset: int
+    row_bytes: int
+
+    @property
+    def rows(self) -> int:
+        return self.slot.shape[0] if len(self.slot.shape) > 1 else 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+
+def layout(spec: Spec, fit: Fit, planned: Sequence[Planned]) -> list[Stored]:
+    """Types and offsets of every tensor. Vectors stay float32; matrices whose rows do not fit a type take its
+    fallback."""
+    levels = {p.name: p.level for p in planned}
+    out, offset = [], 0
+    for s in slots(spec, fit):
+        kind, cols = "f32", s.shape[-1]
+        if s.matrix:
+            kind = fitting(joined([levels[p.name] for p in s.pieces]), cols)
+        rows = s.shape[0] if len(s.shape) > 1 else 1
+        stored = Stored(s, kind, offset, TYPES[kind].nbytes(cols))
+        out.append(stored)
+        offset += -(-rows * stored.row_bytes // ALIGNMENT) * ALIGNMENT
+    return out
+
+
+def carrier(spec: Spec) -> Fit:
+    """The carrier. Raises `UserError` with everything that stands in the way."""
+    fit = choose(spec)
+    if fit.refusals:
+        from backends.gguf.support import support
+
+        raise UserError("\n".join(support(spec, "f32").refusals))
+    return fit
+
+
+def _header(
+    spec: Spec, fit: Fit, tensors: Sequence[Stored], tokenizer: Tokenizer | None, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """Every key of the file but the receipt, which comes last."""
+    arch = fit.carrier.arch
+    matrices = [t.type for t in tensors if t.slot.matrix]
+    common = max(set(matrices), key=matrices.count)
+    out: dict[str, Any] = {
+        "general.architecture": arch,
+        "general.type": "model",
+        "general.name": spec.name,
+        "general.alignment": ALIGNMENT,
+        "general.quantization_version": 2,
+        "general.file_type": meta.FILE_TYPES.get(common, 1024),
+    }
+    for key, value in metadata.items():
+        out[key if "." in key else f"general.{key}"] = value
+    out |= {f"{arch}.{k}": v for k, v in meta.architecture(spec, fit).items()}
+    out |= tokenizer_metadata(tokenizer, spec.vocab_size)
+    out[SPEC_KEY] = dump(spec)
+    return out
+
+
+def _room(tensors: Sequence[Stored]) -> int:
+    """Bytes kept for the receipt: it names every tensor with a hash, and grows once parity is measured."""
+    return 16384 + 320 * len(tensors)
+
+
+def _add(w: Any, key: str, value: Any) -> None:
+    from gguf import GGUFValueType
+
+    match value:
+        case bool():
+            w.add_bool(key, value)
+        case int():
+            w.add_uint32(key, value)
+        case float():
+            w.add_float32(key, value)
+        case str():
+            w.add_key_value(key, value, GGUFValueType.STRING)
+        case _:
+            w.add_key_value(key, list(value), GGUFValueType.ARRAY)
+
+
+def _write_header(path: Path, arch: str, keys: dict[str, Any], tensors: Sequence[Stored]) -> tuple[int, int]:
+    """Header, metadata and tensor infos. Returns where the receipt's text ends and where tensor data begins."""
+    import gguf
+
+    w = gguf.GGUFWriter(None, arch)
+    for key, value in keys.items():
+        _add(w, key, value)
+    for t in tensors:
+        dims = t.slot.shape
+        kind = gguf.GGMLQuantizationType(TYPES[t.type].id)
+        w.add_tensor_info(t.slot.name, dims, np.dtype(np.float32), t.nbytes, raw_dtype=kind)
+    try:
+        w.write_header_to_file(path)
+        w.write_kv_data_to_file()
+        assert w.fout is not None
+        receipt_end = w.fout[0].tell()
+        w.write_ti_data_to_file()
+        end = w.fout[0].tell()
+    finally:
+        w.close()
+    return receipt_end, -(-end // ALIGNMENT) * ALIGNMENT
+
+
+def _reserve(fd: int, total: int, path: Path) -> None:
+    """Claim the disk space now, so that a full disk shows before an hour of work."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, total)
+        else:
+            os.ftruncate(fd, total)
+    except OSError as e:
+        free = os.statvfs(path.parent)
+        have = free.f_bavail * free.f_frsize
+        raise UserError(
+            f"{path}: {e.strerror}: needs {total / 1e6:,.1f} MB, {have / 1e6:,.1f} MB are free"
+        ) from None
+
+
+class GGUFWriter:
+    """A `backends.base.Writer`: rows of canonical tensors in any order, each once, to their final offsets."""
+
+    def __init__(
+        self, spec: Spec, fit: Fit, tensors: Sequence[Stored], keys: dict[str, Any], out: Path, threads: int
+    ) -> None:
+        self.path, self.threads = out, threads
+        self._places: dict[str, list[tuple[Stored, Piece]]] = {}
+        for t in tensors:
+            for p in t.slot.pieces:
+                self._places.setdefault(p.name, []).append((t, p))
+        self._missing = {name: _rows(name, spec) for name in self._places}
+        self._room = _room(tensors)
+        try:
+            self._receipt_end, self._data = _write_header(
+                out, fit.carrier.arch, keys | {RECEIPT_KEY: " " * self._room}, tensors
+            )
+            self._fd = os.open(out, os.O_RDWR)
+        except OSError as e:
+            out.unlink(missing_ok=True)
+            raise UserError(f"{out}: {e.strerror}") from None
+        try:
+            last = tensors[-1]
+            _reserve(self._fd, self._data + last.offset + -(-last.nbytes // ALIGNMENT) * ALIGNMENT, out)
+            for t in tensors:
+                self._fill(t)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _fill(self, t: Stored) -> None:
+        """What no canonical tensor provides: constants, and neutral biases and gains."""
+        s = t.slot
+        if s.value is not None:
+            self._put(t, 0, np.ascontiguousarray(s.value, "<f4").view(np.uint8).reshape(1, -1))
+        elif not s.matrix and sum(len(p.to) for p in s.pieces) < int(np.prod(s.shape)):
+            self._put(t, 0, np.full(int(np.prod(s.shape)), s.fill, "<f4").view(np.uint8).reshape(1, -1))
+
+    def _put(self, t: Stored, row: int, data: NDArray[np.uint8]) -> None:
+        self._pwrite(memoryview(np.ascontiguousarray(data)).cast("B"), self._data + t.offset + row * t.row_bytes)
+
+    def _pwrite(self, view: memoryview, at: int) -> None:
+        try:
+            while view:
+                n = os.pwrite(self._fd, view, at)
+                view, at = view[n:], at + n
+        except OSError as e:
+            raise UserError(f"{self.path}: {e.strerror}") from None
+
+    def write(self, name: str, start: int, values: Values) -> None:
+        """Rows `start...` of a canonical tensor."""
+        count = values.shape[0]
+        assert name in self._missing, f"{name} is no tensor of this file"
+        packed: dict[str, NDArray[np.uint8]] = {}
+        for t, p in self._places[name]:
+            lo, hi = max(start, p.skip), min(start + count, p.skip + len(p.to))
+            if lo >= hi:
+                continue
+            mine = values[lo - start : hi - start]
+            to = p.to[lo - p.skip : hi - p.skip]
+            if t.slot.matrix:
+                key = t.type if hi - lo == count else ""
+                data = packed.get(key) if key else None
+                if data is None:
+                    data = pack(mine, t.type, self.threads, name)
+                    packed[key] = data
+                self._scatter(t, to, data)
+            else:
+                assert not isinstance(mine, QuantizedTensor), f"{name} is a vector"
+                self._vector(t, p, to, mine)
+        self._missing[name] -= count
+
+    def _vector(self, t: Stored, p: Piece, to: NDArray[np.intp], values: NDArray[np.float32]) -> None:
+        x = np.ascontiguousarray(values, np.float32)
+        if p.times != 1.0 or p.add:  # in float64, rounded once
+            x = (x.astype(np.float64) * p.times + p.add).astype(np.float32)
+        flat = Stored(t.slot, t.type, t.offset, 4)
+        self._scatter(flat, to, x.astype("<f4").view(np.uint8).reshape(-1, 4))
+
+    def _scatter(self, t: Stored, to: NDArray[np.intp], data: NDArray[np.uint8]) -> None:
+        """Rows of bytes to rows `to` of the file, neighbours in one call."""
+        order = np.argsort(to, kind="stable")
+        to, data = to[order], data[order] if (np.diff(order) != 1).any() else data
+        for run in np.split(np.arange(len(to)), np.flatnonzero(np.diff(to) != 1) + 1):
+            self._put(t, int(to[run[0]]), data[run[0] : run[-1] + 1])
+
+    def close(self, receipt: dict[str, Any]) -> None:
+        """Write the receipt and flush to disk."""
+        lost = {n: r for n, r in self._missing.items() if r}
+        assert not lost, f"rows missing (or written twice): {lost}"
+        self._pwrite(memoryview(_padded(receipt, self._room)), self._receipt_end - self._room)
+        os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+
+    def abort(self) -> None:
+        """Close and delete."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self.path.unlink(missing_ok=True)
+
+    _fd = -1
+
+
+def _rows(name: str, spec: Spec) -> int:
+    from spec.params import params
+
+    return next(p.shape[0] for p in params(spec) if p.name == name)
+
+
+def _padded(receipt: dict[str, Any], room: int) -> bytes:
+    text = json.dumps(receipt, sort_keys=True, ensure_ascii=True).encode()
+    assert len(text) <= room, f"a receipt of {len(text)} bytes in a room of {room}"
+    return text.ljust(room)
+
+
+def stamp(path: Path, receipt: dict[str, Any]) -> None:
+    """Replace the receipt of a finished file in place (after parity was measured); nothing else moves."""
+    from backends.gguf.container import read_header
+
+    header = read_header(path)
+    start, length = header.text_at[RECEIPT_KEY]
+    with path.open("r+b") as f:
+        f.seek(start)
+        f.write(_padded(receipt, length))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def writer(
+    spec: Spec,
+    planned: Sequence[Planned],
+    tokenizer: Tokenizer | None,
+    out: Path,
+    *,
+    metadata: dict[str, Any],
+    threads: int,
+) -> GGUFWriter:
+    """A writer for `out`, with header, metadata and constants already in place.
+
+    metadata: further keys (`general.` is put before those without a dot). Raises `UserError` where no llama.cpp
+    architecture carries the spec, the tokenizer has no llama.cpp equivalent, or the disk is full.
+    """
+    fit = carrier(spec)
+    tensors = layout(spec, fit, planned)
+    keys = _header(spec, fit, tensors, tokenizer, metadata)
+    log.info("GGUF: %s, %d tensors", fit.carrier.arch, len(tensors))
+    return GGUFWriter(spec, fit, tensors, keys, out, threads)
+
+
+def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None) -> int:
+    """Bytes of the file (within a few kilobytes for the metadata that a conversion adds)."""
+    fit = carrier(spec)
+    tensors = layout(spec, fit, planned)
+    keys = _header(spec, fit, tensors, tokenizer, {})
+    names = sum(len(t.slot.name) + 8 + 4 + 8 * len(t.slot.shape) + 12 for t in tensors)
+    head = 24 + names + _room(tensors) + sum(len(k) + 12 + _value_bytes(v) for k, v in keys.items())
+    last = tensors[-1]
+    return -(-head // ALIGNMENT) * ALIGNMENT + last.offset + -(-last.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _value_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return 8 + len(value.encode())
+    if isinstance(value, list | tuple):
+        return 12 + sum(8 + len(v.encode()) if isinstance(v, str) else 4 for v in value)
+    return 4

@@ -1,0 +1,152 @@
+"""What each llama.cpp architecture computes, as data: one row an architecture, read from its model source.
+
+llama.cpp owns its graphs, so a spec is carried by choosing the architecture whose graph computes it. A field of
+`Carrier` says what the graph has (`optional`, `required`) or lacks (`no`), what is read from metadata, and what is
+hard-coded. Whatever is required and missing in a spec is filled with its neutral value (a zero bias, a gain of one).
+
+`ggml_gelu` is the tanh form of GELU; the exact (erf) one is in no decoder graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Need = Literal["no", "optional", "required"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carrier:
+    """One architecture. Defaults are those of the plain Llama graph without its options."""
+
+    arch: str
+
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """All norms but QK-norms; one epsilon for all norms of a kind."""
+    norm_bias: Need = "no"
+    placement: Literal["pre", "post", "sandwich"] = "pre"
+    flow: tuple[Literal["sequential", "parallel", "shared"], ...] = ("sequential",)
+    """`parallel`: two norms; `shared`: one norm feeds attention and MLP."""
+    embed_norm: bool = False
+    """Whether there is a LayerNorm with bias after the embedding (then it is required)."""
+
+    rope: Literal["interleaved", "half", "none"] = "half"
+    """Which pairs rotate: neighbours (2i, 2i + 1), or (i, i + rotary / 2)."""
+    partial: bool = False
+    """Whether fewer dimensions than head_dim may rotate."""
+    freqs: Literal["no", "freqs", "longrope", "both"] = "no"
+    """Which tensors of frequency divisors are read: `rope_freqs`, `rope_factors_long/short`, or either by the kind
+    of scaling."""
+    scaling: frozenset[str] = frozenset({"linear", "yarn"})
+    """Kinds of scaling that metadata alone expresses."""
+    no_position: Literal["no", "all", "layer", "global"] = "no"
+    """Layers without rotation: none of them, all by one switch, any by a per-layer array, exactly those without a
+    window."""
+    full_dims: float = 1.0
+    """The graph rotates this share of `rope.dimension_count` in layers without a window."""
+    alibi: Literal["no", "8", "key"] = "no"
+    """ALiBi: none, hard-coded max_bias 8, or max_bias from metadata (0: no ALiBi)."""
+    positions: Need = "no"
+    """Learned positions."""
+
+    square: bool = False
+    """Whether heads * head_dim must equal the width."""
+    fused_qkv: bool = False
+    qkv_bias: Need = "optional"
+    o_bias: Need = "no"
+    qk_norm: Need = "no"
+    qk_kind: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    qk_over: Literal["head", "heads", "width"] = "head"
+    """`head`: one gain for all heads; `heads`: one a head, normed head by head; `width`: over the projection."""
+    qk_bias: Need = "no"
+    scale: bool = False
+    """Whether the attention scale is read; else it is head_dim^-0.5."""
+    wide_scale_depth: int = 0
+    """At this depth the hard-coded scale is (width / heads)^-0.5 (how Gemma's 27B models are told apart)."""
+    not_depths: tuple[int, ...] = ()
+    """Depths at which the graph is another one."""
+    softcap: Need = "no"
+    clip: bool = False
+    sinks: Need = "no"
+    window: Need = "no"
+    """A window per layer; `required`: the window's size must be given though no layer may use it."""
+    window_theta: bool = False
+    """Whether layers with a window have a rotation of their own (plain, without scaling)."""
+    layer_heads: bool = False
+    """Whether head counts may differ from layer to layer."""
+
+    gated: bool = True
+    activation: str = "silu"
+    fused_gate: bool = False
+    """Whether gate and up are one tensor, gate first."""
+    mlp_bias: Need = "no"
+
+    tied: Literal["no", "optional", "forced"] = "optional"
+    head_bias: Need = "no"
+    embed_scale: Literal["no", "key", "sqrt_width"] = "no"
+    residual_scale: bool = False
+    logit_scale: Literal["no", "times", "divided"] = "no"
+    """A required key, by which logits are multiplied or divided."""
+    logit_softcap: Need = "no"
+
+    keys: tuple[tuple[str, int | float | bool | str], ...] = field(default=())
+    """Metadata that the loader insists on and that changes nothing here."""
+
+
+LAYERNORM = {"norm": "layernorm", "norm_bias": "required"}
+GELU_MLP = {"gated": False, "activation": "gelu_tanh"}
+GRANITE = {"embed_scale": "key", "residual_scale": True, "logit_scale": "divided", "scale": True, "mlp_bias": "optional"}
+GEMMA = {
+    "activation": "gelu_tanh", "embed_scale": "sqrt_width", "partial": True,
+}  # fmt: skip
+
+
+def _row(arch: str, *shared: dict, **fields: object) -> Carrier:
+    merged: dict = {}
+    for s in shared:
+        merged |= s
+    return Carrier(arch=arch, **(merged | fields))
+
+
+CARRIERS: tuple[Carrier, ...] = (
+    _row("llama", rope="interleaved", freqs="both", o_bias="optional", mlp_bias="optional"),
+    _row("qwen3", qk_norm="required"),
+    _row("qwen2", square=True, head_bias="optional"),
+    _row("gpt2", LAYERNORM, GELU_MLP, rope="none", positions="required", square=True, fused_qkv=True,
+         qkv_bias="required", o_bias="required", mlp_bias="required"),
+    _row("granite", GRANITE, rope="interleaved", freqs="both", no_position="all", o_bias="optional"),
+    _row("granite-swa", GRANITE, rope="interleaved", freqs="both", no_position="layer", o_bias="optional",
+         window="required", sinks="required"),
+    _row("gemma2", GEMMA, placement="sandwich", softcap="required", logit_softcap="required", tied="forced",
+         window="required", window_theta=True, scaling=frozenset(), wide_scale_depth=46),
+    _row("gemma3", GEMMA, placement="sandwich", qk_norm="required", window="optional", window_theta=True,
+         logit_softcap="optional", scaling=frozenset({"linear"}), wide_scale_depth=62),
+    _row("gemma", GEMMA, tied="forced"),
+    _row("olmo2", placement="post", qk_norm="required", qk_over="width", square=True, tied="no", window="optional",
+         window_theta=True),
+    _row("exaone4", placement="post", qk_norm="required", square=True, freqs="freqs", not_depths=(64,)),
+    _row("glm4", placement="sandwich", rope="interleaved", partial=True, fused_gate=True),
+    _row("phi3", partial=True, freqs="longrope", square=True, fused_gate=True),
+    _row("step35", partial=True, full_dims=0.5, freqs="both", qk_norm="optional", window="required",
+         window_theta=True, layer_heads=True, tied="no", keys=(("expert_feed_forward_length", 0),)),
+    _row("arcee", rope="interleaved", freqs="freqs", gated=False, activation="relu2"),
+    _row("refact", rope="none", alibi="8", o_bias="optional", mlp_bias="optional"),
+    _row("stablelm", LAYERNORM, flow=("sequential", "shared"), partial=True, square=True, tied="no",
+         qk_norm="optional", qk_kind="layernorm", qk_over="heads"),
+    _row("starcoder2", LAYERNORM, GELU_MLP, square=True, o_bias="required", mlp_bias="required"),
+    _row("gptneox", LAYERNORM, GELU_MLP, flow=("sequential", "parallel", "shared"), partial=True, square=True,
+         fused_qkv=True, qkv_bias="required", o_bias="required", mlp_bias="required", tied="no"),
+    _row("phi2", LAYERNORM, GELU_MLP, flow=("shared",), partial=True, square=True, o_bias="required",
+         mlp_bias="required", tied="no", head_bias="required"),
+    _row("mpt", GELU_MLP, norm="layernorm", norm_bias="optional", rope="none", alibi="key", positions="optional",
+         square=True, fused_qkv=True, o_bias="optional", mlp_bias="optional", clip=True),
+    _row("bloom", LAYERNORM, GELU_MLP, rope="none", alibi="8", embed_norm=True, square=True, fused_qkv=True,
+         qkv_bias="required", o_bias="required", mlp_bias="required"),
+    _row("nemotron", LAYERNORM, partial=True, square=True, o_bias="optional", gated=False, activation="relu2",
+         mlp_bias="optional", tied="no"),
+    _row("command-r", norm="layernorm", flow=("shared",), rope="interleaved", square=True, tied="forced",
+         logit_scale="times", not_depths=tuple(range(64, 513))),
+    _row("cohere2", norm="layernorm", flow=("shared",), rope="interleaved", no_position="global", square=True,
+         tied="forced", logit_scale="times", window="required"),
+)  # fmt: skip
+"""In order of preference: of two that carry a spec with as few rewrites, the earlier one is taken."""

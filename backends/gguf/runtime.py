@@ -1,0 +1,264 @@
+"""Running a GGUF file in llama.cpp, through its C interface."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spec.errors import UserError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CONTEXT = 4096
+"""Tokens of a session where the caller asks for none and the model allows more: the cache is allocated at once."""
+
+_BATCH = 512
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    """llama.cpp's bindings, started once, its chatter sent to `logging`."""
+    from llama_cpp import llama_cpp as lib
+
+    levels = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.ERROR}
+
+    @lib.llama_log_callback
+    def forward(level: int, text: bytes, _: Any) -> None:
+        message = text.decode(errors="replace").rstrip()
+        if message and level in levels:
+            _messages.append(message)
+            del _messages[:-20]
+            log.log(levels[level], "%s", message)
+
+    lib.llama_log_set(forward, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+    lib._allotrope_log = forward  # ctypes callbacks must outlive their registration
+    return lib
+
+
+_messages: list[str] = []
+"""llama.cpp's last words, for errors."""
+
+
+def _last_words() -> str:
+    telling = [m for m in _messages if any(w in m.lower() for w in ("error", "fail", "invalid", "missing", "unknown"))]
+    return telling[-1].removeprefix("llama_model_load: ") if telling else "no reason given"
+
+
+class GGUFRuntime:
+    """A model in llama.cpp; one sequence is cached at a time. Not for several threads at once."""
+
+    def __init__(self, path: Path, threads: int | None, context: int | None, exact: bool) -> None:
+        self.path, self.exact = path, exact
+        self._model = self._ctx = None
+        lib = self._lib = _library()
+        params = lib.llama_model_default_params()
+        if exact:
+            params.use_extra_bufts = False  # no repacked copies with kernels of their own
+        self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise UserError(f"{path}: llama.cpp cannot load it: {_last_words()}")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        trained = int(lib.llama_model_n_ctx_train(self._model))
+        self._context = context or min(trained, DEFAULT_CONTEXT)
+        if self._context > trained:
+            self.close()
+            raise UserError(f"context: {context} is longer than the model's {trained} tokens")
+        self.threads = threads or max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+        self._ctx = lib.llama_init_from_model(self._model, self._session(lib))
+        if not self._ctx:
+            self.close()
+            raise UserError(f"{path}: llama.cpp cannot start a session: {_last_words()}")
+        self._batch = lib.llama_batch_init(_BATCH, 0, 1)
+        self._used = 0
+
+    def _session(self, lib: Any) -> Any:
+        p = lib.llama_context_default_params()
+        p.n_ctx = self._context
+        p.n_batch = p.n_ubatch = _BATCH
+        p.n_seq_max = 1
+        p.n_threads = p.n_threads_batch = self.threads
+        p.no_perf = True
+        if self.exact:
+            p.type_k = p.type_v = 0  # float32
+            p.flash_attn_type = 0  # disabled: its CPU kernel computes in float16
+        return p
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._lib.llama_vocab_n_tokens(self._vocab))
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    def _check(self, ids: NDArray[np.integer], used: int) -> None:
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            bad = int(ids[(ids < 0) | (ids >= self.vocab_size)][0])
+            raise UserError(f"token {bad} is outside the vocabulary of {self.vocab_size}")
+        if used + ids.size > self._context:
+            raise UserError(
+                f"{used + ids.size} tokens exceed the session's context of {self._context} (ask for a longer context)"
+            )
+
+    def _decode(self, ids: NDArray[np.integer], every: bool) -> NDArray[np.float32]:
+        """Continue the cached sequence: [T] ids to logits [T, V], or [1, V] of the last token."""
+        ids = np.asarray(ids).reshape(-1)
+        self._check(ids, self._used)
+        lib, v = self._lib, self.vocab_size
+        out = np.empty((len(ids) if every else 1, v), np.float32)
+        for start in range(0, len(ids), _BATCH):
+            part = ids[start : start + _BATCH]
+            n = len(part)
+            self._batch.n_tokens = n
+            for j in range(n):
+                self._batch.token[j] = int(part[j])
+                self._batch.pos[j] = self._used + j
+                self._batch.n_seq_id[j] = 1
+                self._batch.seq_id[j][0] = 0
+                self._batch.logits[j] = every or start + j == len(ids) - 1
+            status = lib.llama_decode(self._ctx, self._batch)
+            if status:
+                raise UserError(f"{self.path}: llama.cpp cannot decode (status {status}): {_last_words()}")
+            self._used += n
+            if every:
+                flat = np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (n * v,))
+                out[start : start + n] = flat.reshape(n, v)
+        if not every and len(ids):
+            out[0] = np.ctypeslib.as_array(lib.llama_get_logits_ith(self._ctx, -1), (v,))
+        return out
+
+    def _reset(self) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._ctx), False)
+        self._used = 0
+
+    def logits(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """[B, T] -> [B, T, V]: rows one after the other, each from an empty cache."""
+        ids = np.asarray(ids)
+        out = []
+        for row in ids:
+            self._reset()
+            out.append(self._decode(row, True))
+        self._reset()
+        return np.stack(out) if out else np.empty((*ids.shape, self.vocab_size), np.float32)
+
+    def prefill(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Start a new sequence: [T] ids -> [V] logits after the last token."""
+        if not np.size(ids):
+            raise UserError("prefill: no tokens (an empty prompt needs at least a BOS token)")
+        self._reset()
+        return self._decode(ids, False)[0]
+
+    def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Continue it: [T] ids -> [T, V] logits."""
+        return self._decode(ids, True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids by llama.cpp's own tokenizer, special tokens and BOS policy included."""
+        return self.tokenize(text, special=True)
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Ids, with or without special tokens around and inside the text."""
+        self._need_tokenizer()
+        data = text.encode()
+        room = len(data) + 16
+        while True:
+            buffer = (ctypes.c_int32 * room)()
+            n = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, room, special, special)
+            if n >= 0:
+                return list(buffer[:n])
+            room = -n
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """Bytes of the tokens, special ones left out."""
+        self._need_tokenizer()
+        return b"".join(self._piece(int(i)) for i in ids)
+
+    def _piece(self, token: int) -> bytes:
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = self._lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            room = -n
+
+    def _need_tokenizer(self) -> None:
+        if self._lib.llama_vocab_type(self._vocab) == 0:
+            raise UserError(f"{self.path}: has no tokenizer: pass token ids")
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        lib = self._lib
+        if lib.llama_vocab_type(self._vocab) == 0:
+            return frozenset()
+        return frozenset(i for i in range(self.vocab_size) if lib.llama_vocab_is_eog(self._vocab, i))
+
+    def meta(self, key: str) -> str | None:
+        """A metadata value as text."""
+        room = 256
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = self._lib.llama_model_meta_val_str(self._model, key.encode(), buffer, room)
+            if n < 0:
+                return None
+            if n < room:
+                return buffer.value.decode(errors="replace")
+            room = n + 1
+
+    def info(self) -> dict[str, Any]:
+        """What runs, where, and how."""
+        import llama_cpp
+
+        buffer = ctypes.create_string_buffer(256)
+        self._lib.llama_model_desc(self._model, buffer, 256)
+        return {
+            "backend": "gguf",
+            "runtime": f"llama-cpp-python {llama_cpp.__version__}",
+            "device": "cpu",
+            "precision": buffer.value.decode(),
+            "carrier": self.meta("general.architecture"),
+            "threads": self.threads,
+            "context": self._context,
+            "exact": self.exact,
+        }
+
+    def close(self) -> None:
+        lib = self._lib
+        if self._ctx:
+            lib.llama_batch_free(self._batch)
+            lib.llama_free(self._ctx)
+            self._ctx = None
+        if self._model:
+            lib.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def load(
+    path: str | Path, *, threads: int | None = None, context: int | None = None, exact: bool = False
+) -> GGUFRuntime:
+    """Open a GGUF file in llama.cpp.
+
+    context: tokens of a session (default: the model's, at most 4096); it also selects length-dependent rotary
+    tables. exact: float32 cache, no flash attention and no repacked weights, for parity. Raises `UserError` where
+    the file cannot be loaded; a file that breaks llama.cpp's assertions ends the process, which is why verification
+    runs in a child.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return GGUFRuntime(path, threads, context, exact)

@@ -1,0 +1,77 @@
+"""What llama.cpp carries: pure data, answered without gguf or llama-cpp-python."""
+
+from __future__ import annotations
+
+from backends.base import Support
+from backends.gguf.carriers import CARRIERS
+from backends.gguf.fit import Fit, choose, examine
+from backends.gguf.names import slots
+from backends.gguf.recipe import ALIASES, LEVELS, recipe
+from backends.gguf.types import PORTABLE, TYPES, fitting
+from spec.config import Spec
+from spec.errors import nearest
+
+RECENT = frozenset({"granite-swa", "step35"})
+"""Carriers that only recent versions of llama.cpp know (llama-cpp-python 0.3.36 does)."""
+
+
+def levels() -> tuple[str, ...]:
+    """Every precision level: the portable ones, then llama.cpp's own by its names."""
+    return tuple(dict.fromkeys([*PORTABLE, *LEVELS, *ALIASES]))
+
+
+def support(spec: Spec, level: str) -> Support:
+    """Whether and how llama.cpp carries `spec` at `level`."""
+    if level not in levels():
+        return Support("gguf", refusals=(f"level: {level} is none of GGUF's ({nearest(level, levels())})",))
+    fit = choose(spec)
+    refusals = [_with_alternative(spec, fit, r) for r in fit.refusals]
+    if level in TYPES and TYPES[level].importance:
+        closest = {"iq2_s": "iq3_xxs", "iq2_xs": "q2_k", "iq2_xxs": "q2_k"}.get(level, "tq1_0")
+        refusals.append(f"level: {level} needs an importance matrix, which converting does not compute (try {closest})")
+    if refusals:
+        return Support("gguf", fit.carrier.arch, refusals=tuple(refusals))
+    return Support("gguf", fit.carrier.arch, tuple(f.text for f in fit.folds), (), tuple(_notes(spec, fit, level)))
+
+
+def _path(refusal: str) -> str:
+    return refusal.split(":", 1)[0]
+
+
+def _field(path: str) -> str:
+    """A refusal's path without the layer, to compare carriers by."""
+    return path.split("]", 1)[-1].removeprefix("block").strip(".")
+
+
+def _with_alternative(spec: Spec, fit: Fit, refusal: str) -> str:
+    """A refusal, and which carrier has this field and what it would refuse instead."""
+    field = _field(_path(refusal))
+    others = []
+    for c in CARRIERS:
+        other = examine(spec, c)
+        if field not in {_field(_path(r)) for r in other.refusals}:
+            others.append((len(other.refusals), c.arch, other))
+    if not others:
+        return f"{refusal} (no llama.cpp architecture has it: change this field)"
+    _, arch, other = min(others, key=lambda x: x[0])
+    against = ", ".join(dict.fromkeys(_path(r) for r in other.refusals))
+    return f"{refusal} (nearest: {arch} has it, but not this {against})"
+
+
+def _notes(spec: Spec, fit: Fit, level: str) -> list[str]:
+    out = []
+    if fit.carrier.arch in RECENT:
+        out.append(f"the {fit.carrier.arch} architecture needs a recent llama.cpp (llama-cpp-python 0.3.36 or later)")
+    if fit.rotary.session is not None:
+        out.append(f"rotary tables are those of a session of {fit.rotary.session} tokens, at every length")
+    if level in PORTABLE:
+        wanted = dict.fromkeys((n.name for n in slots(spec, fit) if n.matrix), PORTABLE[level])
+        narrow = [s for s in slots(spec, fit) if s.matrix and fitting(wanted[s.name], s.shape[-1]) != wanted[s.name]]
+        if narrow:
+            widths = sorted({s.shape[-1] for s in narrow})
+            out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of 32")
+    else:
+        kinds = recipe(spec, level)
+        mixed = {t: list(kinds.values()).count(t) for t in dict.fromkeys(kinds.values()) if t != "f32"}
+        out.append("types: " + ", ".join(f"{n} x {t}" for t, n in mixed.items()))
+    return out
