@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from backends.gguf.support import levels
 from benchmarks import llama_cpp
 from benchmarks.measure import Cost, Summary, run
+from spec.errors import UserError, nearest
 
 OURS, OURS_VERIFIED, THEIRS = "allotrope", "allotrope, verified", "llama.cpp"
 
@@ -34,6 +36,9 @@ class Options:
 
 def benchmark(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """All runs of all tools, by turns. Raises `UserError` where a tool is missing or fails."""
+    for level in options.levels:
+        if level.lower() not in levels():
+            raise UserError(f"--quant {level}: no such level ({nearest(level.lower(), levels())})")
     versions = {"llama-cpp-python": llama_cpp.version(), "python": platform.python_version()}
     threads = options.threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=options.folder) as temporary:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -30,7 +31,7 @@ def version() -> str:
 
 
 def converter() -> Path:
-    """The folder with convert_hf_to_gguf.py in the installed version, fetched once with pip and kept in the user's cache.
+    """The folder with convert_hf_to_gguf.py in the installed version, fetched once with pip into the user's cache.
 
     Raises `UserError` where pip can't get it.
     """
@@ -84,7 +85,7 @@ def quantize(source: Path, out: Path, level: str, threads: int) -> None:
         raise UserError(f"{level}: no level of llama.cpp's quantizer")
     options = llama_cpp.llama_model_quantize_default_params()
     options.nthread, options.ftype = threads, ftype
-    status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), options)
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.pointer(options))
     if status:
         raise UserError(f"{source}: llama_model_quantize ended with {status}")
 

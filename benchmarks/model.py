@@ -123,4 +123,4 @@ def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.stdout.write(f"{write(Path(sys.argv[1]), int(sys.argv[2]))}\n")

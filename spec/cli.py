@@ -166,7 +166,7 @@ def targets(
         return
     from spec.show import print_targets
 
-    print_targets(source, found)
+    print_targets(source, found, every=bool(quant))
 
 
 @app.command(name="list")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any, Protocol
@@ -281,14 +282,29 @@ def print_presets() -> None:
     _console().print(t)
 
 
-def print_targets(source: str, found: Sequence[Carried]) -> None:
-    """`python -m spec targets`."""
-    t = _table(f"Targets of {source}", "backend", "levels", "carried by", "how, or why not")
-    for row in found:
+def print_targets(source: str, found: Sequence[Carried], *, every: bool = False) -> None:
+    """`python -m spec targets`. Unless `every`, levels that differ only in how they mix types share a line."""
+    t = _table(f"Targets of {source}", "backend", "carried by", "levels", "how, or why not")
+    groups: dict[tuple[str, ...], list[Carried]] = {}
+    for n, row in enumerate(found):
+        same = [_without_level(r) for r in row.refusals] or [row.carrier, *row.folds]
+        groups.setdefault((row.backend, str(n) if every else "", *same), []).append(row)
+    for rows in groups.values():
+        first = rows[0]
+        notes = [note for note in first.notes if all(note in r.notes for r in rows)]
+        refusals = [r if len(rows) == 1 else _without_level(r) for r in first.refusals]
         t.add_row(
-            row.backend,
-            " ".join(row.levels),
-            "refused" if row.refusals else row.carrier,
-            "\n".join([*row.refusals, *row.folds, *row.notes]) or "as it is",
+            first.backend,
+            "refused" if refusals else first.carrier,
+            " ".join(level for r in rows for level in r.levels),
+            "\n".join([*refusals, *first.folds, *notes]) or "as it is",
         )
-    _console().print(t)
+    console = _console()
+    console.print(t)
+    if not every:
+        console.print(f"python -m spec targets {source} --quant LEVEL says more about one level.")
+
+
+def _without_level(refusal: str) -> str:
+    """A refusal that names a level, with neither the name nor the alternative for it."""
+    return re.sub(r"^level: \S+ (.*?)(?: \(try .*\))?$", r"level: \1", refusal)
