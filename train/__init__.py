@@ -1,0 +1,1 @@
+"""The trainer: one YAML, one command, a checkpoint folder that every converter reads."""

@@ -1,0 +1,152 @@
+"""`python -m train`: train a spec on text."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from pydantic import ValidationError
+
+from spec.errors import SpecError, UserError, problems_from
+from train.config import TrainConfig
+
+HELP = """\
+Train a model spec. Without arguments: the `tiny` preset on the Python standard library's source, about 3 minutes on two
+CPU cores.
+
+Examples:
+
+  python -m train
+  python -m train --spec nano --data ~/texts --out runs/nano --steps 5000
+  python -m train --config run.yaml --optimizer.lr 3e-4 --batch.sequences 64 --batch.micro 8
+  python -m train --out runs/tiny --resume
+  python -m train --spec my.yaml --check
+  torchrun --nproc-per-node 2 -m train --batch.sequences 16
+
+Ctrl-C and SIGTERM save a checkpoint and exit with 130 and 143; a second one exits at once. Exit status 2: something that
+you can fix, named in one line.
+"""
+
+
+def explain(error: CycloptsError) -> Any:
+    """A command-line error in one line a problem, the configuration's fields by their paths."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ValidationError):
+        return "\n".join(f"--{p}" for p in problems_from(cause, {}, TrainConfig))
+    return str(error)
+
+
+app = App(name="train", help=HELP, version_flags=[], help_format="plaintext", error_formatter=explain)
+
+Flag = Parameter(negative="")
+
+
+@app.default
+def train(
+    *,
+    config: Annotated[Path | None, Parameter(name="--config")] = None,
+    resume: Annotated[bool, Flag] = False,
+    force: Annotated[bool, Flag] = False,
+    stop_after: int | None = None,
+    check: Annotated[bool, Flag] = False,
+    options: Annotated[TrainConfig | None, Parameter(name="*")] = None,
+) -> int:
+    """Train.
+
+    Parameters
+    ----------
+    config
+        A YAML file with the fields below (`optimizer: {lr: 3e-4}`); the command line wins.
+    resume
+        Go on from the newest checkpoint in --out, with the run's own configuration.
+    force
+        Replace the run in --out.
+    stop_after
+        Save and stop after this step, as a preemption would; the schedule stays that of --steps.
+    check
+        Print the plan and which backends can carry the spec, and train nothing.
+    """
+    from train.config import layered, read
+
+    chosen = [read(config)] if config is not None else []
+    chosen.append({} if options is None else options.model_dump(exclude_unset=True))
+    settings = layered(*chosen)
+    if resume and force:
+        raise UserError("--resume and --force contradict each other (continue the run, or replace it)")
+    if stop_after is not None and stop_after < 1:
+        raise UserError(f"--stop-after: {stop_after} must be at least 1")
+    _need_torch()
+    from rich.console import Console
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    console = Console()
+    if check:
+        from train.plan import show
+
+        show(settings, console)
+        return 0
+    from train import session
+
+    if resume:
+        from spec.config import merge
+
+        settings, out, changed = session.resumed(merge(chosen[0], chosen[-1]))
+        settings = settings.model_copy(update={"out": str(out)})
+        for line in changed:
+            console.print(f"changed since the run began: {line}", markup=False, highlight=False)
+    result = session.train(settings, resume=resume, force=force, stop_after=stop_after, console=console)
+    for line in summary(result):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 128 + result.signal if result.signal else 0
+
+
+def summary(result: Any) -> list[str]:
+    """How the run ended, and what to type next."""
+    import os
+
+    if os.environ.get("RANK", "0") != "0":
+        return []
+    m, out = result.metrics, result.out
+    if result.step < result.steps:
+        resume = f"python -m train --out {out} --resume"
+        return ["", f"stopped and saved at step {result.step} of {result.steps}; continue with", f"  {resume}"]
+    loss = "" if m is None or m.val_loss is None else f", validation loss {m.val_loss:.4f} nats/token"
+    bits = "" if m is None or m.val_bits_per_byte is None else f" = {m.val_bits_per_byte:.3f} bits/byte"
+    name = Path(out).name
+    return [
+        "",
+        f"trained {result.step} steps{loss}{bits}",
+        f"checkpoint {out}, curve {Path(out) / 'training' / 'loss.png'}, metrics {Path(out) / 'training' / 'train.jsonl'}",
+        "next:",
+        f"  python -m backends generate {out} --prompt 'def main('",
+        f"  convert {out} --to gguf --quant q4 --out {name}.gguf",
+        f"  python -m evals {name}.gguf --reference {out}",
+    ]
+
+
+def _need_torch() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        from spec.errors import MissingDependency
+
+        raise MissingDependency("training needs torch: pip install 'allotrope[train]'")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; what the user can fix ends with one line a problem and exit status 2."""
+    try:
+        app(argv, exit_on_error=False, print_error=False)
+    except CycloptsError as e:
+        print(explain(e), file=sys.stderr)
+        sys.exit(2)
+    except (UserError, SpecError) as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted before there was anything to save", file=sys.stderr)
+        sys.exit(130)

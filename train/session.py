@@ -1,0 +1,187 @@
+"""From a configuration to a run that can begin: data, tokenizer, decoder, optimizer, the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from backends.torch.checkpoint import empty, load_weights
+from spec.config import Spec
+from spec.errors import UserError
+from spec.load import load as load_spec
+from train import checkpoint, config, corpus, loop, optim, parallel, report, tokenizer
+from train.config import TrainConfig
+from train.data import Batches, DataState, Sequences, TokenData, cache_folder, prepare
+from train.parallel import Ranks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    out: Path
+    step: int
+    steps: int
+    signal: int
+    """0, or the signal that ended it."""
+    metrics: report.Metrics | None
+    """Of the last step, if any was made."""
+
+
+def out_folder(c: TrainConfig, spec: Spec | None = None) -> Path:
+    """Where the run lives."""
+    return Path(c.out) if c.out is not None else Path("runs") / (spec or load_spec(c.spec)).name
+
+
+def resumed(chosen: Mapping[str, Any]) -> tuple[TrainConfig, Path, list[str]]:
+    """The configuration to go on with, its folder, and what differs from the run's own.
+
+    The run's own configuration counts, and what the user chose now is laid over it. Raises `UserError` where there is
+    no run, or where the spec would be another.
+    """
+    out = out_folder(config.layered(chosen))
+    found = checkpoint.newest(out)
+    own = (found or out) / checkpoint.CONFIG
+    if not own.is_file():
+        raise UserError(f"{out}: no run to resume (leave --resume out to begin one, or name its folder with --out)")
+    saved = config.parse(config.read(own), str(own))
+    changed = config.layered(saved.model_dump(), chosen)
+    if found is not None and "spec" in chosen and load_spec(changed.spec).hash != load_spec(found).hash:
+        raise UserError(f"spec: {changed.spec} is not the spec that {out} was begun with (choose another --out)")
+    return changed, out, config.differences(saved, changed)
+
+
+@contextmanager
+def _first_rank_first(ranks: Ranks) -> Iterator[None]:
+    """Rank 0 runs the block (and fills the caches) before the others do."""
+    if ranks.world > 1 and not ranks.first:
+        dist.barrier()
+    yield
+    if ranks.world > 1 and ranks.first:
+        dist.barrier()
+
+
+def text(c: TrainConfig, spec: Spec, say: Any) -> tuple[tokenizer.TextTokenizer, TokenData]:
+    """The tokenizer and the tokens, from the cache where they are in it. Raises `UserError`."""
+    found = corpus.read(c.data.source, c.data.validation)
+    cache = cache_folder(c.data.cache)
+    documents = len(found.train) + len(found.validation)
+    say(f"data: {c.data.source}, {documents:,} documents, {found.size / 1e6:.1f} MB, {len(found.validation)} held out")
+    if c.tokenizer is None:
+        tok = tokenizer.cached(found.train, found.hash, spec.vocab_size, spec.context, cache)
+    else:
+        tok = tokenizer.load(c.tokenizer)
+    if tok.size > spec.vocab_size:
+        raise UserError(
+            f"spec.vocab_size: {spec.vocab_size} is fewer than the tokenizer's {tok.size} tokens (set it so)"
+        )
+    if tok.size < spec.vocab_size:
+        say(f"tokenizer: {tok.size} tokens; the spec's other {spec.vocab_size - tok.size} rows stay unused")
+    data = prepare(found, tok, cache)
+    say(f"tokens: {len(data.train.tokens):,} to train on, {len(data.validation.tokens):,} held out")
+    return tok, data
+
+
+def train(
+    c: TrainConfig,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    stop_after: int | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Run it. With `resume`, `c` is what `resumed` returned. Raises `UserError` for everything that the user can fix."""
+    console = console or Console()
+    with parallel.ranks(c.device) as ranks:
+        return _train(c, ranks, resume, force, stop_after, console)
+
+
+def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: int | None, console: Console) -> Result:
+    def say(line: str) -> None:
+        if ranks.first:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    found = checkpoint.newest(out_folder(c)) if resume else None
+    spec = load_spec(found if found is not None else c.spec)
+    out = out_folder(c, spec)
+    taken = checkpoint.occupied(out)
+    if taken and not resume and not force:
+        raise UserError(f"{out}: {taken} is already there (--resume continues the run, --force replaces it, or --out)")
+    length = c.data.length or spec.context
+    if c.batch.sequences % (ranks.world * (c.batch.micro or 1)):
+        raise UserError(f"batch.sequences: {c.batch.sequences} is no multiple of {ranks.world} ranks times batch.micro")
+    if found is not None and c.tokenizer is None:
+        c = c.model_copy(update={"tokenizer": str(found)})  # the run's own, however it was made
+    with _first_rank_first(ranks):
+        tok, data = text(c, spec, say)
+    precision, why = parallel.choose_precision(c.precision, ranks.device)
+    say(f"device: {ranks.device}, {ranks.world} rank(s); {precision} ({why})")
+
+    decoder = empty(spec, torch.float32, ranks.device, length=length)
+    if found is not None:
+        load_weights(decoder, found)
+    else:
+        decoder.init_weights(c.seed)
+    for reason, kernel in decoder.kernels(
+        length, packed=c.data.document_mask, dtype=parallel.DTYPES[precision]
+    ).items():
+        say(f"attention: {kernel} ({reason})")
+    if ranks.world > 1:
+        parallel.shard(decoder, ranks, precision)
+    torch.manual_seed(c.seed + ranks.rank)  # dropout
+    fingerprint = f"{data.fingerprint}:{length}"
+    cut = (length, data.eos, data.bos, c.data.document_mask)
+    run = loop.Run(
+        c,
+        precision,
+        ranks,
+        decoder,
+        optim.build(decoder, spec, c.optimizer),
+        Batches(Sequences(data.train, *cut), DataState(fingerprint, seed=c.seed)),
+        Sequences(data.validation, *cut) if len(data.validation.tokens) > 1 else None,
+    )
+    if found is not None:
+        loop.restore(run, *checkpoint.read(found))
+        say(f"resumed: step {run.step} of {c.steps}, {out}")
+    folder = checkpoint.RunFolder(out, spec, tok.files())
+    journal = None
+    if ranks.first:
+        if force and not resume:
+            checkpoint.clear(out)
+        journal = _begin(folder, c, found, run.step)
+    last = min(c.steps, stop_after or c.steps)
+    stop = loop.Stop()
+    watch = report.Watch(console, run.step, last, c.log_every, silent=not ranks.first)
+    try:
+        with stop.listening():
+            metrics = loop.fit(run, folder, journal, watch, last, stop)
+    finally:
+        watch.close()
+        if journal is not None:
+            journal.close()
+    if ranks.first:
+        steps = report.history(out / "training" / "train.jsonl")
+        report.plot(steps, out / "training" / "loss.png", f"{spec.name}: {run.step} steps, {c.data.source}")
+    return Result(out, run.step, c.steps, stop.signal, metrics)
+
+
+def _begin(folder: checkpoint.RunFolder, c: TrainConfig, found: Path | None, step: int) -> report.Journal:
+    """The run's folder, its configuration and journal."""
+    try:
+        (folder.path / "training").mkdir(parents=True, exist_ok=True)
+        checkpoint.write(folder.path / checkpoint.CONFIG, config.dump(c).encode())
+        if found is not None:
+            folder.publish(found)
+        return report.Journal(folder.path / "training" / "train.jsonl", step)
+    except OSError as e:
+        raise UserError(f"{folder.path}: cannot be written: {e.strerror}") from None

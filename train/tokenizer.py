@@ -1,0 +1,203 @@
+"""A byte-level BPE trained on the text, or a tokenizer that the user brings, in Hugging Face's two files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spec.errors import UserError
+from train.corpus import Document
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Fast
+
+END = "<|endoftext|>"
+"""Begins, ends and separates documents."""
+
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""GPT-2's pre-tokenizer. llama.cpp has it as `gpt-2` and agrees with `tokenizers` on every code point, which it does
+not for the newer patterns' case-insensitive parts."""
+
+SAMPLE = 64 * 2**20
+"""Bytes of text that a tokenizer is trained on at most."""
+
+VERSION = 1
+"""Part of the cache's key: raise it when training changes."""
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """tokenizer.json and tokenizer_config.json as they go into the checkpoint."""
+
+    json: str
+    config: dict[str, Any]
+
+    @cached_property
+    def fast(self) -> Fast:
+        """The tokenizer; special tokens that stand in the text are text."""
+        from tokenizers import Tokenizer as Fast
+
+        fast = Fast.from_str(self.json)
+        fast.encode_special_tokens = True
+        fast.no_padding()
+        fast.no_truncation()
+        return fast
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of everything that changes the ids."""
+        own = json.dumps([self.json, self.bos, self.eos])
+        return hashlib.sha256(own.encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Number of ids: the largest one plus one."""
+        return max(self.fast.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def eos(self) -> int:
+        """The id that ends a document."""
+        found = self._id("eos_token")
+        if found is None:
+            raise UserError("tokenizer: no eos_token (documents need an end; name it in tokenizer_config.json)")
+        return found
+
+    @property
+    def bos(self) -> int | None:
+        """The id that begins a document, where the tokenizer adds one."""
+        return self._id("bos_token") if self.config.get("add_bos_token") else None
+
+    def _id(self, field: str) -> int | None:
+        token = self.config.get(field)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is None:
+            return None
+        found = self.fast.token_to_id(str(token))
+        if found is None:
+            raise UserError(f"tokenizer_config.json: {field} {token!r} is not in the vocabulary")
+        return found
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of whole texts, without special tokens."""
+        return [e.ids for e in self.fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def files(self) -> dict[str, bytes]:
+        """File names and contents for a checkpoint folder."""
+        config = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+        return {"tokenizer.json": self.json.encode(), "tokenizer_config.json": config.encode()}
+
+
+def train(documents: Sequence[Document], vocab_size: int, context: int) -> TextTokenizer:
+    """A byte-level BPE of exactly `vocab_size` tokens: the end of text, 256 bytes, and merges.
+
+    Where the text is too small for so many merges, unused special tokens fill the vocabulary, so that every row of the
+    embedding is a token. The result depends on the text alone.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer as Fast
+
+    if vocab_size < 257:
+        raise UserError(f"vocab_size: {vocab_size} is too small for a byte-level tokenizer (at least 257)")
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    fast.train_from_iterator(_sample(documents), trainer)
+    missing = vocab_size - fast.get_vocab_size()
+    fast.add_special_tokens([AddedToken(f"<|unused_{n}|>", special=True, normalized=False) for n in range(missing)])
+    end = fast.token_to_id(END)
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", pair=f"{END} $A {END} $B:1", special_tokens=[(END, end)]
+    )
+    return TextTokenizer(fast.to_str(pretty=True), settings(context))
+
+
+def settings(context: int) -> dict[str, Any]:
+    """tokenizer_config.json of a trained tokenizer."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END,
+        "eos_token": END,
+        "unk_token": None,
+        "pad_token": None,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+    }
+
+
+def _sample(documents: Sequence[Document]) -> Iterator[str]:
+    chosen = list(documents)
+    if sum(d.size for d in chosen) > SAMPLE:
+        random.Random(0).shuffle(chosen)
+    taken = 0
+    for d in chosen:
+        if taken >= SAMPLE:
+            return
+        taken += d.size
+        yield d.text()
+
+
+def cached(
+    documents: Sequence[Document], corpus_hash: str, vocab_size: int, context: int, cache: Path
+) -> TextTokenizer:
+    """`train`, or what it left in the cache for the same text and size."""
+    key = hashlib.sha256(f"{VERSION}:{PATTERN}:{vocab_size}:{corpus_hash}".encode()).hexdigest()[:32]
+    file = cache / f"tokenizer-{key}.json"
+    if file.is_file():
+        found = TextTokenizer(file.read_text(encoding="utf-8"), settings(context))
+        if found.size == vocab_size:
+            return found
+    fresh = train(documents, vocab_size, context)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(fresh.json, encoding="utf-8")
+        partial.replace(file)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{file}: {e.strerror} (choose another folder with --data.cache)") from None
+    return fresh
+
+
+def load(path: str | Path) -> TextTokenizer:
+    """A tokenizer.json, or the folder that holds one, with its tokenizer_config.json.
+
+    A lone file begins and ends documents with the `<|endoftext|>` or `</s>` that it has. Raises `UserError`.
+    """
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+        side = file.with_name("tokenizer_config.json")
+        config = json.loads(side.read_text(encoding="utf-8")) if side.is_file() else None
+    except OSError as e:
+        raise UserError(f"{file}: {e.strerror} (--tokenizer is a tokenizer.json or a folder with one)") from None
+    except ValueError as e:
+        raise UserError(f"{file.parent}: not a tokenizer: {e}") from None
+    found = TextTokenizer(text, config if isinstance(config, dict) else {})
+    try:
+        vocab = found.fast.get_vocab(with_added_tokens=True)
+    except Exception as e:  # tokenizers raises bare Exception
+        raise UserError(f"{file}: not a tokenizer: {e}") from None
+    if config is None:
+        end = next((t for t in (END, "</s>", "<|end_of_text|>") if t in vocab), None)
+        return TextTokenizer(text, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
+    return found
