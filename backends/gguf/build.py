@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,6 @@ def _header(
     matrices = [t.type for t in tensors if t.slot.matrix]
     common = max(set(matrices), key=matrices.count)
     out: dict[str, Any] = {
-        "general.architecture": arch,
         "general.type": "model",
         "general.name": spec.name,
         "general.alignment": ALIGNMENT,
@@ -264,6 +263,23 @@ class GGUFWriter:
         self.path.unlink(missing_ok=True)
 
     _fd = -1
+
+
+def write_plain(
+    path: Path,
+    arch: str,
+    keys: dict[str, Any],
+    tensors: Sequence[Stored],
+    rows: Callable[[str, tuple[int, ...]], Iterator[NDArray[np.float32]]],
+) -> None:
+    """A whole float32 file from ready rows, in order; `rows` takes a tensor's name and shape."""
+    _, data = _write_header(path, arch, keys, tensors)
+    with path.open("r+b") as f:
+        for t in tensors:
+            f.seek(data + t.offset)
+            for block in rows(t.slot.name, t.slot.shape):
+                f.write(np.ascontiguousarray(block, "<f4").tobytes())
+        f.truncate(max(f.tell(), data + tensors[-1].offset + -(-tensors[-1].nbytes // ALIGNMENT) * ALIGNMENT))
 
 
 def _rows(name: str, spec: Spec) -> int:

@@ -115,7 +115,7 @@ CARRIERS: tuple[Carrier, ...] = (
     _row("gpt2", LAYERNORM, GELU_MLP, rope="none", positions="required", square=True, fused_qkv=True,
          qkv_bias="required", o_bias="required", mlp_bias="required"),
     _row("granite", GRANITE, rope="interleaved", freqs="both", no_position="all", o_bias="optional"),
-    _row("granite-swa", GRANITE, rope="interleaved", freqs="both", no_position="layer", o_bias="optional",
+    _row("granite_swa", GRANITE, rope="interleaved", freqs="both", no_position="layer", o_bias="optional",
          window="required", sinks="required"),
     _row("gemma2", GEMMA, placement="sandwich", softcap="required", logit_softcap="required", tied="forced",
          window="required", window_theta=True, scaling=frozenset(), wide_scale_depth=46),

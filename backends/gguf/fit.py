@@ -151,14 +151,14 @@ def attention(spec: Spec, c: Carrier) -> Found:
         if spec.depth == c.wide_scale_depth:
             own = (spec.width // a.heads) ** -0.5
         if not c.scale and abs(a.scale / own - 1) > 1e-7:
-            yield f"{at}.scale: {a.scale:g}, where llama.cpp's {c.arch} has {own:g} (granite reads any)"
+            yield f"{at}.scale: {a.scale:g}, where llama.cpp's {c.arch} has {own:g}"
         yield from _needs(f"{at}.softcap", a.softcap is not None, a.softcap, c.softcap,
                           f"{at}: a soft cap of 2^64 stands for none (exact)", c)  # fmt: skip
         if a.clip is not None and not c.clip:
-            yield f"{at}.clip: {a.clip:g}, which llama.cpp's {c.arch} lacks (mpt has it)"
+            yield f"{at}.clip: {a.clip:g}, which llama.cpp's {c.arch} lacks"
         yield from _needs(f"{at}.sinks", a.sinks, True, c.sinks, f"{at}: sinks of -1e30 stand for none (exact)", c)
         if a.window is not None and c.window == "no":
-            yield f"{at}.window: {a.window}, which llama.cpp's {c.arch} lacks (granite-swa, step35 have it)"
+            yield f"{at}.window: {a.window}, which llama.cpp's {c.arch} lacks"
         if isinstance(a.position, Alibi) and (c.alibi == "no" or (c.alibi == "8" and a.position.max_bias != 8)):
             has = "no alibi" if c.alibi == "no" else "max_bias 8"
             yield f"{at}.position: alibi with max_bias {a.position.max_bias:g}, where llama.cpp's {c.arch} has {has}"
@@ -226,7 +226,7 @@ def ends(spec: Spec, c: Carrier) -> Found:
         if e.scale is None or abs(e.scale / math.sqrt(spec.width) - 1) > 1e-7:
             yield f"embedding.scale: {e.scale}, where llama.cpp's {c.arch} has sqrt(width) = {math.sqrt(spec.width):g}"
     elif e.scale is not None and e.scale != 1 and c.embed_scale == "no":
-        yield f"embedding.scale: {e.scale:g}, which llama.cpp's {c.arch} lacks (granite reads any)"
+        yield f"embedding.scale: {e.scale:g}, which llama.cpp's {c.arch} lacks"
     yield from _needs("embedding.positions", e.positions is not None, "learned", c.positions, "", c)
     if e.positions is not None and e.positions.offset:
         yield Fold(f"embedding.positions.offset: the first {e.positions.offset} rows, never read, are left out", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from backends.gguf.fit import NEUTRAL_CAP, Fit
+from backends.gguf.rotary import local_layers
 from spec.config import Alibi, Spec
 
 FILE_TYPES = {
@@ -41,7 +42,7 @@ def architecture(spec: Spec, fit: Fit) -> dict[str, Any]:
     windows = [b.attention.window for b in layers]
     if c.window == "required" or any(windows):
         out["attention.sliding_window"] = next((w for w in windows if w), spec.context)
-        out["attention.sliding_window_pattern"] = [w is not None for w in windows]
+        out["attention.sliding_window_pattern"] = local_layers(spec, c)
     if c.scale:
         out["attention.scale"] = a.scale
     if c.alibi == "key":

@@ -33,6 +33,13 @@ class Rotary:
     """Length for which length-dependent tables were fixed, where llama.cpp does not choose by itself."""
 
 
+def local_layers(spec: Spec, c: Carrier) -> list[bool]:
+    """Which layers are marked as having a window. A graph that insists on some gets all of them, with a window as
+    long as the context, where the spec has none."""
+    windows = [b.attention.window is not None for b in spec.layers]
+    return [True] * spec.depth if c.window == "required" and not any(windows) else windows
+
+
 def plan(spec: Spec, c: Carrier) -> Rotary:
     """The rotations of `spec` in terms of carrier `c`, or refusals."""
     out = Rotary()
@@ -53,9 +60,8 @@ def _at(spec: Spec, i: int) -> str:
 
 def _no_position(spec: Spec, c: Carrier, still: list[int], out: Rotary) -> bool:
     """Settle the layers that do not rotate; whether there are rotations left to plan."""
-    windows = [i for i, b in enumerate(spec.layers) if b.attention.window is None]
     if c.no_position == "global":
-        if still != windows:
+        if still != [i for i, local in enumerate(local_layers(spec, c)) if not local]:
             out.refusals.append(
                 f"{_at(spec, 0)}: llama.cpp's {c.arch} rotates exactly the layers that have a window"
             )
@@ -93,7 +99,8 @@ def _tables(spec: Spec, layers: list[int]) -> Iterator[tuple[Rope, Attention]]:
 
 
 def _rotations(spec: Spec, c: Carrier, turning: list[int], out: Rotary) -> None:
-    local = [i for i in turning if spec.layers[i].attention.window is not None] if c.window_theta else []
+    marked = local_layers(spec, c)
+    local = [i for i in turning if marked[i]] if c.window_theta else []
     full = [i for i in turning if i not in set(local)]
     groups = {"full": list(_tables(spec, full)), "local": list(_tables(spec, local))}
     for name, tables in groups.items():

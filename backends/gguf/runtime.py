@@ -49,8 +49,11 @@ _messages: list[str] = []
 
 
 def _last_words() -> str:
-    telling = [m for m in _messages if any(w in m.lower() for w in ("error", "fail", "invalid", "missing", "unknown"))]
-    return telling[-1].removeprefix("llama_model_load: ") if telling else "no reason given"
+    for word in ("error", "invalid", "missing", "unknown", "fail"):
+        telling = [m for m in _messages if word in m.lower()]
+        if telling:
+            return telling[-1].removeprefix("llama_model_load: ")
+    return "no reason given"
 
 
 class GGUFRuntime:

@@ -11,7 +11,7 @@ from backends.gguf.types import PORTABLE, TYPES, fitting
 from spec.config import Spec
 from spec.errors import nearest
 
-RECENT = frozenset({"granite-swa", "step35"})
+RECENT = frozenset({"granite_swa", "step35"})
 """Carriers that only recent versions of llama.cpp know (llama-cpp-python 0.3.36 does)."""
 
 
@@ -75,3 +75,9 @@ def _notes(spec: Spec, fit: Fit, level: str) -> list[str]:
         mixed = {t: list(kinds.values()).count(t) for t in dict.fromkeys(kinds.values()) if t != "f32"}
         out.append("types: " + ", ".join(f"{n} x {t}" for t, n in mixed.items()))
     return out
+
+
+def bits(level: str) -> float:
+    """Bits that a weight takes at a level or in one of the types that a recipe names, scales counted."""
+    kind = TYPES[PORTABLE.get(level, level)]
+    return 8 * kind.size / kind.block
