@@ -102,6 +102,8 @@ KL_BUDGET: Mapping[str, float] = {
     "q2_k": 0.9,
     "iq2": 1.5,
     "iq1": 3.0,
+    "tq1": 3.0,
+    "tq2": 2.0,
 }
 """Mean KL divergence in nats that a level may cost against the original weights: about twice llama.cpp's published
 figures for an 8 B model on wikitext-2 (Q8_0 .0014, Q6_K .0055, Q5_K_M .011, Q4_K_M .031, Q4_0 .072, Q3_K_M .102,
@@ -110,7 +112,7 @@ Q2_K .445). A breach is flagged, never a failure, and staying within it is never
 
 def kl_budget(level: str) -> float | None:
     """The budget of a level: its own, or that of the longest name that it begins with (`q4_k_m` -> `q4_k`)."""
-    fits = [k for k in KL_BUDGET if level == k or level.startswith(k + "_") or (k[0] == "i" and level.startswith(k))]
+    fits = [k for k in KL_BUDGET if level == k or level.startswith(k + "_")]
     return KL_BUDGET[max(fits, key=len)] if fits else None
 
 

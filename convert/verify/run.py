@@ -203,7 +203,7 @@ def run(
             return report
         tell(start="opening")
         try:
-            shipped = opener.open_artifact(artifact, source.spec, threads)
+            shipped = opener.open_artifact(artifact, source.spec, level, threads)
             session = Session(artifact, source, shipped, level, lead, threads)
             tell(facts={"tokens": int(session.ids.size), "versions": opener.versions()})
         except Exception as e:
