@@ -18,7 +18,7 @@ from backends.gguf.fit import choose
 from backends.gguf.names import Piece
 from backends.gguf.pack import pack, unpack
 from backends.gguf.runtime import load
-from backends.gguf.twin import twin
+from backends.gguf.twin import twin, twin_spec
 from convert.levels import LEVELS
 from convert.quantize import quantize
 from convert.recipe import plan
@@ -28,7 +28,6 @@ from convert.verify.packing import BITS, compare_values, difference
 from convert.verify.run import Twin
 from spec.config import Spec
 from spec.errors import UserError
-from spec.load import parse
 from spec.params import params
 
 Array = NDArray[Any]
@@ -50,13 +49,6 @@ def receipt(path: Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def twin_spec(spec: Spec) -> Spec:
-    """The spec of a twin: the first layer of each kind, in order."""
-    kinds = list({b.model_dump_json(): b.model_dump() for b in spec.layers}.values())
-    data = spec.model_dump(exclude_unset=True) | {"depth": len(kinds), "pattern": kinds, "overrides": {}}
-    return parse(data)
 
 
 def level_of(path: Path) -> str:
