@@ -57,8 +57,9 @@ class TooLarge(UserError):
 
     def at(self, name: str, start: int) -> str:
         """The message, for a block that begins at row `start` of tensor `name`."""
-        return (f"{name}{': ' if name else ''}row {start + self.row}: a weight of {self.value:.6g} is beyond {self.level} "
-                f"(at most {self.limit:.6g}): use --quant f32")  # fmt: skip
+        place = f"{name}: row {start + self.row}" if name else f"row {start + self.row}"
+        limit = f"at most {self.limit:.6g}"
+        return f"{place}: a weight of {self.value:.6g} is beyond {self.level} ({limit}): use --quant f32"
 
 
 def round_floats(block: Floats, level: str) -> Floats:

@@ -91,3 +91,14 @@ def test_the_gelu_table_is_a_rounding_of_its_own() -> None:
     exact = Oracle(spec, weights).logits(ids)
     table = Oracle(spec, weights, ops=EmulatedOps(linears=False, kv="f32")).logits(ids)
     assert 1e-10 < nmse(table, exact) < 1e-5
+
+
+@pytest.mark.parametrize("feature", ["llama", "window", "alibi", "attn_softcap", "sinks", "mqa"])
+def test_values_summed_key_by_key_are_the_same_sum(feature: str) -> None:
+    """Only the accumulator's rounding tells the two apart, and it is float16's."""
+    spec = FEATURES[feature]
+    weights, ids = random_weights(spec), random_ids(spec, 1, 20)
+    tiled, online = (
+        Oracle(spec, weights, ops=EmulatedOps(linears=False, online=slice(0, n))).logits(ids) for n in (0, 1)
+    )
+    assert 1e-9 < nmse(online, tiled) < 3e-5

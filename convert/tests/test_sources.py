@@ -148,11 +148,11 @@ def test_missing_files_are_named(tmp_path: Path, huggingface: Writes) -> None:
         open_source(tmp_path)
     folder = huggingface(3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match="1 of 3 shards are missing: model-00002-of-00003.safetensors"):
+    with pytest.raises(UserError, match=r"1 of 3 shards are missing: model-00002-of-00003.safetensors"):
         open_source(folder)
     (folder / "model.safetensors.index.json").unlink()
     (folder / "pytorch_model.bin").touch()
-    with pytest.raises(UserError, match="no model.safetensors .*pytorch_model.bin is a pickle"):
+    with pytest.raises(UserError, match=r"no model.safetensors .*pytorch_model.bin is a pickle"):
         open_source(folder)
 
 
@@ -211,7 +211,7 @@ def test_a_tied_head_that_was_stored_must_agree(huggingface: Writes) -> None:
         source.tensor("embed.weight")
     w["lm_head.weight"][9, 1] += 1
     save_file(w, file)
-    with open_source(folder) as source, pytest.raises(UserError, match="lm_head.weight: differs"):
+    with open_source(folder) as source, pytest.raises(UserError, match=r"lm_head.weight: differs"):
         source.tensor("embed.weight")
 
 
@@ -220,8 +220,7 @@ def test_a_file_cut_while_it_is_read_is_an_error(checkpoint: Path) -> None:
         with (checkpoint / "model.safetensors").open("r+b") as f:
             f.truncate(3000)
         with pytest.raises(UserError, match="became shorter"):
-            for name in source.names():
-                source.tensor(name)
+            source.hash()
 
 
 def test_a_spec_error_keeps_its_paths(checkpoint: Path, small: Spec) -> None:

@@ -1,0 +1,51 @@
+"""The model card beside an artifact: what it is, what was measured, how to run and check it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convert.pipeline import Result
+    from convert.verify import Report
+
+RUN = {"gguf": "llama-cli -m {name} -p 'Once upon a time'"}
+"""How an artifact of a backend is run with the backend's own tools."""
+
+
+def card(result: Result, receipt: dict[str, Any], report: Report | None) -> str:
+    """The card in Markdown."""
+    spec, name = result.spec, result.out.name
+    rows = [
+        ("parameters", f"{result.weights:,}"),
+        ("level", f"{result.level} ({result.bits:.2f} bits/weight over all matrices)"),
+        ("stored as", ", ".join(f"{n} × {level}" for level, n in receipt["levels"].items())),
+        ("size", f"{result.size / 1e6:,.1f} MB"),
+        ("carrier", f"{receipt['backend']} {receipt['carrier']}".strip()),
+        ("context", f"{spec.context:,} tokens"),
+        ("source", f"{receipt['source']['name']}, weights sha256 {receipt['source']['hash']}"),
+        ("spec sha256", receipt["spec_hash"]),
+    ]
+    if receipt["weights_hash"]:
+        rows.append(("codes and scales sha256", receipt["weights_hash"]))
+    lines = [f"# {name}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""]
+    if receipt["folds"]:
+        lines += ["Exact rewrites on the way:", "", *(f"- {f}" for f in receipt["folds"]), ""]
+    if result.notes:
+        lines += ["Notes:", "", *(f"- {n}" for n in result.notes), ""]
+    lines += ["## Measured", ""]
+    if report is None:
+        lines += ["Not verified (`--no-verify`).", ""]
+    else:
+        lines += [report.markdown(), ""]
+    lines += ["## Use", "", "```", f"python -m backends generate {name} --prompt 'Once upon a time'"]
+    if receipt["backend"] in RUN:
+        lines.append(RUN[receipt["backend"]].format(name=name))
+    lines += [f"python -m convert.verify {name} --source CHECKPOINT", "```", ""]
+    lines += ["Made with " + ", ".join(f"{k} {v}" for k, v in receipt["versions"].items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def beside(out: Path) -> Path:
+    """Where the card lies."""
+    return out.with_name(out.name + ".md")

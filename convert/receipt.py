@@ -1,0 +1,80 @@
+"""What goes into an artifact about itself: what it was made from, how, and what was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends.base import Planned, Support
+from convert.sources import Source
+from convert.sources.base import weights_hash
+
+if TYPE_CHECKING:
+    from convert.verify import Report
+
+FORMAT = 1
+PACKAGES = ("allotrope", "numpy", "gguf", "llama-cpp-python")
+
+
+def receipt(
+    source: Source,
+    support: Support,
+    level: str,
+    planned: Sequence[Planned],
+    source_hashes: Mapping[str, str],
+    hashes: Mapping[str, str],
+) -> dict[str, Any]:
+    """The receipt of a conversion. `hashes` are the `ContentHash`es of what was stored, for portable levels.
+
+    Nothing in it depends on when or where it was made, so equal conversions give equal files.
+    """
+    stored = {p.name: [p.level, hashes[p.name]] if p.name in hashes else [p.level] for p in planned}
+    return {
+        "format": FORMAT,
+        "spec_hash": source.spec.hash,
+        "source": {
+            "name": source.path.resolve().name,
+            "hash": weights_hash((n, source_hashes[n]) for n in source.names()),
+            "dtypes": source.dtypes(),
+        },
+        "backend": support.backend,
+        "carrier": support.carrier,
+        "folds": list(support.folds),
+        "level": level,
+        "levels": dict(sorted(Counter(p.level for p in planned).items())),
+        "weights_hash": weights_hash((n, hashes[n]) for n in source.names()) if len(hashes) == len(stored) else None,
+        "tensors": stored,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that had a hand in it."""
+    out = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def parity(report: Report | None) -> dict[str, Any]:
+    """What was measured, short enough for the metadata: status, value and gate of each check."""
+    if report is None:
+        return {"verified": False}
+    checks = {
+        c.name: {"status": str(c.status), **({"measured": c.measured} if c.measured is not None else {}),
+                 **({"gate": c.gate} if c.gate is not None else {})}
+        for c in report.checks
+    }  # fmt: skip
+    return {"verified": True, "tokens": report.tokens, "checks": checks}
+
+
+def beside(out: Path) -> Path:
+    """The sidecar that holds the receipt with the whole report."""
+    return out.with_name(out.name + ".receipt.json")

@@ -1,0 +1,141 @@
+"""What a conversion says: progress while it runs, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from convert.pipeline import Result
+    from convert.verify import Check, Report
+
+EVERY = 5.0
+"""Seconds between plain progress lines."""
+
+
+class Reporting:
+    """Progress on stderr: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._started = self._said = time.monotonic()
+        self._finished = False
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Bytes of the source done and in all."""
+        now = time.monotonic()
+        if self.console.is_terminal:
+            if self._bar is None:
+                self._bar = self._new_bar()
+                self._task = self._bar.add_task(stage, total=total)
+            self._bar.update(self._task, completed=done)
+        elif not self._finished and (done >= total or now - self._said >= EVERY):
+            self._said = now
+            rate = done / max(now - self._started, 1e-9)
+            left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
+            mega = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+            self.console.print(f"{stage}: {done / total:4.0%}  {mega}  {rate / 1e6:,.1f} MB/s{left}", markup=False)
+        if done >= total and not self._finished:
+            self._finished = True
+            self.stop()
+
+    def checked(self, check: Check) -> None:
+        """A check of the verification ended."""
+        from convert.verify.report import number
+
+        measured = "" if check.measured is None else f"  {number(check.measured)}"
+        gate = "" if check.gate is None else f" (gate {number(check.gate)})"
+        self.console.print(f"verify: {check.name} {check.status}{measured}{gate}", markup=False)
+
+    def table(self, report: Report) -> None:
+        """The whole report."""
+        self.console.print(report.table())
+
+    def stop(self) -> None:
+        """Let go of the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _new_bar(self) -> Progress:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        bar = Progress("{task.description}", *columns, console=self.console)
+        bar.start()
+        return bar
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Reporting]:
+    """Progress that lets go of the terminal whatever happens."""
+    reporting = Reporting(quiet)
+    try:
+        yield reporting
+    finally:
+        reporting.stop()
+
+
+def dumps(data: dict[str, Any]) -> str:
+    """One JSON document."""
+    return json.dumps(data, indent=1, sort_keys=True) + "\n"
+
+
+def _facts(result: Result) -> Iterator[tuple[str, str]]:
+    yield "carrier", f"{result.backend} {result.support.carrier}".strip()
+    levels = ", ".join(f"{n} x {level}" for level, n in result.levels.items())
+    yield "tensors", levels
+    yield "bits/weight", f"{result.bits:.2f} over all matrices ({result.weights:,} weights)"
+    for fold in result.support.folds:
+        yield "exact rewrite", fold
+    for note in result.notes:
+        yield "note", note
+
+
+def _lines(rows: Iterator[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<13}  {value}" for name, value in rows)
+
+
+def show_expected(result: Result) -> None:
+    """A dry run's findings, on stdout."""
+    console = Console(highlight=False, soft_wrap=True)
+
+    def rows() -> Iterator[tuple[str, str]]:
+        yield "would write", str(result.out)
+        yield from _facts(result)
+        yield "size", f"{result.size / 1e6:,.1f} MB"
+        yield "memory", f"{result.memory / 1e6:,.0f} MB of row blocks"
+        yield "time", f"about {_duration(result.seconds)} to read, round and write (from one block), then verification"
+
+    console.print(_lines(rows()), markup=False)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def show_result(result: Result) -> None:
+    """What was made, on stdout."""
+    console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
+    if result.report is not None:
+        console.print(result.report.table())
+        for flag in result.report.flagged:
+            console.print(f"flag: {flag}", markup=False)
+
+    def rows() -> Iterator[tuple[str, str]]:
+        yield "wrote", f"{result.out} ({result.size / 1e6:,.1f} MB in {_duration(result.seconds)})"
+        yield from _facts(result)
+        if result.report is None:
+            yield "note", "not verified (--no-verify)"
+
+    console.print(_lines(rows()), markup=False)
