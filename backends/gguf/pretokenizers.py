@@ -15,6 +15,7 @@ Spellings that are compared as equal:
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,9 @@ DEEPSEEK3 = (
 )
 
 
+_MARKS = "llama.cpp splits words at combining marks (as in Devanagari) with this pre-tokenizer"
+
+
 @dataclass(frozen=True)
 class PreTokenizer:
     """One of llama.cpp's."""
@@ -50,8 +54,8 @@ class PreTokenizer:
     name: str
     expressions: tuple[str, ...]
     ignore_merges: bool = False
-    needs: tuple[str, ...] = ()
-    """Further versions that are the same; only for the record."""
+    caveat: str = ""
+    """Texts in which llama.cpp's form of the expressions is another."""
 
 
 KNOWN = (
@@ -60,8 +64,8 @@ KNOWN = (
     PreTokenizer("dbrx", (LLAMA3,)),
     PreTokenizer("qwen2", (QWEN2,)),
     PreTokenizer("starcoder", (r"\p{N}", GPT2)),
-    PreTokenizer("gpt-4o", (GPT4O,)),
-    PreTokenizer("tekken", (TEKKEN,), ignore_merges=True),
+    PreTokenizer("gpt-4o", (GPT4O,), caveat=_MARKS),
+    PreTokenizer("tekken", (TEKKEN,), ignore_merges=True, caveat=_MARKS),
     PreTokenizer("deepseek-v3", DEEPSEEK3),
     PreTokenizer("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
     PreTokenizer("bloom", (r" ?[^(\s|.,!?…。，、।۔،)]+",)),
@@ -141,17 +145,18 @@ def _steps(pre: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [pre]
 
 
-def find(found: list[str], ignore_merges: bool) -> str:
-    """The name of llama.cpp's pre-tokenizer with these expressions and this switch.
+def find(found: list[str], ignore_merges: bool, neutral: Callable[[], bool] = lambda: False) -> PreTokenizer:
+    """llama.cpp's pre-tokenizer with these expressions and this switch. `neutral` answers whether the switch changes
+    nothing in this vocabulary.
 
     Raises `UserError` that shows the expressions and the closest ones there are.
     """
     known = [(p, tuple(canonical(e) for e in p.expressions)) for p in KNOWN]
-    for p, mine in known:
-        if mine == tuple(found) and p.ignore_merges == ignore_merges:
-            return p.name
-    shown = " then ".join(found) or "(none)"
     same = [p for p, mine in known if mine == tuple(found)]
+    exact = [p for p in same if p.ignore_merges == ignore_merges]
+    if exact or (same and neutral()):
+        return (exact or same)[0]
+    shown = " then ".join(found) or "(none)"
     if same:
         raise UserError(
             f"tokenizer.model.ignore_merges: {str(ignore_merges).lower()} with the pre-tokenizer of {same[0].name}, "

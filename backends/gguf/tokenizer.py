@@ -121,18 +121,41 @@ def merges(tokenizer: Tokenizer) -> list[str]:
     return out
 
 
+def merges_make_every_token(tokenizer: Tokenizer, rules: list[str]) -> bool:
+    """Whether the merge rules turn the text of every token into that token, so that skipping them changes nothing."""
+    ranks = {(r.partition(" ")[0], r.partition(" ")[2]): n for n, r in enumerate(rules)}
+    special = {t["content"] for t in tokenizer.json.get("added_tokens", [])}
+    for token in tokenizer.json["model"]["vocab"]:
+        parts = list(token)
+        while token not in special and len(parts) > 1:
+            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: ranks.get(pair, len(rules)))
+            if best not in ranks:
+                return False
+            merged, i = [], 0
+            while i < len(parts):
+                pair = i + 1 < len(parts) and (parts[i], parts[i + 1]) == best
+                merged.append(parts[i] + parts[i + 1] if pair else parts[i])
+                i += 2 if pair else 1
+            parts = merged
+    return True
+
+
 def _byte_level(tokenizer: Tokenizer, vocab_size: int) -> tuple[Vocabulary, dict[str, Any]]:
     allowed = {"NFC", "NFKC", "NFD", "NFKD"}
     others = [n for n in _normalizers(tokenizer.json.get("normalizer")) if n not in allowed]
     if others:
         raise UserError(f"tokenizer.normalizer: {others[0]} has no llama.cpp form for a byte-level BPE")
     found = pretokenizers.expressions(tokenizer.json.get("pre_tokenizer"))
-    name = pretokenizers.find(found, bool(tokenizer.json["model"].get("ignore_merges")))
     v = vocabulary(tokenizer, vocab_size)
+    rules = merges(tokenizer)
+    switch = bool(tokenizer.json["model"].get("ignore_merges"))
+    pre = pretokenizers.find(found, switch, lambda: merges_make_every_token(tokenizer, rules))
+    if pre.caveat:
+        log.warning("tokenizer: %s", pre.caveat)
     return v, {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": name,
-        "tokenizer.ggml.merges": merges(tokenizer),
+        "tokenizer.ggml.pre": pre.name,
+        "tokenizer.ggml.merges": rules,
         "tokenizer.ggml.add_space_prefix": False,
     }
 
