@@ -92,6 +92,8 @@ class RunFolder:
         }
         for name, content in small.items():
             write(partial / name, content)
+        for name in (WEIGHTS, TENSORS):  # safetensors makes its files readable by their owner alone
+            (partial / name).chmod((partial / STATE).stat().st_mode)
         flush(partial / "training")
         flush(partial)
 
@@ -191,9 +193,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (ValueError, SafetensorError) as e:
         raise UserError(f"{folder}: cannot be resumed, the training state is damaged: {e}") from None
     if state.get("version") != VERSION:
-        raise UserError(
-            f"{folder / STATE}: version {state.get('version')} is not {VERSION} (use the matching allotrope)"
-        )
+        raise UserError(f"{folder / STATE}: version {state.get('version')} is not {VERSION} (use its allotrope)")
     return state, tensors
 
 

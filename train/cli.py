@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from spec.errors import SpecError, UserError, problems_from
 from train.config import TrainConfig
 
-HELP = """\
-Train a model spec. Without arguments: the `tiny` preset on the Python standard library's source, about 3 minutes on two
-CPU cores.
+HELP = """Train a model spec on text.
 
-Examples:
+Without arguments: the `tiny` preset on the Python standard library's own source, about 3 minutes on two CPU cores."""
+
+EXAMPLES = """Examples:
 
   python -m train
   python -m train --spec nano --data ~/texts --out runs/nano --steps 5000
@@ -27,9 +27,8 @@ Examples:
   python -m train --spec my.yaml --check
   torchrun --nproc-per-node 2 -m train --batch.sequences 16
 
-Ctrl-C and SIGTERM save a checkpoint and exit with 130 and 143; a second one exits at once. Exit status 2: something that
-you can fix, named in one line.
-"""
+Ctrl-C and SIGTERM save a checkpoint and exit with 130 and 143; a second one ends at once.
+Exit status 2: something that you can fix, named in one line."""
 
 
 def explain(error: CycloptsError) -> Any:
@@ -40,7 +39,9 @@ def explain(error: CycloptsError) -> Any:
     return str(error)
 
 
-app = App(name="train", help=HELP, version_flags=[], help_format="plaintext", error_formatter=explain)
+app = App(
+    name="train", help=HELP, version_flags=[], help_format="plaintext", help_epilogue=EXAMPLES, error_formatter=explain
+)
 
 Flag = Parameter(negative="")
 
@@ -110,17 +111,17 @@ def summary(result: Any) -> list[str]:
 
     if os.environ.get("RANK", "0") != "0":
         return []
-    m, out = result.metrics, result.out
+    m, out = result.metrics, Path(result.out)
     if result.step < result.steps:
         resume = f"python -m train --out {out} --resume"
         return ["", f"stopped and saved at step {result.step} of {result.steps}; continue with", f"  {resume}"]
     loss = "" if m is None or m.val_loss is None else f", validation loss {m.val_loss:.4f} nats/token"
     bits = "" if m is None or m.val_bits_per_byte is None else f" = {m.val_bits_per_byte:.3f} bits/byte"
-    name = Path(out).name
+    name = out.name
     return [
         "",
         f"trained {result.step} steps{loss}{bits}",
-        f"checkpoint {out}, curve {Path(out) / 'training' / 'loss.png'}, metrics {Path(out) / 'training' / 'train.jsonl'}",
+        f"checkpoint {out}, curve {out / 'training' / 'loss.png'}, metrics {out / 'training' / 'train.jsonl'}",
         "next:",
         f"  python -m backends generate {out} --prompt 'def main('",
         f"  convert {out} --to gguf --quant q4 --out {name}.gguf",

@@ -37,7 +37,7 @@ class Batch(Model):
     sequences: Size = 8
     """Sequences in an optimizer step, over all ranks."""
     micro: Size | None = None
-    """Sequences in one forward pass on one rank; fewer than the rank's share accumulates gradients. None = the share."""
+    """Sequences in one forward pass on one rank; none = the rank's share of the step. Fewer accumulate gradients."""
 
 
 class Optimizer(Model):
@@ -45,7 +45,7 @@ class Optimizer(Model):
 
     lr: Positive = 4e-3
     """Peak learning rate."""
-    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    betas: Annotated[tuple[Probability, Probability], Parameter(negative="")] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""

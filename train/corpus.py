@@ -20,21 +20,10 @@ STDLIB = "stdlib"
 """The name of the embedded corpus."""
 
 STDLIB_LEFT_OUT = frozenset(
-    [
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "test",
-        "tests",
-        "idle_test",
-        "idlelib",
-        "turtledemo",
-        "pydoc_data",
-        "encodings",
-        "lib-dynload",
-        "ensurepip",
-        "__phello__",
-    ]
+    {
+        *("site-packages", "dist-packages", "lib-dynload", "ensurepip", "__pycache__", "__phello__"),
+        *("test", "tests", "idle_test", "idlelib", "turtledemo", "pydoc_data", "encodings"),
+    }
 )
 """Folders of the standard library that hold installed packages, tests or tables rather than source to learn from."""
 
@@ -125,9 +114,7 @@ def _files(source: str) -> tuple[Path, list[Path]]:
         root = Path(sysconfig.get_path("stdlib"))
         files = [p for p in sorted(root.rglob("*.py")) if _kept(p.relative_to(root))]
         if len(files) < 100:
-            raise UserError(
-                f"--data stdlib: this Python has no standard library source in {root} (name a file or folder)"
-            )
+            raise UserError(f"--data stdlib: this Python has no library source in {root} (name a file or folder)")
         return root, files
     root = Path(source)
     if root.is_file():

@@ -82,27 +82,34 @@ def loss_of(run: Run, rows: Rows) -> Tensor:
         return run.decoder(ids, targets, segments=segments)
 
 
-def train_step(run: Run) -> Metrics:
-    """One optimizer step. A loss or gradient that is not finite skips it, before the optimizer has seen it."""
-    c, began = run.config, time.perf_counter()
-    lr = optim.learning_rate(run.step + 1, c.steps, c.warmup, c.optimizer.lr, c.schedule.final)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    # Divided by the targets of the whole batch, accumulation, ranks and masked targets make no difference.
-    micro_batches, valid = run.batches.next(c.batch.sequences, run.micro, run.ranks.rank, run.ranks.world)
+def gradients(run: Run) -> tuple[float, Tensor, int]:
+    """Forward and backward over the next global batch: its mean loss, the global norm, and its valid targets.
+
+    Divided by the valid targets of the whole batch, counted beforehand, gradients depend neither on accumulation nor
+    on the number of ranks nor on how masked targets fall.
+    """
+    micro_batches, valid = run.batches.next(run.config.batch.sequences, run.micro, run.ranks.rank, run.ranks.world)
     total = torch.zeros((), device=run.ranks.device)
     for n, rows in enumerate(micro_batches, 1):
         parallel.accumulating(run.decoder, last=n == len(micro_batches))
         loss = loss_of(run, rows) / max(1, valid)
         loss.backward()
         total += loss.detach()
-    parameters = list(run.decoder.parameters())
-    norm_on_device = optim.gradient_norm(parameters)
-    [loss_value], norm = run.ranks.sum(float(total)), float(norm_on_device)
+    [loss_value] = run.ranks.sum(float(total))
+    return loss_value, optim.gradient_norm(run.decoder.parameters()), valid
+
+
+def train_step(run: Run) -> Metrics:
+    """One optimizer step. A loss or gradient that is not finite skips it, before the optimizer has seen it."""
+    c, began = run.config, time.perf_counter()
     run.step += 1
-    if math.isfinite(loss_value) and math.isfinite(norm):
+    lr = optim.learning_rate(run.step, c.steps, c.warmup, c.optimizer.lr, c.schedule.final)
+    loss, norm, valid = gradients(run)
+    if math.isfinite(loss) and math.isfinite(float(norm)):
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
         if c.optimizer.clip is not None:
-            optim.clip(parameters, c.optimizer.clip, norm_on_device)
+            optim.clip(run.decoder.parameters(), c.optimizer.clip, norm)
         run.optimizer.step()
         run.skipped_in_a_row = 0
     else:
@@ -110,7 +117,7 @@ def train_step(run: Run) -> Metrics:
         run.skipped_in_a_row += 1
     run.optimizer.zero_grad(set_to_none=True)
     speed = valid / (time.perf_counter() - began)
-    return Metrics(run.step, loss_value, lr, norm, speed, run.batches.state.tokens, run.skipped)
+    return Metrics(run.step, loss, lr, float(norm), speed, run.batches.state.tokens, run.skipped)
 
 
 @torch.no_grad()

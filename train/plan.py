@@ -43,7 +43,7 @@ def show(c: TrainConfig, console: Console) -> None:
         "memory": f"{size(state / world)} weights, gradients, moments + about {size(activations)} activations a rank",
         "device": f"{device}, {world} rank(s)",
         "precision": f"{precision} ({why})",
-        "disk": f"{size((c.checkpoint.keep + 1) * 0.75 * state)} in {out_folder(c, spec)} ({c.checkpoint.keep} checkpoints)",
+        "disk": f"{size((c.checkpoint.keep + 1) * 0.75 * state)} in {out_folder(c, spec)} while saving",
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():

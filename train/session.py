@@ -83,7 +83,7 @@ def text(c: TrainConfig, spec: Spec, say: Any) -> tuple[tokenizer.TextTokenizer,
         tok = tokenizer.load(c.tokenizer)
     if tok.size > spec.vocab_size:
         raise UserError(
-            f"spec.vocab_size: {spec.vocab_size} is fewer than the tokenizer's {tok.size} tokens (set it so)"
+            f"spec.vocab_size: {spec.vocab_size} is fewer than the tokenizer's {tok.size} tokens (raise it)"
         )
     if tok.size < spec.vocab_size:
         say(f"tokenizer: {tok.size} tokens; the spec's other {spec.vocab_size - tok.size} rows stay unused")
@@ -100,7 +100,7 @@ def train(
     stop_after: int | None = None,
     console: Console | None = None,
 ) -> Result:
-    """Run it. With `resume`, `c` is what `resumed` returned. Raises `UserError` for everything that the user can fix."""
+    """Run it. With `resume`, `c` is what `resumed` returned. Raises `UserError` for all that the user can fix."""
     console = console or Console()
     with parallel.ranks(c.device) as ranks:
         return _train(c, ranks, resume, force, stop_after, console)
