@@ -30,7 +30,7 @@ UNIT: Mapping[str, float] = {
 }
 """Unit roundoff: the largest relative error of one rounding."""
 
-RATIO: Mapping[str, float] = {"graph": 4.0, "arithmetic": 3.0, "invariant": 4.0}
+RATIO: Mapping[str, float] = {"graph": 4.0, "arithmetic": 3.0}
 """Times the control's NMSE: graph is 2 squared (float32, as in PyTorch's own accuracy harness)."""
 
 FLOOR_K = 8.0
@@ -69,7 +69,7 @@ def bound(precision: str, layers: int, positions: int) -> float:
 def gate(check: str, precision: str, control: float, *, layers: int, positions: int) -> Gate:
     """The gate of one check.
 
-    check: `graph`, `arithmetic` or `invariant`. precision: the coarsest rounding on the path, a key of `UNIT`.
+    check: `graph` or `arithmetic`. precision: the coarsest rounding on the path, a key of `UNIT`.
     control: the NMSE that the emulated roundings alone have. positions: tokens in the sequence.
     """
     ratio, floor = RATIO[check], FLOOR_K * UNIT["f32"] ** 2

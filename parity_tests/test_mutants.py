@@ -6,25 +6,21 @@ import numpy as np
 import pytest
 
 from convert import gates
-from convert.verify.numeric import check_graph, check_invariants
+from convert.verify.numeric import check_graph, graph_reference, stepwise
 from convert.verify.report import Check, Status
 from parity_tests.cases import FEATURES, random_ids, random_weights
 from parity_tests.mutants import CACHE, GRAPH, Float32, Mutant, OracleRuntime
 
 
-def graph(ops: Float32, feature: str) -> Check:
+def graph(ops: Float32, feature: str, *, stepped: bool = False) -> Check:
+    """The graph check on a runtime made of these operations, fed all at once or in pieces."""
     spec = FEATURES[feature]
     weights, ids = random_weights(spec), random_ids(spec, 1, 40)
-    run = OracleRuntime(spec, weights, ops).logits(ids)
-    return check_graph(run, spec, weights, ids, tables=False, what="mutant")
-
-
-def invariants(ops: Float32, feature: str) -> Check:
-    spec = FEATURES[feature]
-    weights, ids = random_weights(spec), random_ids(spec, 1, 24)
-    runtime = OracleRuntime(spec, weights, ops)
-    control = graph(Float32(), feature).details["control"]
-    return check_invariants(runtime, ids, runtime.logits(ids), control, "f32", spec.depth)
+    runtime, reference = OracleRuntime(spec, weights, ops), graph_reference(spec, weights, ids, tables=False)
+    if stepped:
+        run, tokens = stepwise(runtime, ids)
+        return check_graph(run, reference, "mutant", "invariants", tokens)
+    return check_graph(runtime.logits(ids), reference, "mutant")
 
 
 @pytest.mark.parametrize("feature", sorted({m.feature for m in GRAPH.values()}))
@@ -45,8 +41,8 @@ def test_the_graph_check_kills(name: str) -> None:
 @pytest.mark.parametrize("name", CACHE)
 def test_the_invariants_kill(name: str) -> None:
     mutant = CACHE[name]
-    assert invariants(Float32(), mutant.feature).status is Status.PASS
-    assert invariants(mutant.ops(), mutant.feature).status is Status.FAIL
+    assert graph(Float32(), mutant.feature, stepped=True).status is Status.PASS
+    assert graph(mutant.ops(), mutant.feature, stepped=True).status is Status.FAIL
 
 
 @pytest.mark.parametrize("name", CACHE)
@@ -60,7 +56,7 @@ def test_a_nan_fails_whatever_the_gate() -> None:
     weights, ids = random_weights(spec), random_ids(spec, 1, 8)
     run = OracleRuntime(spec, weights, Float32()).logits(ids)
     run[0, 3, 5] = np.nan
-    check = check_graph(run, spec, weights, ids, tables=False, what="")
+    check = check_graph(run, graph_reference(spec, weights, ids, tables=False), "")
     assert check.status is Status.FAIL and "not finite" in check.reason
 
 

@@ -93,6 +93,9 @@ class Typed:
         return self.weight[rows]
 
 
+FLASH_TILE = 64
+"""Queries from which on ggml's flash attention works in tiles, with float32 accumulators."""
+
 GELU_TABLES: tuple[Activation, ...] = ("gelu_tanh", "quick_gelu")
 """Activations that llama.cpp looks up in a table over float16."""
 
@@ -102,7 +105,9 @@ class EmulatedOps(NumpyOps):
 
     Batch rows never mix, so one pass over the weights (the expensive part) yields both the exact logits and the
     emulated ones. `linears`: round the inputs of products by each weight's `Typed.activation`. `kv`: rounding of
-    queries, keys and values inside attention. `tables`: GELU through float16.
+    keys and values in the cache. `tables`: GELU through float16. `online`: those batch rows whose attention rounds
+    queries too and sums values key by key in float16, as ggml's flash attention does for fewer than `FLASH_TILE`
+    queries (for more it works in float32 tiles).
     """
 
     def __init__(
@@ -113,18 +118,19 @@ class EmulatedOps(NumpyOps):
         kv: str = "f16",
         tables: bool = True,
         rows: slice = slice(None),
+        online: slice = slice(0, 0),
     ) -> None:
         super().__init__(dtype)
-        self.linears, self.kv, self.tables, self.rows = linears, kv, tables, rows
+        self.linears, self.kv, self.tables, self.rows, self.online = linears, kv, tables, rows, online
 
-    def _round(self, x: Array, rounding: Rounding) -> Array:
+    def _round(self, x: Array, rounding: Rounding, rows: slice) -> Array:
         out = x.copy()
-        out[self.rows] = rounding(x[self.rows]).astype(self.dtype)
+        out[rows] = rounding(x[rows]).astype(self.dtype)
         return out
 
     def linear(self, x: Array, w: Handle) -> Array:
         kind = w.weight.activation if self.linears and isinstance(w.weight, Typed) else "f64"
-        return super().linear(self._round(x, ROUNDINGS[kind]) if kind in ROUNDINGS else x, w)
+        return super().linear(self._round(x, ROUNDINGS[kind], self.rows) if kind in ROUNDINGS else x, w)
 
     def act(self, x: Array, kind: Activation) -> Array:
         y = super().act(x, kind)
@@ -138,5 +144,35 @@ class EmulatedOps(NumpyOps):
 
     def mix(self, q: Array, k: Array, v: Array, step: Step[Array], key_slots: Any, a: Attention, w: Any) -> Array:
         if self.kv in ("f16", "bf16"):
-            q, k, v = (self._round(t, ROUNDINGS[self.kv]) for t in (q, k, v))
-        return super().mix(q, k, v, step, key_slots, a, w)
+            k, v = (self._round(t, ROUNDINGS[self.kv], self.rows) for t in (k, v))
+            q = self._round(q, ROUNDINGS[self.kv], self.online)
+        out = super().mix(q, k, v, step, key_slots, a, w)
+        for b in range(len(q))[self.online]:
+            out[b] = self._summed_in_f16(q[b], k[b], v[b], step.slots[b], key_slots[b], a, w)
+        return out
+
+    def _summed_in_f16(self, q: Array, k: Array, v: Array, slots: Array, keys: Array, a: Attention, w: Any) -> Array:
+        """Online softmax, key by key, with a float16 accumulator: q [H, T, K], k and v [G, S, K] -> [H, T, K]."""
+        group = q.shape[0] // k.shape[0]
+        k, v = np.repeat(k, group, 0), np.repeat(v, group, 0)
+        scores = q @ k.swapaxes(-1, -2) * (a.scale or 1.0)  # [H, T, S]
+        if a.softcap is not None:
+            scores = self.softcap(scores, a.softcap)
+        distance = slots[:, None] - keys[None, :]
+        if w.slopes is not None:
+            scores = scores - w.slopes[:, None, None] * distance
+        visible = (distance >= 0) & (distance < (a.window if a.window is not None else np.inf))
+        top = np.full(scores.shape[:2], -np.inf)
+        total, out = np.zeros(scores.shape[:2]), np.zeros(q.shape)
+        for j in range(scores.shape[-1]):
+            s = np.where(visible[:, j], scores[..., j], -np.inf)
+            higher = np.maximum(top, s)
+            with np.errstate(invalid="ignore"):
+                shrink = np.where(top > -np.inf, np.exp(top - higher), 0.0)
+                weight = np.where(s > -np.inf, np.exp(s - higher), 0.0)
+            out = np.where((s > top)[..., None], to_f16(out * shrink[..., None]), out)
+            out = np.where((s > -np.inf)[..., None], to_f16(out + v[:, None, j] * weight[..., None]), out)
+            total, top = total * shrink + weight, higher
+        if w.sinks is not None:
+            total = total + np.exp(w.sinks[:, None] - top)
+        return (out / total[..., None]).astype(self.dtype)

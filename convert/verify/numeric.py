@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from backends.base import Runtime
 from backends.numpy.model import Oracle
 from convert import gates
-from convert.verify.emulate import GELU_TABLES, EmulatedOps
+from convert.verify.emulate import FLASH_TILE, GELU_TABLES, EmulatedOps
 from convert.verify.metrics import Quality, nmse
 from convert.verify.report import Check, Status
 from spec.config import Spec
@@ -62,14 +63,22 @@ def rounds_by_table(spec: Spec) -> bool:
     return any(b.mlp.activation in GELU_TABLES for b in spec.layers)
 
 
-def check_graph(
-    run: Array, spec: Spec, weights: Weights, ids: Array, tables: bool, what: str, length: int | None = None
-) -> Check:
-    """Float32 compute on the dequantized weights against the float64 oracle.
+@dataclass(frozen=True)
+class Graph:
+    """What float32 compute on given weights must give: the reference and its control, both [1, T, V]."""
 
-    run: the runtime's logits [B, T, V] in float32 arithmetic throughout. tables: the runtime's GELU is a float16 table
-    by design; then the reference looks it up too, so that the gate stays a float32 one; the plain error is reported.
-    length: the session's declared length in tokens.
+    reference: Array
+    control: Array
+    plain: Array | None
+    """The reference without the runtime's GELU table, where it has one."""
+    layers: int
+
+
+def graph_reference(spec: Spec, weights: Weights, ids: Array, tables: bool, length: int | None = None) -> Graph:
+    """Run the oracle in float64 and, as the control, in float32.
+
+    tables: the runtime's GELU is a float16 table by design; then the reference looks it up too, so that the gate stays
+    a float32 one, and the plain error is reported. length: the session's declared length in tokens.
     """
     tables = tables and rounds_by_table(spec)
 
@@ -77,26 +86,47 @@ def check_graph(
         ops = EmulatedOps(dtype, linears=False, kv="f32", tables=looked_up)
         return Oracle(spec, weights, length=length, ops=ops).logits(ids)
 
-    reference = logits(np.float64, tables)
-    control = nmse(logits(np.float32, tables), reference)
-    gate = gates.gate("graph", "f32", control, layers=spec.depth, positions=ids.shape[-1])
-    extra: dict[str, Any] = {"tokens": int(ids.size), "layers": spec.depth}
-    if tables:
-        extra["nmse_without_gelu_table"] = nmse(run, logits(np.float64, False))
-        what += "; GELU by the runtime's float16 table on both sides"
-    return judge("graph", run, reference, gate, what, **extra)
+    plain = logits(np.float64, False) if tables else None
+    return Graph(logits(np.float64, tables), logits(np.float32, tables), plain, spec.depth)
 
 
-def exact_and_emulated(
-    spec: Spec, weights: Weights, ids: Array, length: int | None = None
-) -> tuple[Array, Array]:
-    """The oracle's logits and those with the runtime's roundings, both [1, T, V], in one pass over the weights.
+def check_graph(run: Array, graph: Graph, what: str, name: str = "graph", tokens: slice = slice(None)) -> Check:
+    """Float32 compute on the dequantized weights against the float64 oracle.
 
-    ids [1, T]. Weights that are `Typed` say how their input is rounded.
+    run: the runtime's logits [1, t, V] for the positions `tokens`, in float32 arithmetic throughout.
     """
-    ops = EmulatedOps(np.float64, rows=slice(1, 2))
-    both = Oracle(spec, weights, length=length, ops=ops).logits(np.concatenate([ids, ids]))
-    return both[:1], both[1:]
+    reference = graph.reference[:, tokens]
+    control = nmse(graph.control[:, tokens], reference)
+    gate = gates.gate("graph", "f32", control, layers=graph.layers, positions=graph.reference.shape[1])
+    extra: dict[str, Any] = {"tokens": int(np.prod(run.shape[:2])), "layers": graph.layers}
+    if graph.plain is not None:
+        extra["nmse_without_gelu_table"] = nmse(run, graph.plain[:, tokens])
+        what += "; GELU by the runtime's float16 table on both sides"
+    return judge(name, run, reference, gate, what, **extra)
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """The same weights and ids three times over: all [1, T, V]."""
+
+    exact: Array
+    """Float64, no rounding."""
+    tiled: Array
+    """With the runtime's roundings, attention in float32 tiles (many queries at once)."""
+    online: Array
+    """With the runtime's roundings, attention summed in float16 (few queries at once)."""
+
+    def control(self, queries: int, tokens: slice = slice(None)) -> float:
+        """What the runtime's roundings cost when that many queries are computed at once."""
+        run = self.tiled if queries >= FLASH_TILE else self.online
+        return nmse(run[:, tokens], self.exact[:, tokens])
+
+
+def emulate(spec: Spec, weights: Weights, ids: Array, length: int | None = None) -> Emulation:
+    """One pass over the weights for all three. ids [1, T]. Weights that are `Typed` say how their input is rounded."""
+    ops = EmulatedOps(np.float64, rows=slice(1, 3), online=slice(2, 3))
+    y = Oracle(spec, weights, length=length, ops=ops).logits(np.concatenate([ids] * 3))
+    return Emulation(y[:1], y[1:2], y[2:])
 
 
 COARSENESS: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q8_k")
@@ -107,32 +137,37 @@ def coarsest(precisions: Sequence[str]) -> str:
     return max(precisions, key=lambda p: (gates.UNIT[p], COARSENESS.index(p)))
 
 
-def check_arithmetic(run: Array, exact: Array, emulated: Array, spec: Spec, precision: str, what: str) -> Check:
+def check_arithmetic(run: Array, emulation: Emulation, layers: int, precision: str, what: str) -> Check:
     """The shipped artifact with its stock settings against the float64 oracle on the same dequantized weights.
 
-    run, exact, emulated [1, T, V]. precision: the coarsest rounding on the path.
+    run: logits [1, T, V] of all tokens at once. precision: the coarsest rounding on the path.
     """
-    control = nmse(emulated, exact)
-    gate = gates.gate("arithmetic", precision, control, layers=spec.depth, positions=exact.shape[1])
-    return judge("arithmetic", run, exact, gate, what, unexplained=nmse(run, emulated), precision=precision)
+    queries = run.shape[1]
+    gate = gates.gate("arithmetic", precision, emulation.control(queries), layers=layers, positions=queries)
+    near = emulation.tiled if queries >= FLASH_TILE else emulation.online
+    return judge("arithmetic", run, emulation.exact, gate, what, unexplained=nmse(run, near), precision=precision)
 
 
-def check_invariants(runtime: Runtime, ids: Array, run: Array, allowed: float, precision: str, layers: int) -> Check:
-    """Prefill and then token by token equals all at once, inside the artifact's own runtime.
+def stepwise(runtime: Runtime, ids: Array) -> tuple[Array, slice]:
+    """The first tokens again, in pieces: a prefill, single tokens, and two at once.
 
-    ids [1, T]; run [1, T, V] its logits for them at once; allowed: the control's NMSE.
+    ids [1, T]. Returns logits [1, t, V] and the positions that they belong to.
     """
     t = min(ids.shape[1], 24)
     head = max(1, t // 2)
     parts = [runtime.prefill(ids[0, :head])[None]]
-    parts += [runtime.step(ids[0, i : i + 1]) for i in range(head, t - 2)]
-    if t - 2 >= head:
-        parts.append(runtime.step(ids[0, t - 2 : t]))
-    stepped = np.concatenate(parts)
-    at_once = run[0, head - 1 : head - 1 + len(stepped)]
-    gate = gates.gate("invariant", precision, allowed, layers=layers, positions=t)
-    what = f"prefill {head}, then token by token to {t}, equals all at once"
-    return judge("invariants", stepped[None], at_once[None].astype(np.float64), gate, what)
+    parts += [runtime.step(ids[0, i : i + 1]) for i in range(head, max(head, t - 2))]
+    if t > head:
+        parts.append(runtime.step(ids[0, max(head, t - 2) : t]))
+    return np.concatenate(parts)[None], slice(head - 1, t)
+
+
+def check_cached(run: Array, tokens: slice, emulation: Emulation, layers: int, precision: str) -> Check:
+    """The stock runtime's cache: what `stepwise` returned against the float64 oracle, all at once."""
+    control = emulation.control(1, tokens)
+    gate = gates.gate("arithmetic", precision, control, layers=layers, positions=tokens.stop)
+    what = f"prefill {tokens.start + 1}, then token by token to {tokens.stop}, in the stock runtime"
+    return judge("invariants", run, emulation.exact[:, tokens], gate, what, precision=precision)
 
 
 def check_quality(run: Array, original: Array, ids: Array, level: str) -> Check:

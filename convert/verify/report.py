@@ -109,9 +109,9 @@ class Report:
         )
         for column in ("check", "status", "measured", "gate", "margin", "what"):
             table.add_column(column, justify="right" if column in ("measured", "gate", "margin") else "left")
-        style = {Status.PASS: "green", Status.FAIL: "bold red"}
+        style = {Status.PASS: "", Status.FAIL: "bold red"}
         for c, row in zip(self.checks, self._rows(), strict=True):
-            table.add_row(*row, style=None if c.status is Status.PASS else style.get(c.status, "yellow"))
+            table.add_row(*row, style="yellow" if c.flags else style.get(c.status, "yellow"))
         return table
 
     def markdown(self) -> str:
@@ -122,7 +122,7 @@ class Report:
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for c in self.checks:
             what = "; ".join(t for t in (c.reason, *c.flags) if t)
-            yield c.name, str(c.status), number(c.measured), number(c.gate), number(c.margin), what
+            yield c.name, f"{c.status}, flagged" if c.flags else str(c.status), number(c.measured), number(c.gate), number(c.margin), what
 
 
 def check_from(data: dict[str, Any]) -> Check:

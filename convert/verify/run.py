@@ -93,12 +93,12 @@ def describe(artifact: Path, backend: str | None = None) -> tuple[str, str]:
 class Session:
     """What the checks share; everything expensive is made once, when first asked for."""
 
-    artifact: Path
     source: Any
-    shipped: Any
+    """As `convert.sources.open_source` returns it."""
+    shipped: Shipped
     level: str
-    text: str | None
-    threads: int | None
+    text: str | None = None
+    """What the numeric checks run on; none: the standard library."""
 
     @cached_property
     def ids(self) -> Array:
@@ -114,46 +114,46 @@ class Session:
         return self.runtime.logits(self.ids)
 
     @cached_property
-    def exact_and_emulated(self) -> tuple[Array, Array]:
-        return numeric.exact_and_emulated(self.shipped.spec, self.shipped.weights, self.ids, self.runtime.context)
+    def emulation(self) -> numeric.Emulation:
+        return numeric.emulate(self.shipped.spec, self.shipped.weights, self.ids, self.runtime.context)
 
     @cached_property
-    def arithmetic_control(self) -> float:
-        exact, emulated = self.exact_and_emulated
-        return numeric.nmse(emulated, exact)
+    def graphs(self) -> tuple[Check, Check]:
+        """The twin all at once, and the twin in pieces."""
+        with tempfile.TemporaryDirectory(prefix="twin-") as folder:
+            twin = self.shipped.twin(Path(folder))
+            with twin.runtime as runtime:
+                ids = _twin_ids(twin.spec)
+                graph = numeric.graph_reference(twin.spec, twin.weights, ids, True, runtime.context)
+                whole = numeric.check_graph(runtime.logits(ids), graph, twin.what)
+                stepped, tokens = numeric.stepwise(runtime, ids)
+                what = f"prefill {tokens.start + 1}, then token by token to {tokens.stop}, in the float32 twin"
+                return whole, numeric.check_graph(stepped, graph, what, "invariants", tokens)
 
     def packing(self) -> Check:
         return check_packing(self.shipped.stored(), self.source)
 
     def graph(self) -> Check:
-        with tempfile.TemporaryDirectory(prefix="twin-") as folder:
-            twin = self.shipped.twin(Path(folder))
-            with twin.runtime as runtime:
-                ids = self._twin_ids(twin.spec)
-                run = runtime.logits(ids)
-                return numeric.check_graph(run, twin.spec, twin.weights, ids, True, twin.what, runtime.context)
-
-    def _twin_ids(self, spec: Spec) -> Array:
-        """Past every window that is not too long, and past the block sizes of the runtime's kernels."""
-        windows = [b.attention.window for b in spec.layers if b.attention.window is not None]
-        reach = max([64, *(w + 16 for w in windows if w <= 512)])
-        return np.random.default_rng(1).integers(0, spec.vocab_size, (1, min(reach, spec.context - 1)))
+        return self.graphs[0]
 
     def arithmetic(self) -> Check:
-        exact, emulated = self.exact_and_emulated
         what = f"stock runtime against float64 on the same dequantized weights, {self.ids.shape[1]} tokens"
-        check = numeric.check_arithmetic(self.logits, exact, emulated, self.shipped.spec, self.shipped.precision, what)
-        longest = max((b.attention.window or 0 for b in self.source.spec.layers), default=0)
+        spec, precision = self.shipped.spec, self.shipped.precision
+        check = numeric.check_arithmetic(self.logits, self.emulation, spec.depth, precision, what)
+        longest = max((b.attention.window or 0 for b in spec.layers), default=0)
         if longest > self.ids.shape[1]:
             beyond = f"the window of {longest} tokens is longer than the {self.ids.shape[1]} compared"
             check = replace(check, details={**check.details, "not_covered": beyond})
         return check
 
     def invariants(self) -> Check:
-        spec: Spec = self.shipped.spec
-        return numeric.check_invariants(
-            self.runtime, self.ids, self.logits, self.arithmetic_control, self.shipped.precision, spec.depth
-        )
+        """The worse of the twin's cache, behind a float32 gate, and the stock runtime's."""
+        stepped, tokens = numeric.stepwise(self.runtime, self.ids)
+        stock = numeric.check_cached(stepped, tokens, self.emulation, self.shipped.spec.depth, self.shipped.precision)
+        twin = self.graphs[1]
+        worse, other = sorted((twin, stock), key=lambda c: (c.status is Status.FAIL, c.margin or 0), reverse=True)
+        also = {"measured": other.measured, "gate": other.gate, "what": other.reason}
+        return replace(worse, details={**worse.details, "also": also})
 
     def quality(self) -> Check:
         spec: Spec = self.source.spec
@@ -167,6 +167,13 @@ class Session:
 
     def tokenizer(self) -> Check:
         return check_tokenizer(self.runtime, self.source.tokenizer)
+
+
+def _twin_ids(spec: Spec) -> Array:
+    """Past every window that is not too long, and past the block sizes of the runtime's kernels."""
+    windows = [b.attention.window for b in spec.layers if b.attention.window is not None]
+    reach = max([64, *(w + 16 for w in windows if w <= 512)])
+    return np.random.default_rng(1).integers(0, spec.vocab_size, (1, min(reach, spec.context - 1)))
 
 
 CHECKS: tuple[str, ...] = ("packing", "graph", "arithmetic", "invariants", "quality", "tokenizer")
@@ -204,7 +211,7 @@ def run(
         tell(start="opening")
         try:
             shipped = opener.open_artifact(artifact, source.spec, level, threads)
-            session = Session(artifact, source, shipped, level, lead, threads)
+            session = Session(source, shipped, level, lead)
             tell(facts={"tokens": int(session.ids.size), "versions": opener.versions()})
         except Exception as e:
             report.checks.append(_failed("opening", e))

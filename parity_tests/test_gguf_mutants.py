@@ -1,0 +1,86 @@
+"""Every wrong GGUF file is caught by the check that owns the bug, in the real llama.cpp; the right one passes them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llama_cpp")
+
+from convert.pipeline import convert
+from convert.sources import open_source
+from convert.verify import verify
+from convert.verify.gguf import open_artifact
+from convert.verify.report import Check, Status
+from convert.verify.run import CHECKS, Session
+from parity_tests.checkpoints import llama, write_checkpoint
+from parity_tests.gguf_mutants import MUTANTS, mutate
+from spec import Spec
+
+SPECS: dict[str, Spec] = {
+    "llama": llama(),
+    "offset": llama(final_norm={"offset": 1.0}, block={"norm": {"offset": 1.0}}),
+}
+
+
+class Shop:
+    """Checkpoints and their artifacts, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint: Callable[[str], Path] = cache(self._checkpoint)
+        self.artifact: Callable[[str, str], Path] = cache(self._artifact)
+
+    def _checkpoint(self, feature: str) -> Path:
+        return write_checkpoint(self.folder / feature, SPECS[feature])
+
+    def _artifact(self, feature: str, level: str) -> Path:
+        out = self.folder / f"{feature}.{level}.gguf"
+        convert(self.checkpoint(feature), "gguf", level, out, verify=False)
+        return out
+
+    def session(self, artifact: Path, feature: str, level: str) -> Session:
+        source = open_source(self.checkpoint(feature))
+        return Session(source, open_artifact(artifact, source.spec, level, 2), level)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(tmp_path_factory.mktemp("mutants"))
+
+
+def outcome(session: Session, name: str) -> Check:
+    check: Any = getattr(session, name)()
+    return check
+
+
+@pytest.mark.parametrize(("feature", "level"), [("llama", "q4"), ("llama", "q4_k_m"), ("offset", "q4")])
+def test_the_unmutated_artifact_passes_every_check(shop: Shop, feature: str, level: str) -> None:
+    session = shop.session(shop.artifact(feature, level), feature, level)
+    assert {n: outcome(session, n).status for n in CHECKS} == dict.fromkeys(CHECKS, Status.PASS)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_owning_check_kills(shop: Shop, name: str, tmp_path: Path) -> None:
+    mutant = MUTANTS[name]
+    original = shop.artifact(mutant.feature, mutant.level)
+    wrong = mutate(original, tmp_path / "wrong.gguf", mutant)
+    assert wrong.read_bytes() != original.read_bytes(), "the mutant changes nothing"
+    check = outcome(shop.session(wrong, mutant.feature, mutant.level), mutant.killer)
+    assert check.status is Status.FAIL, check
+    assert check.reason
+
+
+def test_a_mutant_fails_the_whole_verification(shop: Shop, tmp_path: Path) -> None:
+    """The child process, its journal and the parent's verdict, on one bug that only the graph check sees."""
+    mutant = MUTANTS["theta_0.1%"]
+    wrong = mutate(shop.artifact(mutant.feature, mutant.level), tmp_path / "wrong.gguf", mutant)
+    report = verify(wrong, "gguf", shop.checkpoint(mutant.feature), mutant.level)
+    assert not report.ok
+    assert report["packing"].status is Status.PASS and report["graph"].status is Status.FAIL
+    assert report["graph"].measured is not None and report["graph"].gate is not None
+    assert report["graph"].measured > 1000 * report["graph"].gate
