@@ -115,7 +115,9 @@ def test_laws_hold_for_random_specs(spec: Spec) -> None:
     check_laws(spec, random_ids(spec, length=20))
 
 
-@pytest.mark.parametrize("name", ["rope_dynamic", "rope_longrope", "rope_longrope_short", "window_pattern", "rope_yarn"])
+@pytest.mark.parametrize(
+    "name", ["rope_dynamic", "rope_longrope", "rope_longrope_short", "window_pattern", "rope_yarn"]
+)
 @pytest.mark.parametrize("length", [16, 17, 48])
 def test_tables_are_chosen_once_by_the_declared_length(name: str, length: int) -> None:
     """On either side of the boundary (16) a session agrees with the oracle's and with itself, whatever it has seen."""
@@ -164,7 +166,7 @@ def test_a_kernel_equals_the_mathematics_or_refuses(name: str, kernel: str) -> N
     ids, segments, _ = packed(spec)
     model, reference = decoder(spec, attention=kernel), decoder(spec, attention="math")
     if kernel == "sdpa" and any(b.attention.sinks or b.attention.softcap for b in spec.layers):
-        with pytest.raises(UserError, match="attention='sdpa' cannot run .* it has no (sinks|softcap)"):
+        with pytest.raises(UserError, match=r"attention='sdpa' cannot run .* it has no (sinks|softcap)"):
             run(model, ids)
         return
     full = run(reference, ids)
@@ -187,11 +189,15 @@ def test_gradients_do_not_depend_on_the_kernel(name: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["llama", "mqa", "window", "window_pattern", "attn_softcap", "sinks", "alibi", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mqa", "window", "window_pattern", "attn_softcap", "sinks", "alibi", "gemma2"]
+)
 @pytest.mark.parametrize("kernel", ["auto", "sdpa", "flex", "varlen"])
 def test_a_gpu_kernel_is_as_exact_as_the_mathematics(name: str, kernel: str) -> None:
     """In bfloat16, against float64: at most three times the error of the reference mathematics in bfloat16."""
-    spec = parse(merge(FEATURES[name].model_dump(exclude_unset=True), {"width": 128, "block": {"attention": {"head_dim": 32}}}))
+    spec = parse(
+        merge(FEATURES[name].model_dump(exclude_unset=True), {"width": 128, "block": {"attention": {"head_dim": 32}}})
+    )
     ids, segments, _ = packed(spec)
     x = {"ids": torch.from_numpy(ids).cuda(), "segments": torch.from_numpy(segments).cuda()}
     exact = run(decoder(spec), ids, segments=segments)
@@ -319,7 +325,7 @@ def test_writing_past_the_caches_end_is_an_error() -> None:
         model.step(ids[:, :3], cache)
     after = model.step(ids[:, 18:20], cache)  # the refusal has changed nothing
     check_exact(after.numpy(), run(model, ids.numpy()[:, :20])[:, 18:])
-    with pytest.raises(UserError, match="does? not fit|do not fit"):
+    with pytest.raises(UserError, match=r"cache: 20 \+ 1 tokens"):
         model.step(ids[:, :1], cache)
 
 

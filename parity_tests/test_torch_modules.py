@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from torch import nn
 
 from backends.torch.checkpoint import empty
 from backends.torch.model import Decoder, initial
+from backends.torch.modules import Norm, Rotary
 from parity_tests.cases import FEATURES, random_ids
 from parity_tests.test_torch import check_exact, decoder, run
 from spec import Spec, params
+from spec.config import Norm as NormSpec
 from spec.rope import rope_tables
 
 
@@ -30,10 +33,14 @@ def test_parameters_have_the_canonical_names_and_shapes(name: str) -> None:
 dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
+def layers(model: Decoder) -> Any:
+    return model.layers
+
+
 def _compile(model: Decoder, backend: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for layer in model.layers:
+    for layer in layers(model):
         layer.compile(fullgraph=True, backend=backend)
 
 
@@ -148,7 +155,7 @@ def test_half_the_heads_can_be_run_alone() -> None:
     assert a.head_dim is not None
     shards = [copy.deepcopy(whole) for _ in range(2)]
     for n, shard in enumerate(shards):
-        attn = shard.layers[0].attn
+        attn = layers(shard)[0].attn
         for name in ("q", "k", "v"):
             linear = getattr(attn, name)
             linear.weight = nn.Parameter(linear.weight.chunk(2)[n])
@@ -165,20 +172,17 @@ def test_half_the_heads_can_be_run_alone() -> None:
 def test_constants_survive_casts_and_the_meta_device(name: str) -> None:
     spec = FEATURES[name]
     model = empty(spec, torch.bfloat16, "cpu")
-    tables = rope_tables(spec)
-    for rotary, table in zip(model.rope, tables, strict=True):
+    tables, rotaries = rope_tables(spec), [m for m in model.modules() if isinstance(m, Rotary)]
+    for rotary, table in zip(rotaries, tables, strict=True):
         assert rotary.inv_freq.dtype == torch.float32
         np.testing.assert_array_equal(rotary.inv_freq.numpy(), table.inv_freq)
     if name == "alibi":
-        np.testing.assert_array_equal(model.layers[0].attn.slopes.numpy(), 2.0 ** -np.arange(2, 9, 2))
+        np.testing.assert_array_equal(layers(model)[0].attn.slopes.numpy(), 2.0 ** -np.arange(2, 9, 2))
     assert model.embed.weight.dtype == torch.bfloat16
 
 
 def test_norms_keep_their_statistics_in_float32() -> None:
     """A bfloat16 norm errs by its input's and output's rounding only, even where a bfloat16 sum would stall."""
-    from backends.torch.modules import Norm
-    from spec.config import Norm as NormSpec
-
     x = (torch.randn(4, 4096, generator=torch.Generator().manual_seed(0)) + 3).bfloat16()
     for kind in ("rmsnorm", "layernorm"):
         norm = Norm(NormSpec(kind=kind, offset=1.0, bias=True), 4096)
