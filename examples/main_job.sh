@@ -15,13 +15,19 @@ PROMPT=${PROMPT:-"def main():"}
 gguf=$OUT/$(basename "$OUT").$QUANT.gguf
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
 
+# Print a command as one would type it, then run it with the right python.
 run() {
-    printf '\n$ %s\n' "$(printf '%q ' "$@" | sed "s|^$python|python|; s| \$||")"
+    local word line=''
+    for word in "$@"; do
+        case $word in *[!A-Za-z0-9_./:=+-]*) word="'$word'" ;; esac
+        line="$line $word"
+    done
+    printf '\n$%s\n' "$line"
     "$python" "${@:2}"
 }
 
-if [ -f "$OUT/model.safetensors" ]; then
-    printf '%s is trained already; remove the folder to train again.\n' "$OUT"
+if [ -d "$OUT/checkpoints" ]; then # begun earlier: go on, or find that it is done
+    run python -m train --out "$OUT" --resume
 else
     run python -m train --spec "$SPEC" --data "$DATA" --steps "$STEPS" --out "$OUT"
 fi
