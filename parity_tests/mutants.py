@@ -99,7 +99,7 @@ class SoftcapAfterMask(Float32):
     def mix(self, q: Array, k: Array, v: Array, step: Step[Array], key_slots: Any, a: Attention, w: Any) -> Array:
         group = q.shape[1] // k.shape[1]
         k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
-        scores = q @ k.swapaxes(-1, -2) * self.dtype.type(a.scale or 1.0)
+        scores = q @ k.swapaxes(-1, -2) * np.float32(a.scale or 1.0)
         distance = step.slots[:, None, :, None] - key_slots[:, None, None, :]
         scores = np.where((distance >= 0) & (distance < (int(a.window) if a.window else 10**9)), scores, -np.inf)
         scores = self.softcap(scores, a.softcap or 1e9)

@@ -1,4 +1,4 @@
-"""Every wrong GGUF file is caught by the check that owns the bug, in the real llama.cpp; the right one passes them all."""
+"""Every wrong GGUF file is caught by the check that owns the bug, in the real llama.cpp; the right one passes."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,39 +39,44 @@ def verify(
     on_check: called with each check as it ends. Raises `UserError` where artifact, source or text cannot be read; what
     is wrong with the artifact itself is a FAIL in the report.
     """
-    started = time.monotonic()
     report = Report(str(artifact), backend, level, str(source_path))
+    command = ["-m", "convert.verify", str(artifact), "--backend", backend]
+    command += ["--source", str(source_path), "--level", level]
+    command += ["--text", str(text)] if text is not None else []
+    command += ["--threads", str(threads)] if threads else []
+    return watch(command, report, on_check)
+
+
+def watch(command: Sequence[str], report: Report, on_check: Callable[[Check], None] | None = None) -> Report:
+    """Run Python with these arguments and `--journal FILE`, and collect into the report what it writes there.
+
+    A death in between becomes a FAIL of the check that was under way. Raises `UserError` with what the child says is
+    the user's to fix.
+    """
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        journal = Path(folder) / "journal.jsonl"
-        command = [sys.executable, "-m", "convert.verify", str(artifact), "--backend", backend]
-        command += ["--source", str(source_path), "--level", level, "--journal", str(journal)]
-        command += ["--text", str(text)] if text is not None else []
-        command += ["--threads", str(threads)] if threads else []
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        journal, errors = Path(folder) / "journal.jsonl", Path(folder) / "stderr"
         journal.touch()
-        with (
-            (Path(folder) / "stderr").open("w+b") as stderr,
-            subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=env
-            ) as child,
-        ):
+        whole = [sys.executable, *command, "--journal", str(journal)]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        with errors.open("w+b") as stderr:
+            child = subprocess.Popen(
+                whole, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=env
+            )
             try:
                 state = _follow(child, journal, report, on_check)
-            except BaseException:
+            finally:
                 child.kill()
-                raise
-            stderr.seek(0)
-            tail = stderr.read()[-8000:].decode("utf-8", "replace")
+                child.wait()
+        tail = errors.read_bytes()[-8000:].decode("utf-8", "replace")
     if "error" in state:
         raise UserError(state["error"])
     if not state.get("done"):
         name = state.get("start", "verification")
-        check = Check(
-            name, Status.FAIL, reason=f"the runtime {_death(child.returncode)} during {name}{last_words(tail)}"
-        )
-        report.checks.append(check)
+        reason = f"the runtime {_death(child.returncode)} during {name}{last_words(tail)}"
+        report.checks.append(Check(name, Status.FAIL, reason=reason))
         if on_check is not None:
-            on_check(check)
+            on_check(report.checks[-1])
     report.seconds = round(time.monotonic() - started, 2)
     return report
 
@@ -107,7 +112,8 @@ def _follow(
 
 def _death(code: int | None) -> str:
     if code is not None and code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     return f"ended with status {code}"
 
 

@@ -38,7 +38,8 @@ def versions() -> dict[str, str]:
     import gguf
     import llama_cpp
 
-    return {"llama-cpp-python": llama_cpp.__version__, "gguf": getattr(gguf, "__version__", ""), "numpy": np.__version__}
+    names = {"llama-cpp-python": llama_cpp, "gguf": gguf, "numpy": np}
+    return {n: str(getattr(module, "__version__", "")) for n, module in names.items()}
 
 
 def receipt(path: Path) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class Packed:
         self._places = _places(self._layout)
 
     def problems(self) -> dict[str, str]:
-        """Tensors that are missing, of another type or shape, or too many; and constants that are not what they were."""
+        """Tensors that are missing, of another type or shape, or too many; constants that are not what they were."""
         have, out = self._header.tensors, {}
         want = {t.slot.name: t for t in self._layout}
         out |= {n: "is not in the file" for n in want if n not in have}
@@ -214,7 +215,7 @@ class Packed:
         return read_at(self.path, info, 0, info.rows).view("<f4").reshape(-1)
 
     def compare(self, name: str, start: int, block: Array) -> str:
-        """An empty string where the file holds the canonical rounding of these rows of the source, else what differs."""
+        """An empty string where the file holds the canonical rounding of these rows, else what differs."""
         for t, piece in self._places[name]:
             low, high = max(start, piece.skip), min(start + len(block), piece.skip + len(piece.to))
             if low >= high:

@@ -63,7 +63,7 @@ class Quality:
             self.nll += (-q[at[valid], t[valid]]).tolist()
 
     def summary(self) -> dict[str, float]:
-        """Means with their standard errors. `top1_clear` forgives near-ties (gaps under 1e-3), which rounding decides."""
+        """Means with their standard errors. `top1_clear` forgives near-ties (gaps under 1e-3): rounding decides."""
         kl, agree, gap = np.array(self.kl), np.array(self.agree), np.array(self.gap)
         out = {
             "kl_mean": float(kl.mean()),

@@ -122,7 +122,8 @@ class Report:
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for c in self.checks:
             what = "; ".join(t for t in (c.reason, *c.flags) if t)
-            yield c.name, f"{c.status}, flagged" if c.flags else str(c.status), number(c.measured), number(c.gate), number(c.margin), what
+            status = f"{c.status}, flagged" if c.flags else str(c.status)
+            yield c.name, status, number(c.measured), number(c.gate), number(c.margin), what
 
 
 def check_from(data: dict[str, Any]) -> Check:

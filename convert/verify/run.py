@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 import backends
 from backends.base import Runtime
 from backends.numpy.model import Oracle
+from convert import levels
 from convert.verify import numeric, sample
 from convert.verify.packing import check_packing
 from convert.verify.report import Check, Report, Status, dumps
@@ -40,8 +42,10 @@ class Shipped(Protocol):
 
     spec: Spec
     """The spec as the shipped graph computes it (exact folds included)."""
-    precision: str
-    """The coarsest rounding that the runtime applies while it computes, a key of `gates.UNIT`."""
+    @property
+    def precision(self) -> str:
+        """The coarsest rounding that the runtime applies while it computes, a key of `gates.UNIT`."""
+        ...
 
     def weights(self, name: str) -> Any:
         """The dequantized weights as the graph uses them: array-like, `Typed` where the runtime rounds inputs."""
@@ -133,6 +137,12 @@ class Session:
     def packing(self) -> Check:
         return check_packing(self.shipped.stored(), self.source)
 
+    def loading(self) -> Check:
+        start = time.perf_counter()
+        info = self.runtime.info()
+        what = ", ".join(str(info[k]) for k in ("runtime", "device", "precision") if k in info)
+        return Check("loading", Status.PASS, reason=what, details={**info, "seconds": time.perf_counter() - start})
+
     def graph(self) -> Check:
         return self.graphs[0]
 
@@ -176,7 +186,7 @@ def _twin_ids(spec: Spec) -> Array:
     return np.random.default_rng(1).integers(0, spec.vocab_size, (1, min(reach, spec.context - 1)))
 
 
-CHECKS: tuple[str, ...] = ("packing", "graph", "arithmetic", "invariants", "quality", "tokenizer")
+CHECKS: tuple[str, ...] = ("packing", "loading", "graph", "arithmetic", "invariants", "quality", "tokenizer")
 """In order: cheap before dear, and each needs only what those before it have shown."""
 
 
@@ -205,6 +215,7 @@ def run(
             source = open_source(source_path)
             lead = None if text is None else sample.read_text(text)
             opener = door(backend)
+            level = levels.check(level, backends.part(backends.get(backend), "support").levels())
         except UserError as e:
             tell(error=str(e))
             return report
@@ -221,7 +232,10 @@ def run(
         for name in CHECKS:
             tell(start=name)
             try:
-                check = getattr(session, name)()
+                if any(c.name == "loading" for c in report.failures):
+                    check = Check(name, Status.NOT_RUN, reason="the runtime cannot load the artifact")
+                else:
+                    check = getattr(session, name)()
             except Exception as e:
                 log.debug("%s", name, exc_info=True)
                 check = _failed(name, e)
@@ -232,5 +246,5 @@ def run(
 
 
 def _failed(name: str, e: Exception) -> Check:
-    text = " ".join(str(e).split()) or "no message"
-    return Check(name, Status.FAIL, reason=text[:300] if isinstance(e, UserError) else f"{type(e).__name__}: {text[:300]}")
+    kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
+    return Check(name, Status.FAIL, reason=kind + (" ".join(str(e).split()) or "no message")[:300])

@@ -80,7 +80,7 @@ def rows(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("others")
     weights = random_weights(SPEC)
-    weights["head.weight"] = weights["head.weight"] + 0.05 * random_weights(SPEC, 9)["head.weight"]
+    weights["head.weight"] += np.float32(0.05) * random_weights(SPEC, 9)["head.weight"]
     other = write_checkpoint(folder / "other", SPEC, weights)
     broken = write_checkpoint(folder / "broken", SPEC)
     (broken / "model.safetensors").write_bytes(b"\0" * 64)
