@@ -36,7 +36,10 @@ def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | Path, dt
     whole = {name: _whole(t, dtype) for name, t in state.items()}
     partial = path.with_name(f"{path.name}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(whole, partial, metadata={"format": "pt"})
+        partial.chmod(mode)  # safetensors lets nobody but the owner read
         _flush(partial)
         os.replace(partial, path)
         _flush(path.parent)
