@@ -26,7 +26,14 @@ Exit status 0: written and verified; 1: verification failed, nothing was replace
 in one line; 130: interrupted.
 """
 
-app = App(name="convert", help=HELP, version_flags=[], help_format="plaintext", error_formatter=str)
+app = App(
+    name="convert",
+    help=HELP,
+    version_flags=[],
+    help_format="plaintext",
+    error_formatter=str,
+    suppress_keyboard_interrupt=False,  # `main` says that nothing was written
+)
 
 Flag = Parameter(negative="")
 

@@ -25,12 +25,13 @@ def read_tokenizer(folder: Path, model_config: Mapping[str, Any] | None = None) 
                             "AutoTokenizer.from_pretrained(...).save_pretrained(...)")  # fmt: skip
         return None
     data = read_json(main)
-    if not isinstance(data.get("model"), dict) or "vocab" not in data["model"]:
-        raise UserError(f"{main}: no tokenizer: it has no model.vocab")
     config, special, generation = (
         _optional(folder / n) for n in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
     )
-    ids = token_ids(data)
+    try:
+        ids = token_ids(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{main}: no tokenizer: its vocabulary cannot be read ({type(e).__name__}: {e})") from None
 
     def named(role: str) -> str | None:
         for source in (config, special):
@@ -65,10 +66,10 @@ def token_ids(data: Mapping[str, Any]) -> dict[str, int]:
     """Every token of a tokenizer.json and its id, added ones included."""
     vocab = data["model"]["vocab"]
     if isinstance(vocab, dict):
-        out: dict[str, int] = dict(vocab)
+        out = {str(token): int(i) for token, i in vocab.items()}
     else:  # Unigram: pairs of piece and score, in order of id
-        out = {piece: i for i, (piece, _) in enumerate(vocab)}
-    out.update({t["content"]: t["id"] for t in data.get("added_tokens") or []})
+        out = {str(piece): i for i, (piece, _) in enumerate(vocab)}
+    out.update({str(t["content"]): int(t["id"]) for t in data.get("added_tokens") or []})
     return out
 
 
@@ -86,14 +87,17 @@ def _ends(*configs: Mapping[str, Any]) -> Iterable[int]:
     for c in configs:
         ids = c.get("eos_token_id")
         if ids is not None:
-            return ids if isinstance(ids, list) else [ids]
+            return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
     return []
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{file}: cannot be read ({e})") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
