@@ -74,7 +74,7 @@ class Validation(Model):
     """When the held-out documents are scored."""
 
     every: Size | None = None
-    """Steps between two scores; none = a tenth of all steps. The last step is always scored."""
+    """Steps between two scores; none = a tenth of all steps, at least 20. The last step is always scored."""
     tokens: Size = 65536
     """Tokens scored, spread evenly over the held-out documents."""
 
@@ -127,7 +127,7 @@ class TrainConfig(Model):
     @property
     def validate_every(self) -> int:
         """Steps between two validations."""
-        return self.validation.every or max(1, self.steps // 10)
+        return self.validation.every or max(20, self.steps // 10)
 
 
 def _contradictions(c: TrainConfig) -> list[Problem]:

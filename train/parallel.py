@@ -103,6 +103,7 @@ def shard(decoder: nn.Module, ranks: Ranks, precision: str) -> None:
     for module in decoder.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
 
 
 def accumulating(decoder: nn.Module, last: bool) -> None:

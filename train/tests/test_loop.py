@@ -1,0 +1,339 @@
+"""The loop: resuming, accumulation, what is not finite, ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from backends.torch.checkpoint import empty
+from spec.errors import UserError
+from spec.load import load as load_spec
+from spec.params import params
+from train import checkpoint, config, loop, optim, report, session
+from train.checkpoint import newest, number
+from train.data import Batches, DataState, Sequences
+from train.parallel import Ranks
+from train.report import Journal, Watch, history
+from train.tests.conftest import write_text
+
+Options = Callable[..., dict[str, Any]]
+Train = Callable[..., session.Result]
+
+ROOT = Path(__file__).parents[2]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, moments and random states of a checkpoint."""
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / checkpoint.TENSORS)}
+
+
+def journal(out: Path | str) -> list[dict[str, Any]]:
+    """The steps of a run without what depends on the clock."""
+    steps = history(Path(out) / "training" / "train.jsonl")
+    return [{k: v for k, v in m.items() if k != "tokens_per_second"} for m in steps]
+
+
+def assert_equal(a: Path, b: Path) -> None:
+    """Two checkpoints hold the same bits."""
+    x, y = tensors(a), tensors(b)
+    assert x.keys() == y.keys()
+    different = [k for k in x if not torch.equal(x[k], y[k])]
+    assert not different
+    assert (a / checkpoint.STATE).read_text() == (b / checkpoint.STATE).read_text()
+
+
+@pytest.mark.parametrize("document_mask", [False, True], ids=["packed", "masked"])
+def test_resuming_twice_is_bit_exact(document_mask: bool, options: Options, train: Train, tmp_path: Path) -> None:
+    common = {"steps": 9, "data__document_mask": document_mask, "validation__every": 3}
+    train(options("whole", **common))
+    halves = options("parts", **common)
+    train(halves, stop_after=4)
+    assert number(newest(tmp_path / "parts") or Path()) == 4
+    train({"out": halves["out"]}, resume=True, stop_after=6)
+    result = train({"out": halves["out"]}, resume=True)
+    assert (result.step, result.steps) == (9, 9)
+    whole, parts = newest(tmp_path / "whole"), newest(tmp_path / "parts")
+    assert whole is not None and parts is not None
+    assert_equal(whole, parts)
+    assert journal(tmp_path / "whole") == journal(tmp_path / "parts")
+    assert len(journal(tmp_path / "parts")) == 9
+
+
+def test_a_journal_that_ran_ahead_of_the_checkpoint_is_cut(options: Options, train: Train, tmp_path: Path) -> None:
+    train(options(), stop_after=4)
+    file = tmp_path / "run" / "training" / "train.jsonl"
+    with file.open("a", encoding="utf-8") as f:
+        f.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    train({"out": str(tmp_path / "run")}, resume=True)
+    assert [m["step"] for m in history(file)] == list(range(1, 9))
+    assert history(file)[4]["loss"] != 1.0
+
+
+def test_changed_data_is_detected_on_resume(options: Options, train: Train, tmp_path: Path) -> None:
+    train(options(), stop_after=4)
+    (tmp_path / "text" / "file03.txt").write_text("something else\n", encoding="utf-8")
+    with pytest.raises(UserError, match="--resume: the data, the tokenizer or data.length changed since step 4"):
+        train({"out": str(tmp_path / "run")}, resume=True)
+
+
+def test_another_spec_is_refused_on_resume(options: Options, train: Train, tmp_path: Path, spec_file: Path) -> None:
+    train(options(), stop_after=2)
+    other = tmp_path / "other.yaml"
+    other.write_text(spec_file.read_text(encoding="utf-8").replace("depth: 2", "depth: 3"), encoding="utf-8")
+    with pytest.raises(UserError, match="is not the spec that"):
+        train({"out": str(tmp_path / "run"), "spec": str(other)}, resume=True)
+    spec_file.unlink()  # the run has its own
+    assert train({"out": str(tmp_path / "run")}, resume=True).step == 8
+
+
+def test_an_existing_run_is_never_overwritten_by_chance(options: Options, train: Train, tmp_path: Path) -> None:
+    train(options(), stop_after=2)
+    (tmp_path / "run" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"is already there \(--resume continues the run, --force replaces it"):
+        train(options())
+    train(options(steps=3), force=True)
+    assert [p.name for p in checkpoint.steps(tmp_path / "run")] == ["step-000003"]
+    assert (tmp_path / "run" / "notes.txt").read_text(encoding="utf-8") == "mine"
+    with pytest.raises(UserError, match="no run to resume"):
+        train({"out": str(tmp_path / "elsewhere")}, resume=True)
+
+
+def make_run(options: dict[str, Any]) -> loop.Run:
+    """A run in this process, without its folder."""
+    c = config.layered(options)
+    spec = load_spec(c.spec)
+    _, data = session.text(c, spec, lambda line: None)
+    decoder = empty(spec, torch.float32, "cpu")
+    decoder.init_weights(c.seed)
+    decoder.train()
+    torch.manual_seed(c.seed)
+    cut = (spec.context, data.eos, data.bos, c.data.document_mask)
+    return loop.Run(
+        c,
+        "float32",
+        Ranks(0, 1, torch.device("cpu")),
+        decoder,
+        optim.build(decoder, spec, c.optimizer),
+        Batches(Sequences(data.train, *cut), DataState("", seed=c.seed)),
+        Sequences(data.validation, *cut),
+    )
+
+
+def plain(options: Options, spec_file: Path, **fields: Any) -> dict[str, Any]:
+    """Options without dropout, whose random numbers depend on the batch's shape."""
+    spec_file.write_text(spec_file.read_text(encoding="utf-8").replace("  dropout: 0.1\n", ""), encoding="utf-8")
+    return options(**fields)
+
+
+def gradients(run: loop.Run) -> tuple[float, float, dict[str, torch.Tensor]]:
+    loss, norm, _ = loop.gradients(run)
+    return loss, float(norm), {n: p.grad.clone() for n, p in run.decoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("document_mask", [False, True], ids=["packed", "masked"])
+def test_accumulation_changes_nothing_but_rounding(document_mask: bool, options: Options, spec_file: Path) -> None:
+    """The gradient of four passes is a sum of four in another order: each within a few n u of their magnitudes."""
+    data = plain(options, spec_file, batch__sequences=8, data__document_mask=document_mask)
+    one = gradients(make_run(data))
+    four = gradients(make_run({**data, "batch": {"sequences": 8, "micro": 2}}))
+    assert one[0] == pytest.approx(four[0], rel=1e-6)
+    assert one[1] == pytest.approx(four[1], rel=1e-5)
+    for name, grad in one[2].items():
+        assert torch.linalg.norm(grad - four[2][name]) <= 1e-5 * torch.linalg.norm(grad), name
+
+
+def test_a_step_with_nan_gradients_is_skipped_and_counted(options: Options) -> None:
+    run = make_run(options())
+    loop.train_step(run)
+    before = {n: p.detach().clone() for n, p in run.decoder.named_parameters()}
+    moments = {n: run.optimizer.state[p]["exp_avg"].clone() for n, p in run.decoder.named_parameters()}
+    weight = run.decoder.get_parameter("layers.0.mlp.up.weight")
+    hook = weight.register_hook(lambda g: g * float("nan"))
+    m = loop.train_step(run)
+    hook.remove()
+    assert (m.step, m.skipped, run.skipped_in_a_row) == (2, 1, 1)
+    assert math.isnan(m.grad_norm)
+    for n, p in run.decoder.named_parameters():
+        assert torch.equal(p, before[n])
+        assert torch.equal(run.optimizer.state[p]["exp_avg"], moments[n])
+        assert run.optimizer.state[p]["step"] == 1
+    m = loop.train_step(run)
+    assert (m.step, m.skipped, run.skipped_in_a_row) == (3, 1, 0)
+    assert math.isfinite(m.grad_norm)
+    assert not torch.equal(weight, before["layers.0.mlp.up.weight"])
+
+
+def test_a_run_that_diverged_ends_with_one_error(options: Options, train: Train) -> None:
+    wild = {"optimizer__lr": 1e30, "optimizer__clip": None, "optimizer__max_skipped": 3, "checkpoint__every": 1}
+    with pytest.raises(UserError, match=r"not finite for 3 steps in a row .* lower optimizer\.lr=1e\+30"):
+        train(options(**wild, steps=40))
+
+
+def test_a_run_learns_and_leaves_everything(options: Options, train: Train, tmp_path: Path) -> None:
+    result = train(options(steps=60, validation__every=20))
+    out = tmp_path / "run"
+    steps = journal(out)
+    assert [m["step"] for m in steps] == list(range(1, 61))
+    assert steps[0]["loss"] == pytest.approx(math.log(300), abs=0.2)
+    assert steps[-1]["loss"] < 4.5
+    scored = [m["val_loss"] for m in steps if "val_loss" in m]
+    assert len(scored) == 3 and scored[-1] < scored[0]
+    m = result.metrics
+    assert m is not None and m.val_loss == scored[-1]
+    assert m.val_bits_per_byte is not None and 0.5 < m.val_bits_per_byte < 8
+    assert (out / "training" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert config.parse(config.read(out / checkpoint.CONFIG)).steps == 60
+    weights = load_file(out / "model.safetensors")
+    spec = load_spec(out)
+    assert {(p.name, p.shape) for p in params(spec)} == {(n, tuple(t.shape)) for n, t in weights.items()}
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+
+
+def test_weights_begin_at_the_seed(options: Options, train: Train, tmp_path: Path) -> None:
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(options(out, seed=seed, steps=2))
+    a, b, c = (load_file(tmp_path / out / "model.safetensors") for out in "abc")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert not torch.equal(a["embed.weight"], c["embed.weight"])
+    assert journal(tmp_path / "a") == journal(tmp_path / "b")
+
+
+def test_bfloat16_trains_close_to_float32(options: Options, train: Train, tmp_path: Path) -> None:
+    train(options("wide", steps=20))
+    train(options("half", steps=20, precision="bfloat16"))
+    wide, half = journal(tmp_path / "wide"), journal(tmp_path / "half")
+    assert half[-1]["loss"] == pytest.approx(wide[-1]["loss"], rel=0.02)
+    assert half[-1]["loss"] != wide[-1]["loss"]
+    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_the_schedule_warms_up_and_falls_to_its_end() -> None:
+    rates = [optim.learning_rate(s, 100, 10, 1.0, 0.1) for s in range(1, 101)]
+    assert rates[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
+    assert max(rates) == pytest.approx(1.0, abs=1e-3)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[54] == pytest.approx(0.55, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"linear"}),
+        ({"decay_embeddings": True}, {"linear", "embedding"}),
+        ({"decay_norms": True}, {"linear", "gain"}),
+    ],
+)
+def test_who_decays(fields: dict[str, bool], expected: set[str], spec_file: Path) -> None:
+    spec = load_spec(spec_file)
+    decoder = empty(spec, torch.float32, "cpu")
+    roles = {id(decoder.get_parameter(p.name)): p.role for p in params(spec)}
+    groups = optim.build(decoder, spec, config.Optimizer(**fields)).param_groups
+    decayed = {roles[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == expected
+    assert sum(len(g["params"]) for g in groups) == len(roles)
+
+
+def test_a_log_has_plain_lines_and_a_terminal_a_bar(tmp_path: Path) -> None:
+    m = report.Metrics(10, 2.0, 1e-3, 0.5, 1234.0, 999, 1, val_loss=1.9, val_bits_per_byte=0.8)
+    log = StringIO()
+    watch = Watch(Console(file=log, width=200), 0, 20, 10)
+    watch.step(m)
+    watch.close()
+    assert log.getvalue().splitlines() == [
+        "step 10/20  loss 2.0000  lr 1.0e-03  norm 0.50  1,234 tokens/s  skipped 1  ETA 0:00",
+        "step 10/20  validation loss 1.9000 = 0.800 bits/byte",
+    ]
+    screen = StringIO()
+    watch = Watch(Console(file=screen, width=200, force_terminal=True), 0, 20, 10)
+    watch.step(m)
+    watch.close()
+    assert "10/20" in screen.getvalue() and "\x1b[" in screen.getvalue()
+    j = Journal(tmp_path / "train.jsonl", 0)
+    j.write(report.Metrics(1, float("nan"), 1e-3, float("inf"), 1.0, 1, 1))
+    j.close()
+    [line] = (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+
+
+def torchrun(ranks: int, options: dict[str, Any], folder: Path) -> None:
+    """Train on several gloo processes."""
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(options), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*launch, "-m", "train", "--config", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_ranks_train_as_one_does(options: Options, train: Train, spec_file: Path, tmp_path: Path) -> None:
+    """FSDP2 sums the same gradients in another order; Adam divides by their size, so weights drift by a small part of
+    the distance travelled."""
+    data = plain(options, spec_file, steps=6, batch__sequences=8, batch__micro=2, validation__every=3)
+    train({**data, "out": str(tmp_path / "one")})
+    torchrun(2, {**data, "out": str(tmp_path / "two")}, tmp_path)
+    one, two = journal(tmp_path / "one"), journal(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert (a["tokens"], a["lr"], a["skipped"]) == (b["tokens"], b["lr"], b["skipped"])
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-4)
+        assert b.get("val_loss", 0) == pytest.approx(a.get("val_loss", 0), rel=2e-5)
+    x, y = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    assert x.keys() == y.keys()
+    decoder = empty(load_spec(tmp_path / "one"), torch.float32, "cpu")
+    decoder.init_weights(0)
+    for name, p in decoder.named_parameters():
+        assert torch.linalg.norm(x[name] - y[name]) <= 1e-2 * torch.linalg.norm(x[name] - p), name
+    # What two ranks saved, one resumes.
+    saved = newest(tmp_path / "two")
+    assert saved is not None
+    result = train({"out": str(tmp_path / "two"), "steps": 8}, resume=True)
+    assert result.step == 8
+
+
+def test_batches_that_ranks_cannot_share_are_refused(
+    options: Options, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = config.layered(options(batch__sequences=3))
+    with pytest.raises(UserError, match=r"batch\.sequences: 3 is no multiple of 2 ranks"):
+        session._train(c, Ranks(0, 2, torch.device("cpu")), False, False, None, Console(file=StringIO()))
+
+
+def test_a_text_of_a_few_bytes_trains(options: Options, train: Train, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("to be or not to be\n", encoding="utf-8")
+    result = train(options(data__source=str(tmp_path / "few.txt"), steps=2))
+    assert result.step == 2 and result.metrics is not None and result.metrics.val_loss is None
+
+
+def test_a_tokenizer_of_the_users_goes_into_the_checkpoint(options: Options, train: Train, tmp_path: Path) -> None:
+    train(options("first", steps=1))
+    result = train(options("second", steps=1, tokenizer=str(tmp_path / "first")))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (result.out / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+    write_text(tmp_path / "text", seed=5)
+    big = options("third", tokenizer=str(tmp_path / "first"))
+    spec = Path(big["spec"])
+    spec.write_text(spec.read_text(encoding="utf-8").replace("vocab_size: 300", "vocab_size: 280"), encoding="utf-8")
+    with pytest.raises(UserError, match="vocab_size: 280 is fewer than the tokenizer's 300 tokens"):
+        train(big)
