@@ -36,6 +36,11 @@ RATIO: Mapping[str, float] = {"graph": 4.0, "arithmetic": 3.0}
 FLOOR_K = 8.0
 """One operation's worth of roundings: a norm, two products and a sum lie on every path."""
 
+FLIPS = 8
+"""Look-ups in a float16 table (llama.cpp's GELU) that float32 noise may turn to the neighbouring entry beyond what the
+control saw. There are few in a small run, so their number scatters; one of them changes one of `activations` values by
+at most 2^-10, so costs at most 2^-20 / activations of NMSE."""
+
 CEILING_K: Mapping[str, float] = {"f32": 1e4, "f16": 1e3, "bf16": 1e3, "q8_0": 1e3, "q8_k": 1e3}
 """How far above k L u^2 (k about 50 measured in float32, 5 in 16 bits) a control may lie and still prove something."""
 
@@ -66,13 +71,18 @@ def bound(precision: str, layers: int, positions: int) -> float:
     return CEILING_K[precision] * layers * UNIT[precision] ** 2 + (positions * UNIT["f32"]) ** 2
 
 
-def gate(check: str, precision: str, control: float, *, layers: int, positions: int) -> Gate:
+def gate(
+    check: str, precision: str, control: float, *, layers: int, positions: int, table_lookups: int = 0
+) -> Gate:
     """The gate of one check.
 
     check: `graph` or `arithmetic`. precision: the coarsest rounding on the path, a key of `UNIT`.
     control: the NMSE that the emulated roundings alone have. positions: tokens in the sequence.
+    table_lookups: activations of one layer that both sides look up in a float16 table.
     """
     ratio, floor = RATIO[check], FLOOR_K * UNIT["f32"] ** 2
+    if table_lookups:
+        floor += FLIPS * 2.0**-20 / table_lookups
     ceiling = bound(precision, layers, positions)
     if check == "graph":
         ceiling = min(ceiling, STRUCTURAL / ratio)

@@ -72,6 +72,8 @@ class Graph:
     plain: Array | None
     """The reference without the runtime's GELU table, where it has one."""
     layers: int
+    hidden: int
+    """Activations of a token in one layer."""
 
 
 def graph_reference(spec: Spec, weights: Weights, ids: Array, tables: bool, length: int | None = None) -> Graph:
@@ -87,7 +89,8 @@ def graph_reference(spec: Spec, weights: Weights, ids: Array, tables: bool, leng
         return Oracle(spec, weights, length=length, ops=ops).logits(ids)
 
     plain = logits(np.float64, False) if tables else None
-    return Graph(logits(np.float64, tables), logits(np.float32, tables), plain, spec.depth)
+    hidden = min(b.mlp.hidden for b in spec.layers)
+    return Graph(logits(np.float64, tables), logits(np.float32, tables), plain, spec.depth, hidden)
 
 
 def check_graph(run: Array, graph: Graph, what: str, name: str = "graph", tokens: slice = slice(None)) -> Check:
@@ -97,7 +100,11 @@ def check_graph(run: Array, graph: Graph, what: str, name: str = "graph", tokens
     """
     reference = graph.reference[:, tokens]
     control = nmse(graph.control[:, tokens], reference)
-    gate = gates.gate("graph", "f32", control, layers=graph.layers, positions=graph.reference.shape[1])
+    positions = graph.reference.shape[1]
+    lookups = 0 if graph.plain is None else run.shape[1] * graph.hidden
+    gate = gates.gate(
+        "graph", "f32", control, layers=graph.layers, positions=positions, table_lookups=lookups
+    )
     extra: dict[str, Any] = {"tokens": int(np.prod(run.shape[:2])), "layers": graph.layers}
     if graph.plain is not None:
         extra["nmse_without_gelu_table"] = nmse(run, graph.plain[:, tokens])

@@ -1,0 +1,55 @@
+"""Every spec feature that llama.cpp carries, at every kind of level, through the same checks that guard a conversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llama_cpp")
+
+from backends.gguf.support import support
+from convert.pipeline import convert
+from convert.sources import open_source
+from convert.verify.gguf import open_artifact
+from convert.verify.report import Status
+from convert.verify.run import Session
+from parity_tests.cases import FEATURES, PATCHES
+from parity_tests.checkpoints import llama, write_checkpoint
+from spec import Spec
+
+LEVELS = ("f32", "f16", "q8", "q4", "q4_k_m")
+QUICK = ("llama", "gpt2", "gemma2", "neox", "window_pattern", "rope_longrope", "tied")
+"""Features that every run checks; the others are slow ones."""
+
+WIDE: dict[str, Spec] = {"wide": llama(), "wide_gelu": llama(block={"mlp": {"activation": "gelu_tanh", "gated": False}})}
+"""Wide enough for blocks of 256."""
+
+
+def carried() -> list[object]:
+    """Every pair of feature and level that llama.cpp takes."""
+    out: list[object] = []
+    for name, spec in {**FEATURES, **WIDE}.items():
+        for level in LEVELS:
+            if support(spec, level).ok:
+                quick = name in (*QUICK, *WIDE) and level in ("f32", "q4", "q4_k_m")
+                out.append(pytest.param(name, level, marks=() if quick else pytest.mark.slow, id=f"{name}-gguf-{level}"))
+    return out
+
+
+@pytest.mark.parametrize(("feature", "level"), carried())
+def test_the_artifact_is_proved(feature: str, level: str, tmp_path: Path) -> None:
+    spec = {**FEATURES, **WIDE}[feature]
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", spec, tokenizer=False)
+    convert(checkpoint, "gguf", level, tmp_path / "out.gguf", verify=False)
+    source = open_source(checkpoint)
+    session = Session(source, open_artifact(tmp_path / "out.gguf", spec, level, 1), level)
+    for check in (session.packing(), session.graph(), session.arithmetic(), session.invariants()):
+        assert check.status is Status.PASS, check
+    graph = session.graph()
+    assert graph.gate is not None and graph.gate < 1e-8, "a gate that sees every structural bug"
+
+
+def test_most_features_are_carried() -> None:
+    """The proof above is empty for what is refused; a regression that refuses everything must show."""
+    assert sum(support(FEATURES[n], "q4").ok for n in PATCHES) >= 36
