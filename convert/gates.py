@@ -80,10 +80,9 @@ def gate(
     control: the NMSE that the emulated roundings alone have. positions: tokens in the sequence.
     table_lookups: activations of one layer that both sides look up in a float16 table.
     """
-    ratio, floor = RATIO[check], FLOOR_K * UNIT["f32"] ** 2
-    if table_lookups:
-        floor += FLIPS * 2.0**-20 / table_lookups
-    ceiling = bound(precision, layers, positions)
+    flips = FLIPS * 2.0**-20 / table_lookups if table_lookups else 0.0
+    ratio, floor = RATIO[check], FLOOR_K * UNIT["f32"] ** 2 + flips
+    ceiling = bound(precision, layers, positions) + flips
     if check == "graph":
         ceiling = min(ceiling, STRUCTURAL / ratio)
     formula = f"{ratio:g} x control {control:.1e} + {floor:.0e}"
