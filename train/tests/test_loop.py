@@ -85,7 +85,7 @@ def test_a_journal_that_ran_ahead_of_the_checkpoint_is_cut(options: Options, tra
 def test_changed_data_is_detected_on_resume(options: Options, train: Train, tmp_path: Path) -> None:
     train(options(), stop_after=4)
     (tmp_path / "text" / "file03.txt").write_text("something else\n", encoding="utf-8")
-    with pytest.raises(UserError, match="--resume: the data, the tokenizer or data.length changed since step 4"):
+    with pytest.raises(UserError, match=r"--resume: the data, the tokenizer or data\.length changed since step 4"):
         train({"out": str(tmp_path / "run")}, resume=True)
 
 

@@ -129,7 +129,7 @@ def test_tokenizers_that_cannot_be_used_are_named(trained: TextTokenizer, tmp_pa
         (tmp_path / name).write_bytes(content)
     settings = {**trained.config, "eos_token": "<|nowhere|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(UserError, match="eos_token '<|nowhere|>' is not in the vocabulary"):
+    with pytest.raises(UserError, match=r"eos_token '<\|nowhere\|>' is not in the vocabulary"):
         _ = tokenizer.load(tmp_path).eos
 
 

@@ -1,0 +1,225 @@
+"""Interruptions: signals, kills, crashes between any two writes, a full disk. A checkpoint is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from backends.torch.checkpoint import load_decoder
+from spec.errors import UserError
+from spec.load import load as load_spec
+from train import checkpoint, session
+from train.checkpoint import RunFolder, Snapshot, newest, number
+from train.report import history
+
+Options = Callable[..., dict[str, Any]]
+Train = Callable[..., session.Result]
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(options: dict[str, Any], folder: Path, *argv: str, limit: int | None = None) -> subprocess.Popen[str]:
+    """`python -m train` in a process of its own; `limit` is the largest file that it may write, in bytes."""
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(options), encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, "-m", "train", "--config", str(file), *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def steps_done(out: Path) -> int:
+    return len(history(out / "training" / "train.jsonl"))
+
+
+@pytest.mark.parametrize(("number_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_exits(number_: signal.Signals, code: int, options: Options, tmp_path: Path) -> None:
+    process = start(options(steps=100_000, checkpoint__every=100_000), tmp_path)
+    wait_for(process, lambda: steps_done(tmp_path / "run") >= 2)
+    process.send_signal(number_)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    saved = newest(tmp_path / "run")
+    assert saved is not None
+    assert f"stopped and saved at step {number(saved)} of 100000" in out
+    assert f"python -m train --out {tmp_path / 'run'} --resume" in out
+    assert number(saved) == steps_done(tmp_path / "run")
+    load_decoder(tmp_path / "run")
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(options: Options, train: Train, tmp_path: Path) -> None:
+    """The limit on a file's size fails the write itself, as a full disk does."""
+    train(options(), stop_after=3)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and "training" not in p.parts}
+    size = (tmp_path / "run" / "model.safetensors").stat().st_size
+    process = start({"out": str(tmp_path / "run")}, tmp_path, "--resume", limit=size // 2)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    [line] = err.splitlines()
+    assert "cannot save step 8" in line
+    assert "the checkpoint of step 3 is intact; make room and continue with --resume" in line
+    assert {p: p.read_bytes() for p in before} == before
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
+    assert train({"out": str(tmp_path / "run")}, resume=True).step == 8
+
+
+class Crash(BaseException):
+    """Not an Exception: nothing cleans up behind it, as after a power cut."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, spec_file: Path) -> RunFolder:
+    (tmp_path / "run").mkdir()
+    return RunFolder(tmp_path / "run", load_spec(spec_file), {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"})
+
+
+def snap(folder: RunFolder, step: int) -> Snapshot:
+    """A snapshot whose every tensor says which step it is of."""
+    from spec.params import params
+
+    model = {p.name: torch.full(p.shape, float(step)) for p in params(folder.spec)}
+    return Snapshot(step, model, {"optimizer/embed.weight/step": torch.tensor(float(step))}, {"step": step})
+
+
+def assert_of_one_step(path: Path, step: int | None = None) -> int:
+    """Everything in a checkpoint's folder is of one step; returns which."""
+    weights = load_file(path / "model.safetensors")
+    [found] = {int(v) for t in weights.values() for v in t.unique().tolist()}
+    load_decoder(path)
+    if step is not None:
+        assert found == step
+        assert json.loads((path / checkpoint.STATE).read_text())["step"] == step
+        assert int(load_file(path / checkpoint.TENSORS)["optimizer/embed.weight/step"]) == step
+    return found
+
+
+def test_a_crash_between_any_two_operations_leaves_whole_checkpoints(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call that changes the disk, in turn, is the last one."""
+    folder.save(snap(folder, 1), "", keep=1)
+    countdown = [0]
+
+    def crashing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            countdown[0] -= 1
+            if countdown[0] < 0:
+                raise Crash
+            return original(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "link"), (os, "mkdir"), (os, "rmdir")):
+        monkeypatch.setattr(owner, name, crashing(getattr(os, name)))
+    crashes, step = 0, 1
+    for n in range(1000):
+        step += 1
+        countdown[0] = n
+        try:
+            folder.save(snap(folder, step), "", keep=1)
+            break
+        except Crash:
+            crashes += 1
+        countdown[0] = 10**9
+        found = newest(folder.path)
+        assert found is not None
+        saved = assert_of_one_step(found, number(found))
+        assert saved in (step - 1, step)
+        assert assert_of_one_step(folder.path) <= saved
+        folder.publish(found)
+        assert assert_of_one_step(folder.path) == saved
+        step = saved
+    assert crashes > 10
+    assert assert_of_one_step(folder.path) == step
+    assert [number(p) for p in checkpoint.steps(folder.path)] == [step]
+    assert not list(folder.path.glob(".*"))
+
+
+def test_a_disk_without_hard_links_gets_copies(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2):
+        folder.save(snap(folder, step), "", keep=2)
+        assert assert_of_one_step(folder.path) == step
+    assert (folder.path / "model.safetensors").stat().st_nlink == 1
+
+
+def test_only_the_newest_checkpoints_are_kept(folder: RunFolder) -> None:
+    for step in (5, 10, 15, 1_000_000):
+        folder.save(snap(folder, step), "", keep=2)
+    assert [number(p) for p in checkpoint.steps(folder.path)] == [15, 1_000_000]
+    assert sorted(p.name for p in (folder.path / "checkpoints").iterdir()) == ["step-000015", "step-1000000"]
+    modes = {(folder.path / name).stat().st_mode for name in ("spec.yaml", "model.safetensors")}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("name", [checkpoint.STATE, checkpoint.TENSORS])
+def test_damaged_training_state_is_one_error(name: str, options: Options, train: Train, tmp_path: Path) -> None:
+    train(options(), stop_after=1)
+    saved = newest(tmp_path / "run")
+    assert saved is not None
+    whole = (saved / name).read_bytes()
+    (saved / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be resumed, the training state is damaged"):
+        train({"out": str(tmp_path / "run")}, resume=True)
+    (saved / name).unlink()
+    with pytest.raises(UserError, match="cannot be resumed"):
+        train({"out": str(tmp_path / "run")}, resume=True)
+
+
+@pytest.mark.slow
+def test_kills_at_random_points_never_corrupt(options: Options, train: Train, tmp_path: Path) -> None:
+    """Saving after every step, so that most kills fall into a save; resuming reaches what an undisturbed run does."""
+    rng = random.Random(0)
+    data = options(steps=400, checkpoint__every=1, validation__every=1000)
+    out = tmp_path / "run"
+    for n in range(20):
+        process = start(data, tmp_path, *(["--resume"] if n else []))
+        before = steps_done(out)
+        wait_for(process, lambda before=before: steps_done(out) > before)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.communicate()
+        found = newest(out)
+        if found is not None:
+            load_decoder(found)
+            assert checkpoint.read(found)[0]["step"] == number(found)
+            assert load_decoder(out).spec == load_spec(found)
+            assert steps_done(out) - number(found) <= 1  # at most the step that was being saved is lost
+    reached = number(newest(out) or Path())
+    assert 20 <= reached < 400
+    train({"out": str(out)}, resume=True, stop_after=reached + 1)
+    train(options("whole", steps=400, validation__every=1000), stop_after=reached + 1)
+    a, b = newest(out), newest(tmp_path / "whole")
+    assert a is not None and b is not None
+    x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert all(torch.equal(x[k], y[k]) for k in y)
