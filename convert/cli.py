@@ -14,16 +14,17 @@ from cyclopts import App, CycloptsError, Parameter
 HELP = """\
 Convert a checkpoint and prove that the result computes the same function.
 
-Examples:
+For example:
 
   convert runs/tiny --to gguf --quant q4
-  convert ~/models/Llama-3.2-1B --to gguf --quant q4_k_m --out llama.gguf --check
+  convert ~/models/Llama-3.2-1B --quant q4_k_m --check
   convert runs/tiny --to gguf --quant q8 --out tiny.gguf --force
 
-Portable levels: f32, bf16, f16, q8, q4; and every type of the target by its own name (q4_k_m, q6_k, ...).
+Portable levels: f32, bf16, f16, q8, q4; and every type of the target by its
+own name (q4_k_m, q6_k, ...).
 
-Exit status 0: written and verified; 1: verification failed, nothing was replaced; 2: something that you can fix, named
-in one line; 130: interrupted.
+Exit status 0: written and verified; 1: verification failed and nothing was
+replaced; 2: something that you can fix, named in one line; 130: interrupted.
 """
 
 app = App(

@@ -14,8 +14,11 @@ from spec.errors import UserError
 PARTIAL = ".partial"
 
 
-def check(out: Path, force: bool) -> None:
-    """Whether `out` may be written. Raises `UserError`."""
+def check(out: Path, suffix: str, force: bool) -> None:
+    """Whether `out` may be written; artifacts keep their suffix, so that no other file is taken for one. Raises
+    `UserError`."""
+    if suffix and out.suffix != suffix and not out.is_dir():
+        raise UserError(f"--out {out}: must end with {suffix}")
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name the file")
     if out.exists() and not force:
@@ -48,8 +51,9 @@ def partial(out: Path) -> Path:
 
 
 @contextmanager
-def reserved(out: Path) -> Iterator[Path]:
-    """The partial path of `out`, for this process alone; whatever is still there at the end is deleted.
+def reserved(out: Path, *beside: Path) -> Iterator[Path]:
+    """The partial path of `out`, for this process alone. What still has a partial name at the end, of `out` or of the
+    files `beside` it, is deleted.
 
     Raises `UserError` where another conversion writes the same output.
     """
@@ -60,10 +64,9 @@ def reserved(out: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
         yield path
     finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-        with suppress(OSError):
-            lock.unlink(missing_ok=True)
+        for left in (path, *map(partial, beside), lock):
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
         os.close(fd)
 
 
@@ -99,15 +102,14 @@ def publish(path: Path, out: Path) -> None:
         raise UserError(f"--out {out}: {e.strerror}") from None
 
 
-def write_text(out: Path, text: str) -> None:
-    """A small file, whole or not at all. Raises `UserError`."""
+def staged(out: Path, text: str) -> Path:
+    """A small file beside the artifact, whole under its partial name; `publish` names it. Raises `UserError`."""
     path = partial(out)
     try:
         with path.open("w", encoding="utf-8") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        path.replace(out)
-    except OSError as e:
-        path.unlink(missing_ok=True)
+    except OSError as e:  # `reserved` deletes what there is of it
         raise UserError(f"{out}: {e.strerror}") from None
+    return path

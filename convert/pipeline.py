@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import logging
@@ -122,14 +123,16 @@ def convert(
     job = _prepare(source, target, level, threads)
     with job.source:
         path = Path(out) if out is not None else _default_out(job)
-        output.check(path, force)
+        output.check(path, job.backend.suffix, force)
         result = _expected(job, path)
         output.check_space(path, result.size)
         if text is not None and not Path(text).is_file():
             raise UserError(f"--text {text}: no such file")
         if check:
+            result.seconds = _estimate(job)
             return result
-        with output.reserved(path) as partial:
+        beside = (receipts.beside(path), card.beside(path))
+        with output.reserved(path, *beside) as partial:
             started = time.perf_counter()
             result.receipt = _write(job, partial, progress or (lambda *_: None))
             result.seconds, result.size = time.perf_counter() - started, partial.stat().st_size
@@ -137,14 +140,25 @@ def convert(
                 result.report = _verify(job, partial, path, text, on_check)
             result.receipt["parity"] = receipts.parity(result.report)
             job.build.stamp(partial, result.receipt)
+            texts = _described(result)
+            staged = [output.staged(name, text) for name, text in zip(beside, texts, strict=True)]
             output.publish(partial, path)
-            _describe(result)
+            for whole, name in zip(staged, beside, strict=True):
+                output.publish(whole, name)
     return result
+
+
+def _target(name: str) -> Backend:
+    backend = backends.get(name)
+    if importlib.util.find_spec(f"{backend.module}.build") is None:
+        targets = [b.name for b in backends.REGISTRY if importlib.util.find_spec(f"{b.module}.build") is not None]
+        raise UserError(f"--to {name}: nothing is converted to it (targets: {', '.join(targets)})")
+    return backend
 
 
 def _prepare(source: str | Path, target: str, level: str, threads: int | None) -> Job:
     """Everything that can be refused before a weight is read."""
-    backend = backends.get(target)
+    backend = _target(target)
     support = backends.part(backend, "support")
     level = check(level, support.levels())
     if threads is not None and threads < 1:
@@ -192,7 +206,6 @@ def _expected(job: Job, path: Path) -> Result:
         size=size,
         # float32 blocks read ahead and in work (with their codes), and the one being packed
         memory=largest * (4 * (stream.READ_AHEAD + 2) + 8 * (job.threads + 1)),
-        seconds=_estimate(job),
         notes=list(dict.fromkeys(notes)),
     )
 
@@ -253,9 +266,8 @@ def _verify(
     return report
 
 
-def _describe(result: Result) -> None:
-    """The sidecar with the whole report and the model card, beside the artifact."""
+def _described(result: Result) -> tuple[str, str]:
+    """The sidecar, which is the receipt with the whole report, and the model card."""
     report = result.report.to_dict() if result.report else None
-    text = json.dumps({**result.receipt, "report": report}, indent=1, sort_keys=True)
-    output.write_text(receipts.beside(result.out), text + "\n")
-    output.write_text(card.beside(result.out), card.card(result, result.receipt, result.report))
+    text = json.dumps({**result.receipt, "report": report}, indent=1, sort_keys=True) + "\n"
+    return text, card.card(result, result.receipt, result.report)

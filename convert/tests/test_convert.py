@@ -202,6 +202,8 @@ def broken(checkpoint: Path, how: str, small: Spec) -> tuple[list[str], str]:
             return ["--quant", "q4_k_x"], "no such level (did you mean q4_k_"
         case "target":
             return ["--to", "gguv"], "gguv: no such backend (did you mean gguf?)"
+        case "runtime":
+            return ["--to", "torch"], "--to torch: nothing is converted to it (targets: gguf"
         case "threads":
             return ["--threads", "0"], "--threads 0"
         case "option":
@@ -212,7 +214,7 @@ def broken(checkpoint: Path, how: str, small: Spec) -> tuple[list[str], str]:
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "corrupt", "shape", "nan", "huge", "spec", "yaml", "level",
-                                 "target", "threads", "option", "text"])  # fmt: skip
+                                 "target", "runtime", "threads", "option", "text"])  # fmt: skip
 def test_bad_input_is_one_line_and_loses_nothing(
     how: str, checkpoint: Path, small: Spec, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +244,8 @@ def test_an_existing_output_needs_force(checkpoint: Path, out: Path, capsys: pyt
     assert out.read_bytes()[:4] == b"GGUF"
     status, said, _ = command(capsys, checkpoint, "--out", out.parent, "--force")
     assert status == 2 and "is a folder" in said[0]
+    status, said, _ = command(capsys, checkpoint, "--out", checkpoint / "model.safetensors", "--force")
+    assert status == 2 and "must end with .gguf" in said[0]
 
 
 def test_two_conversions_never_write_one_file(checkpoint: Path, out: Path) -> None:
@@ -257,6 +261,16 @@ def test_a_full_disk_is_seen_before_the_work(
     monkeypatch.setattr("convert.output.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     status, said, _ = command(capsys, checkpoint, "--out", out, "--force")
     assert status == 2 and "0.0 MB are free on its disk" in said[0] and untouched(out)
+
+
+def test_a_disk_too_full_for_the_card_loses_nothing(
+    checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (out.parent / "model.gguf.md.partial").mkdir()  # the card cannot be written
+    with pytest.raises(UserError, match=r"model.gguf.md: Is a directory"):
+        convert(checkpoint, "gguf", "q8", out, force=True, verify=False)
+    (out.parent / "model.gguf.md.partial").rmdir()
+    assert untouched(out)
 
 
 LIMITED = """
