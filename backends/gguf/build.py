@@ -321,7 +321,21 @@ def writer(
     metadata: further keys (`general.` is put before those without a dot). Raises `UserError` where no llama.cpp
     architecture carries the spec, the tokenizer has no llama.cpp equivalent, or the disk is full.
     """
-    fit = carrier(spec)
+    return writer_for(carrier(spec), spec, planned, tokenizer, out, metadata=metadata, threads=threads)
+
+
+def writer_for(
+    fit: Fit,
+    spec: Spec,
+    planned: Sequence[Planned],
+    tokenizer: Tokenizer | None,
+    out: Path,
+    *,
+    metadata: dict[str, Any],
+    threads: int,
+) -> GGUFWriter:
+    """`writer` with a carrier of one's own choice."""
+    assert not fit.refusals, fit.refusals
     tensors = layout(spec, fit, planned)
     keys = _header(spec, fit, tensors, tokenizer, metadata)
     log.info("GGUF: %s, %d tensors", fit.carrier.arch, len(tensors))

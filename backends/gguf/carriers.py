@@ -10,7 +10,7 @@ hard-coded. Whatever is required and missing in a spec is filled with its neutra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Need = Literal["no", "optional", "required"]
 
@@ -70,8 +70,8 @@ class Carrier:
     sinks: Need = "no"
     window: Need = "no"
     """A window per layer; `required`: the window's size must be given though no layer may use it."""
-    window_theta: bool = False
-    """Whether layers with a window have a rotation of their own (plain, without scaling)."""
+    window_theta: Literal["", "own", "same"] = ""
+    """Layers with a window rotate without scaling, with a base of their `own` or the `same` as the others."""
     layer_heads: bool = False
     """Whether head counts may differ from layer to layer."""
 
@@ -93,16 +93,19 @@ class Carrier:
     """Metadata that the loader insists on and that changes nothing here."""
 
 
-LAYERNORM = {"norm": "layernorm", "norm_bias": "required"}
-GELU_MLP = {"gated": False, "activation": "gelu_tanh"}
-GRANITE = {"embed_scale": "key", "residual_scale": True, "logit_scale": "divided", "scale": True, "mlp_bias": "optional"}
-GEMMA = {
-    "activation": "gelu_tanh", "embed_scale": "sqrt_width", "partial": True,
+Fields = dict[str, Any]
+
+LAYERNORM: Fields = {"norm": "layernorm", "norm_bias": "required"}
+GELU_MLP: Fields = {"gated": False, "activation": "gelu_tanh"}
+GEMMA: Fields = {"activation": "gelu_tanh", "embed_scale": "sqrt_width", "partial": True}
+GRANITE: Fields = {
+    "rope": "interleaved", "freqs": "both", "scale": True, "o_bias": "optional", "mlp_bias": "optional",
+    "embed_scale": "key", "residual_scale": True, "logit_scale": "divided",
 }  # fmt: skip
 
 
-def _row(arch: str, *shared: dict, **fields: object) -> Carrier:
-    merged: dict = {}
+def _row(arch: str, *shared: Fields, **fields: Any) -> Carrier:
+    merged: Fields = {}
     for s in shared:
         merged |= s
     return Carrier(arch=arch, **(merged | fields))
@@ -114,23 +117,22 @@ CARRIERS: tuple[Carrier, ...] = (
     _row("qwen2", square=True, head_bias="optional"),
     _row("gpt2", LAYERNORM, GELU_MLP, rope="none", positions="required", square=True, fused_qkv=True,
          qkv_bias="required", o_bias="required", mlp_bias="required"),
-    _row("granite", GRANITE, rope="interleaved", freqs="both", no_position="all", o_bias="optional"),
-    _row("granite_swa", GRANITE, rope="interleaved", freqs="both", no_position="layer", o_bias="optional",
-         window="required", sinks="required"),
+    _row("granite", GRANITE, no_position="all"),
+    _row("granite_swa", GRANITE, no_position="layer", window="required", sinks="required"),
     _row("gemma2", GEMMA, placement="sandwich", softcap="required", logit_softcap="required", tied="forced",
-         window="required", window_theta=True, scaling=frozenset(), wide_scale_depth=46),
-    _row("gemma3", GEMMA, placement="sandwich", qk_norm="required", window="optional", window_theta=True,
+         window="required", window_theta="own", scaling=frozenset(), wide_scale_depth=46),
+    _row("gemma3", GEMMA, placement="sandwich", qk_norm="required", window="optional", window_theta="own",
          logit_softcap="optional", scaling=frozenset({"linear"}), wide_scale_depth=62),
     _row("gemma", GEMMA, tied="forced"),
     _row("olmo2", placement="post", qk_norm="required", qk_over="width", square=True, tied="no", window="optional",
-         window_theta=True),
+         window_theta="same"),
     _row("exaone4", placement="post", qk_norm="required", square=True, freqs="freqs", not_depths=(64,)),
     _row("glm4", placement="sandwich", rope="interleaved", partial=True, fused_gate=True),
     _row("phi3", partial=True, freqs="longrope", square=True, fused_gate=True),
     _row("step35", partial=True, full_dims=0.5, freqs="both", qk_norm="optional", window="required",
-         window_theta=True, layer_heads=True, tied="no", keys=(("expert_feed_forward_length", 0),)),
+         window_theta="own", layer_heads=True, tied="no", keys=(("expert_feed_forward_length", 0),)),
     _row("arcee", rope="interleaved", freqs="freqs", gated=False, activation="relu2"),
-    _row("refact", rope="none", alibi="8", o_bias="optional", mlp_bias="optional"),
+    _row("refact", rope="none", alibi="8"),  # its output and MLP biases are loaded and never used
     _row("stablelm", LAYERNORM, flow=("sequential", "shared"), partial=True, square=True, tied="no",
          qk_norm="optional", qk_kind="layernorm", qk_over="heads"),
     _row("starcoder2", LAYERNORM, GELU_MLP, square=True, o_bias="required", mlp_bias="required"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from backends.gguf import rotary
@@ -187,7 +187,7 @@ def _qk_norm(at: str, spec: Spec, b: Block, c: Carrier) -> Found:
         yield Fold(f"{at}.qk_norm: gains are stored with the offset added, rounded once to float32", cost=0)
 
 
-def _per_layer(spec: Spec, c: Carrier) -> Iterator[tuple[str, list[object]]]:
+def _per_layer(spec: Spec, c: Carrier) -> Iterator[tuple[str, Sequence[object]]]:
     """Fields of which most graphs have one value for all layers."""
     layers = spec.layers
     heads = [] if c.layer_heads else [("heads", [b.attention.heads for b in layers]),

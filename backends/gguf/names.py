@@ -126,7 +126,7 @@ def _norm(
 
 
 def _layer(spec: Spec, fit: Fit, i: int, b: Block, known: dict[str, Param]) -> Iterator[Slot]:
-    c, a, m, d = fit.carrier, b.attention, b.mlp, spec.width
+    c, m, d = fit.carrier, b.mlp, spec.width
     bias = c.norm_bias == "required" or b.norm.bias
     blk, lay = f"blk.{i}", f"layers.{i}"
 

@@ -80,10 +80,11 @@ MIXTURES = {
 }  # fmt: skip
 """llama.cpp's file types whose tensors differ in type. Every other level gives all matrices its own type."""
 
-LEVELS = tuple(dict.fromkeys([*(t for t in TYPES if t not in ("f32", "f16", "bf16", "q3_k", "q4_k", "q5_k")), *MIXTURES]))
-"""Native levels by llama.cpp's names (`q3_k`, `q4_k` and `q5_k` stand for their `_m` mixtures)."""
-
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+"""Types whose name alone stands for a mixture, as in llama.cpp."""
+
+LEVELS = tuple(dict.fromkeys([*(t for t in TYPES if t not in ("f32", "f16", "bf16", *ALIASES)), *MIXTURES]))
+"""Native levels by llama.cpp's names."""
 
 _PARTS = {
     "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_qkv": "v", "attn_output": "o", "ffn_gate": "gate",

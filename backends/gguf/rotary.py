@@ -155,6 +155,10 @@ def _local(spec: Spec, c: Carrier, rope: Rope, a: Attention, out: Rotary) -> Non
         out.refusals.append(
             f"{_at(spec, 0)}.scaling: an attention factor would reach the layers with a window in llama.cpp's {c.arch}"
         )
+    elif c.window_theta == "same" and rope.theta != out.keys["rope.freq_base"]:
+        out.refusals.append(
+            f"{_at(spec, 0)}.theta: {rope.theta:g} in layers with a window; llama.cpp's {c.arch} has one for all"
+        )
     else:
         _plain(spec, rope, a, out, "rope.freq_base_swa", "rope.dimension_count_swa", 1.0)
 

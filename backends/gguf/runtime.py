@@ -40,9 +40,12 @@ def _library() -> Any:
 
     lib.llama_log_set(forward, ctypes.c_void_p(0))
     lib.llama_backend_init()
-    lib._allotrope_log = forward  # ctypes callbacks must outlive their registration
+    _callbacks.append(forward)
     return lib
 
+
+_callbacks: list[Any] = []
+"""ctypes callbacks must outlive their registration."""
 
 _messages: list[str] = []
 """llama.cpp's last words, for errors."""

@@ -25,7 +25,8 @@ def support(spec: Spec, level: str) -> Support:
     if level not in levels():
         return Support("gguf", refusals=(f"level: {level} is none of GGUF's ({nearest(level, levels())})",))
     fit = choose(spec)
-    refusals = [_with_alternative(spec, fit, r) for r in fit.refusals]
+    once = {_field(_path(r)): r for r in reversed(fit.refusals)}  # a field refused in several layers, the first
+    refusals = [_with_alternative(spec, r) for r in reversed(once.values())]
     if level in TYPES and TYPES[level].importance:
         closest = {"iq2_s": "iq3_xxs", "iq2_xs": "q2_k", "iq2_xxs": "q2_k"}.get(level, "tq1_0")
         refusals.append(f"level: {level} needs an importance matrix, which converting does not compute (try {closest})")
@@ -43,7 +44,7 @@ def _field(path: str) -> str:
     return path.split("]", 1)[-1].removeprefix("block").strip(".")
 
 
-def _with_alternative(spec: Spec, fit: Fit, refusal: str) -> str:
+def _with_alternative(spec: Spec, refusal: str) -> str:
     """A refusal, and which carrier has this field and what it would refuse instead."""
     field = _field(_path(refusal))
     others = []
@@ -54,7 +55,7 @@ def _with_alternative(spec: Spec, fit: Fit, refusal: str) -> str:
     if not others:
         return f"{refusal} (no llama.cpp architecture has it: change this field)"
     _, arch, other = min(others, key=lambda x: x[0])
-    against = ", ".join(dict.fromkeys(_path(r) for r in other.refusals))
+    against = ", ".join({_field(_path(r)): _path(r) for r in reversed(other.refusals)}.values())
     return f"{refusal} (nearest: {arch} has it, but not this {against})"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from backends.base import Tokenizer
@@ -128,7 +129,7 @@ def merges_make_every_token(tokenizer: Tokenizer, rules: list[str]) -> bool:
     for token in tokenizer.json["model"]["vocab"]:
         parts = list(token)
         while token not in special and len(parts) > 1:
-            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: ranks.get(pair, len(rules)))
+            best = min(pairwise(parts), key=lambda pair: ranks.get(pair, len(rules)))
             if best not in ranks:
                 return False
             merged, i = [], 0
