@@ -183,7 +183,12 @@ def layered(*layers: Mapping[str, Any]) -> TrainConfig:
     config = parse(data)
     if problems := _contradictions(config):
         raise SpecError(problems)
-    return config
+    source = config.data.source
+    if source == "stdlib":
+        return config
+    # A run may be resumed from another folder.
+    absolute = str(Path(source).expanduser().absolute())
+    return config.model_copy(update={"data": config.data.model_copy(update={"source": absolute})})
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,8 @@ def resumed(chosen: Mapping[str, Any]) -> tuple[TrainConfig, Path, list[str]]:
     changed = config.layered(saved.model_dump(), chosen)
     if found is not None and "spec" in chosen and load_spec(changed.spec).hash != load_spec(found).hash:
         raise UserError(f"spec: {changed.spec} is not the spec that {out} was begun with (choose another --out)")
+    if found is not None and changed.tokenizer != saved.tokenizer:
+        raise UserError(f"tokenizer: {out} was begun with another, and has its own (leave --tokenizer out)")
     return changed, out, config.differences(saved, changed)
 
 
@@ -71,16 +73,22 @@ def _first_rank_first(ranks: Ranks) -> Iterator[None]:
         dist.barrier()
 
 
-def text(c: TrainConfig, spec: Spec, say: Any) -> tuple[tokenizer.TextTokenizer, TokenData]:
-    """The tokenizer and the tokens, from the cache where they are in it. Raises `UserError`."""
+def text(
+    c: TrainConfig, spec: Spec, say: Callable[[str], None], found_in: Path | None = None
+) -> tuple[tokenizer.TextTokenizer, TokenData]:
+    """The tokenizer (a resumed run has its own) and the tokens, from the cache where they are in it.
+
+    Raises `UserError` for a text or a tokenizer that cannot be used.
+    """
     found = corpus.read(c.data.source, c.data.validation)
     cache = cache_folder(c.data.cache)
     documents = len(found.train) + len(found.validation)
     say(f"data: {c.data.source}, {documents:,} documents, {found.size / 1e6:.1f} MB, {len(found.validation)} held out")
-    if c.tokenizer is None:
+    given = found_in or c.tokenizer
+    if given is None:
         tok = tokenizer.cached(found.train, found.hash, spec.vocab_size, spec.context, cache)
     else:
-        tok = tokenizer.load(c.tokenizer)
+        tok = tokenizer.load(given)
     if tok.size > spec.vocab_size:
         raise UserError(
             f"spec.vocab_size: {spec.vocab_size} is fewer than the tokenizer's {tok.size} tokens (raise it)"
@@ -120,10 +128,8 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
     length = c.data.length or spec.context
     if c.batch.sequences % (ranks.world * (c.batch.micro or 1)):
         raise UserError(f"batch.sequences: {c.batch.sequences} is no multiple of {ranks.world} ranks times batch.micro")
-    if found is not None and c.tokenizer is None:
-        c = c.model_copy(update={"tokenizer": str(found)})  # the run's own, however it was made
     with _first_rank_first(ranks):
-        tok, data = text(c, spec, say)
+        tok, data = text(c, spec, say, found)
     precision, why = parallel.choose_precision(c.precision, ranks.device)
     say(f"device: {ranks.device}, {ranks.world} rank(s); {precision} ({why})")
 

@@ -57,7 +57,7 @@ def assert_equal(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("document_mask", [False, True], ids=["packed", "masked"])
 def test_resuming_twice_is_bit_exact(document_mask: bool, options: Options, train: Train, tmp_path: Path) -> None:
-    common = {"steps": 9, "data__document_mask": document_mask, "validation__every": 3}
+    common = {"steps": 9, "data__document_mask": document_mask, "validation__every": 3, "checkpoint__keep": 1}
     train(options("whole", **common))
     halves = options("parts", **common)
     train(halves, stop_after=4)
@@ -241,7 +241,8 @@ def test_who_decays(fields: dict[str, bool], expected: set[str], spec_file: Path
     spec = load_spec(spec_file)
     decoder = empty(spec, torch.float32, "cpu")
     roles = {id(decoder.get_parameter(p.name)): p.role for p in params(spec)}
-    groups = optim.build(decoder, spec, config.Optimizer(**fields)).param_groups
+    chosen = config.layered({"optimizer": fields}).optimizer
+    groups = optim.build(decoder, spec, chosen).param_groups
     decayed = {roles[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
     assert decayed == expected
     assert sum(len(g["params"]) for g in groups) == len(roles)
@@ -328,7 +329,12 @@ def test_a_text_of_a_few_bytes_trains(options: Options, train: Train, tmp_path: 
 
 def test_a_tokenizer_of_the_users_goes_into_the_checkpoint(options: Options, train: Train, tmp_path: Path) -> None:
     train(options("first", steps=1))
-    result = train(options("second", steps=1, tokenizer=str(tmp_path / "first")))
+    result = train(options("second", steps=2, tokenizer=str(tmp_path / "first")), stop_after=1)
+    with pytest.raises(UserError, match=r"tokenizer: .* was begun with another"):
+        train({"out": str(result.out), "tokenizer": str(tmp_path / "elsewhere")}, resume=True)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert train({"out": str(result.out)}, resume=True).step == 2
+    (tmp_path / "moved").rename(tmp_path / "first")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (result.out / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
     write_text(tmp_path / "text", seed=5)
