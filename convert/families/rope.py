@@ -27,6 +27,8 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 """Required and optional numbers of each type."""
 COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+BOOLEAN = {"truncate"}
+LENGTHS = {"original_max_position_embeddings"}
 ALIASES = {"su": "longrope"}
 
 
@@ -43,11 +45,13 @@ def rope(c: Config) -> dict[str, Any]:
     if any(isinstance(v, dict) for v in given.values()):
         c.bad(key, None, "has settings by layer type, which this family does not use", "")
         return {}
-    position: dict[str, Any] = {
-        "kind": "rope",
-        "theta": float(given.get("rope_theta", theta if theta is not None else 10000.0)),
-    }
-    fraction = given.get("partial_rotary_factor", fraction)
+    given = {k: v for k, v in given.items() if v is not None}
+    theta, fraction = given.get("rope_theta", theta), given.get("partial_rotary_factor", fraction)
+    for name, value in (("rope_theta", theta), ("partial_rotary_factor", fraction)):
+        if value is not None and not _positive(value):
+            c.bad(f"{key}.{name}" if name in given else name, value, "is no positive number")
+            return {}
+    position: dict[str, Any] = {"kind": "rope", "theta": float(theta if theta is not None else 10000.0)}
     if fraction not in (None, 1, 1.0):
         position["fraction"] = fraction
     if original is not None:
@@ -64,7 +68,7 @@ def _scaling(c: Config, key: str, given: dict[str, Any]) -> dict[str, Any] | Non
         return None
     required, optional = FIELDS[kind]
     lists = ("short_factor", "long_factor")
-    g = {n: v for n, v in given.items() if v is not None and n not in COMMON}
+    g = {n: v for n, v in given.items() if n not in COMMON}
     spare = {"original_max_position_embeddings"} if kind in ("default", "linear") else set()
     for name in sorted(set(g) - set(required) - set(optional) - spare):
         c.bad(f"{key}.{name}", g[name], f"is an unknown key of {kind}", nearest(name, (*required, *optional)))
@@ -73,10 +77,14 @@ def _scaling(c: Config, key: str, given: dict[str, Any]) -> dict[str, Any] | Non
             c.bad(f"{key}.{name}", None, "is missing", f"{kind} needs it")
     for name, value in g.items():
         numbers = value if name in lists and isinstance(value, list) else [value]
-        if name != "truncate" and not all(_number(v) for v in numbers):
-            c.bad(f"{key}.{name}", value, "is no number")
+        if name in BOOLEAN and not isinstance(value, bool):
+            c.bad(f"{key}.{name}", value, "is neither true nor false")
+        elif name in LENGTHS and (type(value) is not int or value < 2):
+            c.bad(f"{key}.{name}", value, "is no number of tokens")
+        elif name not in BOOLEAN and not all(map(_positive, numbers)):
+            c.bad(f"{key}.{name}", value, "is no positive number")
     context = c.take("max_position_embeddings", int)
-    if c.problems or kind == "default" or context is None:
+    if c.problems or kind == "default" or context is None or context < 1:
         return None
     original = g.get("original_max_position_embeddings", context)
     if kind == "linear":
@@ -98,8 +106,8 @@ def _scaling(c: Config, key: str, given: dict[str, Any]) -> dict[str, Any] | Non
             "original_context": original, "attention_factor": factor}  # fmt: skip
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def _yarn_attention(factor: float, mscale: float | None, all_dim: float | None) -> float:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from backends.numpy.model import Oracle
 from convert.families import family
@@ -16,6 +18,7 @@ from convert.sources import open_source
 from convert.sources.huggingface import spec_from
 from convert.tests.conftest import LLAMA
 from spec import SpecError, UserError
+from spec.rope import rope_tables
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -141,7 +144,7 @@ def test_every_unknown_and_wrong_key_is_named_at_once() -> None:
         ({"rope_scaling": {"type": "spiral", "factor": 2}}, "rope_scaling.rope_type: 'spiral' is no scaling"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 2, "alpha": 1}}, "rope_scaling.alpha: 1 is an unknown key"),
-        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor: '2' is no number"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor: '2' is no positive number"),
         ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}}, "differ"),
         ({"num_key_value_heads": 3}, "kv_heads: 3 does not divide heads=4"),
         ({"num_hidden_layers": 0}, "depth: 0 "),
@@ -176,3 +179,37 @@ def test_bookkeeping_keys_are_ignored(huggingface: Callable[..., Path]) -> None:
 def test_a_spec_error_is_a_spec_error() -> None:
     with pytest.raises(SpecError):
         spec_from({**LLAMA, "vocab_size": 0}, family("llama", ""), "config.json", "m")
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 200), st.floats(), st.text(max_size=4),
+    st.lists(st.integers(), max_size=2),
+    st.sampled_from([0, -1, 1e308, "yarn", "longrope", {}, {"rope_type": "yarn"}, {"full_attention": {}}]),
+)  # fmt: skip
+NUMBERS = (
+    "factor", "original_max_position_embeddings", "attention_factor", "low_freq_factor", "high_freq_factor",
+    "short_factor", "long_factor", "mscale", "mscale_all_dim", "beta_fast", "truncate", "rope_theta",
+    "partial_rotary_factor",
+)  # fmt: skip
+ROPE = st.fixed_dictionaries(
+    {"rope_type": st.sampled_from(["linear", "dynamic", "llama3", "yarn", "longrope", "default", 3])},
+    optional=dict.fromkeys(NUMBERS, VALUES),
+)
+
+
+@given(
+    kind=st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+    changes=st.dictionaries(
+        st.sampled_from([*LLAMA, "head_dim", "sliding_window", "layer_types", "use_sliding_window", "rope_scaling"]),
+        VALUES, max_size=3),
+    rope=st.none() | ROPE,
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_any_config_is_a_spec_or_a_user_error(kind: str, changes: dict[str, Any], rope: Any) -> None:
+    f = family(kind, "config.json")
+    config = {**LLAMA, "architectures": [f.architecture], **({"rope_parameters": rope} if rope else {}), **changes}
+    try:
+        spec = spec_from(config, f, "config.json", "m")
+    except UserError:
+        return
+    rope_tables(spec)

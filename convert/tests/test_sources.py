@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from convert.sources import open_source
@@ -232,3 +234,22 @@ def test_a_spec_error_keeps_its_paths(checkpoint: Path, small: Spec) -> None:
 def test_long_lists_fold_layer_numbers() -> None:
     names = [f"layers.{i}.a" for i in (0, 1, 2, 5)] + ["layers.3.b", "c"]
     assert collapse(names) == "layers.{0..2,5}.a, layers.3.b, c"
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_damage_to_a_header_is_found_or_harmless(checkpoint: Path, data: st.DataObject) -> None:
+    file = checkpoint / "model.safetensors"
+    good = file.read_bytes()
+    raw = bytearray(good)
+    header = 8 + struct.unpack("<Q", raw[:8])[0]
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
+    try:
+        file.write_bytes(bytes(raw[: data.draw(st.sampled_from([len(raw), header, 100, len(raw) - 1]))]))
+        with open_source(checkpoint) as source:
+            source.hash()
+    except UserError:
+        pass  # anything else fails the test
+    finally:
+        file.write_bytes(good)
