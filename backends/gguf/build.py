@@ -25,6 +25,7 @@ from backends.gguf.types import TYPES, fitting, joined
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import dump
+from spec.params import params
 
 __all__ = ["GGUFWriter", "layout", "recipe", "size", "stamp", "twin", "writer"]
 
@@ -171,7 +172,7 @@ class GGUFWriter:
         for t in tensors:
             for p in t.slot.pieces:
                 self._places.setdefault(p.name, []).append((t, p))
-        self._missing = {name: _rows(name, spec) for name in self._places}
+        self._missing = {p.name: p.shape[0] for p in params(spec)}
         self._room = _room(tensors)
         try:
             self._receipt_end, self._data = _write_header(
@@ -199,7 +200,7 @@ class GGUFWriter:
             self._put(t, 0, np.full(int(np.prod(s.shape)), s.fill, "<f4").view(np.uint8).reshape(1, -1))
 
     def _put(self, t: Stored, row: int, data: NDArray[np.uint8]) -> None:
-        self._pwrite(memoryview(np.ascontiguousarray(data)).cast("B"), self._data + t.offset + row * t.row_bytes)
+        self._pwrite(np.ascontiguousarray(data).data.cast("B"), self._data + t.offset + row * t.row_bytes)
 
     def _pwrite(self, view: memoryview, at: int) -> None:
         try:
@@ -280,12 +281,6 @@ def write_plain(
             for block in rows(t.slot.name, t.slot.shape):
                 f.write(np.ascontiguousarray(block, "<f4").tobytes())
         f.truncate(max(f.tell(), data + tensors[-1].offset + -(-tensors[-1].nbytes // ALIGNMENT) * ALIGNMENT))
-
-
-def _rows(name: str, spec: Spec) -> int:
-    from spec.params import params
-
-    return next(p.shape[0] for p in params(spec) if p.name == name)
 
 
 def _padded(receipt: dict[str, Any], room: int) -> bytes:

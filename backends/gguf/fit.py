@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from backends.gguf import rotary
 from backends.gguf.carriers import CARRIERS, Carrier, Need
@@ -52,9 +53,27 @@ def examine(spec: Spec, c: Carrier) -> Fit:
     return Fit(c, tuple(dict.fromkeys(refusals)), tuple(dict.fromkeys(folds)), turn)
 
 
+class ByHash:
+    """A spec as a cache key: two that compute the same function are one."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __hash__(self) -> int:
+        return hash(self.spec.hash)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByHash) and other.spec.hash == self.spec.hash
+
+
 def choose(spec: Spec) -> Fit:
     """The carrier with the fewest rewrites, or, where none carries the spec, the one that comes nearest."""
-    return min((examine(spec, c) for c in CARRIERS), key=lambda f: (len(f.refusals), f.cost))
+    return _choose(ByHash(spec))
+
+
+@lru_cache(maxsize=32)
+def _choose(key: ByHash) -> Fit:
+    return min((examine(key.spec, c) for c in CARRIERS), key=lambda f: (len(f.refusals), f.cost))
 
 
 def _where(spec: Spec, i: int) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.gguf.fit import Fit, folded_logit_scale
+from backends.gguf.fit import ByHash, Fit, choose, folded_logit_scale
 from spec.config import Block, Norm, Rope, Spec
 from spec.layout import rope_order
 from spec.params import Param, params
@@ -70,6 +71,17 @@ class Slot:
 
 def slots(spec: Spec, fit: Fit) -> list[Slot]:
     """Every tensor of the file, in the order in which it is stored."""
+    if fit is choose(spec):
+        return list(_chosen(ByHash(spec)))
+    return _slots(spec, fit)
+
+
+@lru_cache(maxsize=4)
+def _chosen(key: ByHash) -> list[Slot]:
+    return _slots(key.spec, choose(key.spec))
+
+
+def _slots(spec: Spec, fit: Fit) -> list[Slot]:
     known = {p.name: p for p in params(spec)}
     out = list(_top(spec, fit, known))
     for i, b in enumerate(spec.layers):

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 DEFAULT_CONTEXT = 4096
 """Tokens of a session where the caller asks for none and the model allows more: the cache is allocated at once."""
 
-_BATCH = 512
+_BATCH = 256
+"""Tokens a call: llama.cpp reserves logits for all of them."""
 
 
 @lru_cache(maxsize=1)
@@ -28,7 +29,8 @@ def _library() -> Any:
     """llama.cpp's bindings, started once, its chatter sent to `logging`."""
     from llama_cpp import llama_cpp as lib
 
-    levels = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.ERROR}
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an assertion would start a debugger before it aborts
+    levels = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.DEBUG, 4: logging.INFO}  # errors are raised too
 
     @lib.llama_log_callback
     def forward(level: int, text: bytes, _: Any) -> None:
@@ -201,7 +203,7 @@ class GGUFRuntime:
         if self._lib.llama_vocab_type(self._vocab) == 0:
             raise UserError(f"{self.path}: has no tokenizer: pass token ids")
 
-    @property
+    @cached_property
     def eos_ids(self) -> frozenset[int]:
         lib = self._lib
         if lib.llama_vocab_type(self._vocab) == 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from backends.base import Tokenizer
-from backends.gguf.tokenizer import BYTE, CONTROL, NORMAL, USER_DEFINED, Vocabulary, merges, vocabulary
+from backends.gguf.tokenizer import BYTE, NORMAL, USER_DEFINED, Vocabulary, merges, vocabulary
 from spec.errors import UserError
 
 SPACE = "\u2581"
@@ -109,5 +109,4 @@ def _scores(v: Vocabulary, rules: list[str]) -> list[float] | None:
         if min(ns) <= last:
             return None
         last = max(ns)
-    return [float(-min(made[t])) if t in made else 0.0 if k != CONTROL else _NEVER
-            for t, k in zip(v.tokens, v.types, strict=True)]  # fmt: skip
+    return [float(-min(made[t])) if t in made else 0.0 if t in free else _NEVER for t in v.tokens]

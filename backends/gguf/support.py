@@ -66,8 +66,8 @@ def _notes(spec: Spec, fit: Fit, level: str) -> list[str]:
     if fit.rotary.session is not None:
         out.append(f"rotary tables are those of a session of {fit.rotary.session} tokens, at every length")
     if level in PORTABLE:
-        wanted = dict.fromkeys((n.name for n in slots(spec, fit) if n.matrix), PORTABLE[level])
-        narrow = [s for s in slots(spec, fit) if s.matrix and fitting(wanted[s.name], s.shape[-1]) != wanted[s.name]]
+        wanted = PORTABLE[level]
+        narrow = [s for s in slots(spec, fit) if s.matrix and fitting(wanted, s.shape[-1]) != wanted]
         if narrow:
             widths = sorted({s.shape[-1] for s in narrow})
             out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of 32")
