@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,11 +16,12 @@ from convert.pipeline import convert
 from convert.sources import open_source
 from convert.verify import verify
 from convert.verify.gguf import open_artifact
+from convert.verify.packing import check_packing
 from convert.verify.report import Check, Status
 from convert.verify.run import CHECKS, Session
 from parity_tests.checkpoints import llama, write_checkpoint
-from parity_tests.gguf_mutants import MUTANTS, mutate
-from spec import Spec
+from parity_tests.gguf_mutants import MUTANTS, Editor, mutate
+from spec import Spec, params
 
 SPECS: dict[str, Spec] = {
     "llama": llama(),
@@ -84,3 +86,25 @@ def test_a_mutant_fails_the_whole_verification(shop: Shop, tmp_path: Path) -> No
     assert report["packing"].status is Status.PASS and report["graph"].status is Status.FAIL
     assert report["graph"].measured is not None and report["graph"].gate is not None
     assert report["graph"].measured > 1000 * report["graph"].gate
+
+
+@pytest.mark.parametrize("level", ["f16", "bf16", "q8", "q4"])
+def test_rows_that_a_sample_misses_are_covered_by_hashes(
+    shop: Shop, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for large models: first and last block of each tensor are rounded again, the receipt covers the rest."""
+    monkeypatch.setattr("convert.verify.packing.BLOCK", 1024)
+    original = shop.artifact("llama", level)
+    session = shop.session(original, "llama", level)
+    check = check_packing(session.shipped.stored(), session.source, budget=1)
+    assert check.status is Status.PASS and check.details["compared"] < check.details["weights"] / 20
+    assert check.details["hashed"] == sum(p.size for p in params(session.source.spec) if p.matrix)
+    wrong = tmp_path / "wrong.gguf"
+    shutil.copyfile(original, wrong)
+    editor = Editor(wrong)
+    editor.rows("blk.1.ffn_down.weight")[100, 40] ^= 1
+    editor.close()
+    session = shop.session(wrong, "llama", level)
+    check = check_packing(session.shipped.stored(), session.source, budget=1)
+    assert check.status is Status.FAIL
+    assert "layers.1.mlp.down.weight" in check.reason and "content hash" in check.reason

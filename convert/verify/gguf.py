@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Planned, QuantizedTensor, Runtime, Values
+from backends.base import ContentHash, Planned, QuantizedTensor, Runtime, Values
 from backends.gguf.build import RECEIPT_KEY, Stored, layout, recipe
 from backends.gguf.container import Info, read_header, read_rows
 from backends.gguf.fit import choose
@@ -26,7 +26,7 @@ from convert.verify import numeric
 from convert.verify.emulate import Typed, activation_type
 from convert.verify.packing import BITS, compare_values, difference
 from convert.verify.run import Twin
-from spec.config import Spec
+from spec.config import LongRopeScaling, Rope, Spec
 from spec.errors import UserError
 from spec.params import params
 
@@ -94,8 +94,17 @@ class Shipped:
         """The shipped metadata over a few layers in float32, in llama.cpp without any rounding but float32's."""
         small, spec = twin(self.path, folder / "twin.gguf"), twin_spec(self.spec)
         what = f"float32 twin of {spec.depth} of {self.spec.depth} layers against float64"
-        runtime = load(small, threads=self.threads, exact=True)
+        runtime = load(small, threads=self.threads, exact=True, context=_twin_context(spec))
         return Twin(spec, FileWeights(small, spec, "f32"), runtime, what)
+
+
+def _twin_context(spec: Spec) -> int | None:
+    """A session long enough for the long rotary tables where there are two sets: the artifact's own, short session
+    uses the others."""
+    positions = [b.attention.position for b in spec.layers]
+    scalings = [p.scaling for p in positions if isinstance(p, Rope) and isinstance(p.scaling, LongRopeScaling)]
+    longest = max((s.original_context for s in scalings), default=0)
+    return longest + 64 if longest > 0 and longest + 64 <= spec.context else None
 
 
 class FileWeights:
@@ -180,6 +189,7 @@ class Packed:
         self._header = read_header(path)
         self._layout = layout(spec, choose(spec), list(self._plan.values()))
         self._places = _places(self._layout)
+        self._hashes: Mapping[str, Any] = receipt(path).get("tensors", {})
 
     def problems(self) -> dict[str, str]:
         """Tensors that are missing, of another type or shape, or too many; constants that are not what they were."""
@@ -229,6 +239,18 @@ class Packed:
             if how:
                 return f"{how} (in {t.slot.name})"
         return ""
+
+    def hashed(self, name: str) -> bool | None:
+        """Whether the tensor has the receipt's content hash, decoded a few rows at a time in canonical order."""
+        t, piece = self._places[name][0]
+        entry = self._hashes.get(name)
+        whole = piece.skip == 0 and len(piece.to) == self._plan[name].shape[0]
+        if not isinstance(entry, list) or len(entry) < 2 or not whole:
+            return None
+        digest, step = ContentHash(), max(1, (1 << 22) // t.slot.shape[-1])
+        for start in range(0, len(piece.to), step):
+            digest.update(self._rows(t, piece.to[start : start + step]))
+        return digest.hexdigest() == entry[1]
 
     def _expected(self, name: str, t: Stored, block: Array) -> Values:
         level = self._plan[name].level

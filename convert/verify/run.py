@@ -111,7 +111,7 @@ class Session:
 
     @cached_property
     def runtime(self) -> Runtime:
-        return self.shipped.load(_context(self.source.spec, self.ids.shape[1]))
+        return self.shipped.load(min(self.source.spec.context, self.ids.shape[1] + 8))
 
     @cached_property
     def logits(self) -> Array:
@@ -188,12 +188,6 @@ def _twin_ids(spec: Spec) -> Array:
 
 CHECKS: tuple[str, ...] = ("packing", "loading", "graph", "arithmetic", "invariants", "quality", "tokenizer")
 """In order: cheap before dear, and each needs only what those before it have shown."""
-
-
-def _context(spec: Spec, tokens: int) -> int:
-    """Tokens to give the runtime room for: all of the context where rotary tables depend on it, else what is used."""
-    kinds = {getattr(getattr(b.attention.position, "scaling", None), "kind", None) for b in spec.layers}
-    return spec.context if kinds & {"dynamic", "longrope"} else min(spec.context, tokens + 8)
 
 
 def run(
