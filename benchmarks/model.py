@@ -89,23 +89,21 @@ def _tokenizer(folder: Path) -> None:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
         sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=VOCAB, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, input_sentence_size=30000,
-        shuffle_input_sentence=False, num_threads=1, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+        input_sentence_size=30000, shuffle_input_sentence=False, num_threads=1, minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocab = {pieces.id_to_piece(i): i for i in range(VOCAB)}
     bpe = models.BPE(vocab=vocab, merges=_merges(vocab), unk_token=SPECIAL[0], fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "LlamaTokenizer", "unk_token": SPECIAL[0], "bos_token": SPECIAL[1], "eos_token": SPECIAL[2],
-        "add_bos_token": True, "add_eos_token": False, "legacy": False,
+        "add_bos_token": True, "add_eos_token": False, "add_prefix_space": False, "legacy": False,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
