@@ -1,4 +1,4 @@
-"""Every spec feature that llama.cpp carries, at every kind of level, through the same checks that guard a conversion."""
+"""Every spec feature that llama.cpp carries, at every kind of level, through the checks that guard a conversion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ LEVELS = ("f32", "f16", "q8", "q4", "q4_k_m")
 QUICK = ("llama", "gpt2", "gemma2", "neox", "window_pattern", "rope_longrope", "tied")
 """Features that every run checks; the others are slow ones."""
 
-WIDE: dict[str, Spec] = {"wide": llama(), "wide_gelu": llama(block={"mlp": {"activation": "gelu_tanh", "gated": False}})}
+WIDE: dict[str, Spec] = {
+    "wide": llama(),
+    "wide_gelu": llama(block={"mlp": {"activation": "gelu_tanh", "gated": False}}),
+}
 """Wide enough for blocks of 256."""
 
 
@@ -33,7 +36,8 @@ def carried() -> list[object]:
         for level in LEVELS:
             if support(spec, level).ok:
                 quick = name in (*QUICK, *WIDE) and level in ("f32", "q4", "q4_k_m")
-                out.append(pytest.param(name, level, marks=() if quick else pytest.mark.slow, id=f"{name}-gguf-{level}"))
+                marks = () if quick else pytest.mark.slow
+                out.append(pytest.param(name, level, marks=marks, id=f"{name}-gguf-{level}"))
     return out
 
 

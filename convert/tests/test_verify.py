@@ -75,7 +75,7 @@ def test_an_artifact_that_the_runtime_refuses_fails_once(artifact: Path, checkpo
     editor.scalar("attention.head_count", lambda x: 2 * x)
     editor.close()
     report = verify(broken, "gguf", checkpoint, "q8", threads=1)
-    assert [c.name for c in report.failures] == ["loading"]
+    assert [c.name for c in report.failures] == ["runtime"]
     assert {report[n].status for n in CHECKS[2:]} == {Status.NOT_RUN}
 
 
