@@ -34,7 +34,7 @@ class Data(Model):
 class Batch(Model):
     """How many sequences an optimizer step sees, and how many at a time."""
 
-    sequences: Size = 8
+    sequences: Size = 4
     """Sequences in an optimizer step, over all ranks."""
     micro: Size | None = None
     """Sequences in one forward pass on one rank; none = the rank's share of the step. Fewer accumulate gradients."""
@@ -43,9 +43,9 @@ class Batch(Model):
 class Optimizer(Model):
     """AdamW (Loshchilov & Hutter 2019), and what happens to the gradients before it."""
 
-    lr: Positive = 4e-3
+    lr: Positive = 1e-3
     """Peak learning rate."""
-    betas: Annotated[tuple[Probability, Probability], Parameter(negative="")] = (0.9, 0.95)
+    betas: Annotated[tuple[Probability, Probability], Parameter(negative="")] = (0.9, 0.99)
     """Decay of the first and second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
@@ -74,8 +74,8 @@ class Validation(Model):
     """When the held-out documents are scored."""
 
     every: Size | None = None
-    """Steps between two scores; none = a tenth of all steps, at least 20. The last step is always scored."""
-    tokens: Size = 65536
+    """Steps between two scores; none = a fifth of all steps, at least 20. The last step is always scored."""
+    tokens: Size = 32768
     """Tokens scored, spread evenly over the held-out documents."""
 
 
@@ -102,7 +102,7 @@ class TrainConfig(Model):
     """A tokenizer.json or a folder that holds one; none = train a byte-level BPE on the text."""
     out: str | None = None
     """The run's folder; none = runs/NAME of the spec."""
-    steps: Size = 300
+    steps: Size = 400
     """Optimizer steps of the whole run; the schedule spans them."""
     seed: Count = 0
     """Seeds initialisation, the order of the data and dropout."""
@@ -127,7 +127,7 @@ class TrainConfig(Model):
     @property
     def validate_every(self) -> int:
         """Steps between two validations."""
-        return self.validation.every or max(20, self.steps // 10)
+        return self.validation.every or max(20, self.steps // 5)
 
 
 def _contradictions(c: TrainConfig) -> list[Problem]:
