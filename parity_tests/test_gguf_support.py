@@ -78,7 +78,7 @@ def test_q4_k_m_is_llama_cpps_own_mixture() -> None:
     assert more == [0, 1, 4, 7, 10, 13, 14, 15]
 
 
-@pytest.mark.parametrize("level", ["q4_0", "q8_0", "q5_k_s", "q2_k", "iq4_nl", "iq3_xxs", "tq2_0", "mxfp4"])
+@pytest.mark.parametrize("level", ["q4_0", "q8_0", "q5_k_s", "q2_k", "iq4_nl", "iq3_m", "tq2_0", "mxfp4"])
 def test_every_native_level_names_types_for_all_tensors(level: str) -> None:
     spec = load("qwen3-0.6b")
     kinds = recipe(spec, level)

@@ -30,11 +30,6 @@ def first(count: int) -> Rule:
     return lambda i, n: i < count
 
 
-def middle(i: int, n: int) -> bool:
-    """All but the first and last eighth of the layers."""
-    return n // 8 <= i < 7 * n // 8
-
-
 def always(i: int, n: int) -> bool:
     return True
 
@@ -63,15 +58,7 @@ MIXTURES = {
     "q4_k_m": Mixture("q4_k", {"v": ((more_bits, "q6_k"),), "down": ((more_bits, "q6_k"),)}),
     "q5_k_s": Mixture("q5_k"),
     "q5_k_m": Mixture("q5_k", {"v": ((more_bits, "q6_k"),), "down": ((more_bits, "q6_k"),)}),
-    "iq3_xxs": Mixture("iq3_xxs", {
-        "v": ((always, "iq3_s"),), "q": ((always, "iq2_s"),), "k": ((always, "iq2_s"),),
-        "down": ((early(8), "q4_k"), (always, "q3_k")), "o": ((always, "iq3_s"),),
-    }, "q4_k", "iq3_s"),
     "iq3_s": Mixture("iq3_s", {}, "q4_k"),
-    "iq3_xs": Mixture("iq3_s", {
-        "q": ((always, "iq3_xxs"),), "k": ((always, "iq3_xxs"),), "gate": ((middle, "iq3_xxs"),),
-        "up": ((middle, "iq3_xxs"),),
-    }, "q4_k"),
     "iq3_m": Mixture("iq3_s", {"v": ((always, "q4_k"),), "down": ((early(8), "q4_k"),), "o": ((always, "q4_k"),)}),
     "iq4_nl": Mixture("iq4_nl", {"down": ((early(8), "q5_k"),)}, "q5_k"),
     "iq4_xs": Mixture("iq4_xs", {"down": ((early(8), "q5_k"),)}, "q5_k"),
@@ -102,31 +89,31 @@ def mixture(level: str) -> Mixture:
 def recipe(spec: Spec, level: str) -> dict[str, str]:
     """Canonical tensor name to ggml type, for a native level; vectors and learned positions stay f32."""
     fit = choose(spec)
-    mix, name = mixture(level), ALIASES.get(level, level)
+    mix = mixture(level)
     out: dict[str, str] = {}
     for s in slots(spec, fit):
-        kind = _type(spec, s, mix, name) if s.matrix else "f32"
+        kind = _type(spec, s, mix) if s.matrix else "f32"
         for p in s.pieces:
             out[p.name] = kind  # an embedding that is stored as the head too takes the head's type, which comes last
     return out
 
 
-def _type(spec: Spec, s: Slot, mix: Mixture, level: str) -> str:
+def _type(spec: Spec, s: Slot, mix: Mixture) -> str:
     stem, width = s.name.removesuffix(".weight"), s.shape[-1]
     if stem == "position_embd":
         return "f32"
     if stem == "output" or (stem == "token_embd" and spec.head.tied):
-        return fitting(_head(mix.base, level, width), width)
+        return fitting(_head(mix.base, width), width)
     if stem == "token_embd":
         return fitting(mix.embedding or mix.base, width)
     _, layer, tail = stem.split(".", 2)
     return fitting(_layer_type(spec, mix, _PARTS[tail], int(layer)), width)
 
 
-def _head(base: str, level: str, width: int) -> str:
+def _head(base: str, width: int) -> str:
     if base == "q8_0" or width % TYPES[base].block:
         return "q8_0"
-    return "q5_k" if level == "iq3_xxs" else "q6_k"
+    return "q6_k"
 
 
 def _layer_type(spec: Spec, mix: Mixture, part: str, layer: int) -> str:

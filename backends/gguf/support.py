@@ -28,7 +28,7 @@ def support(spec: Spec, level: str) -> Support:
     once = {_field(_path(r)): r for r in reversed(fit.refusals)}  # a field refused in several layers, the first
     refusals = [_with_alternative(spec, r) for r in reversed(once.values())]
     if level in TYPES and TYPES[level].importance:
-        closest = {"iq2_s": "iq3_xxs", "iq2_xs": "q2_k", "iq2_xxs": "q2_k"}.get(level, "tq1_0")
+        closest = "iq3_s" if level.startswith("iq3") else "q2_k"
         refusals.append(f"level: {level} needs an importance matrix, which converting does not compute (try {closest})")
     if refusals:
         return Support("gguf", fit.carrier.arch, refusals=tuple(refusals))

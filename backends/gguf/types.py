@@ -39,7 +39,7 @@ TYPES = {
         GgmlType("q6_k", 14, 256, 210),
         GgmlType("iq2_xxs", 16, 256, 66, importance=True),
         GgmlType("iq2_xs", 17, 256, 74, importance=True),
-        GgmlType("iq3_xxs", 18, 256, 98),
+        GgmlType("iq3_xxs", 18, 256, 98, importance=True),
         GgmlType("iq1_s", 19, 256, 50, importance=True),
         GgmlType("iq4_nl", 20, 32, 18),
         GgmlType("iq3_s", 21, 256, 110),
