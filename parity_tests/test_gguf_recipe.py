@@ -69,7 +69,7 @@ def test_types_and_bytes_are_llama_cpps(name: str, level: str, tmp_path: Path) -
     load(full).close()  # starts the library, quietly
     params = lib.llama_model_quantize_default_params()
     params.ftype, params.nthread = FILE_TYPES[level], 2
-    assert lib.llama_model_quantize(os.fsencode(full), os.fsencode(theirs), ctypes.byref(params)) == 0
+    assert lib.llama_model_quantize(os.fsencode(full), os.fsencode(theirs), ctypes.pointer(params)) == 0
     mine, other = read_header(ours), read_header(theirs)
     assert {n: t.type for n, t in mine.tensors.items()} == {n: t.type for n, t in other.tensors.items()}
     a, b = np.memmap(ours, np.uint8, "r"), np.memmap(theirs, np.uint8, "r")
