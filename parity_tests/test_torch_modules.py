@@ -89,6 +89,7 @@ def test_compiled_blocks_decode_without_recompiling() -> None:
 
 
 @dynamo
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside inductor
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_inductor_compiles_training(name: str) -> None:

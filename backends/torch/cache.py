@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,12 +41,18 @@ class LayerCache:
         return self.k[:, :, seen.start : seen.stop], self.v[:, :, seen.start : seen.stop], slots
 
 
-class Cache(list[LayerCache]):
-    """A sequence's cache, one entry a layer, made by `Decoder.new_cache`."""
+class Cache(Sequence[LayerCache]):
+    """A sequence's cache, one entry a layer, made by `Decoder.new_cache`. No list: FSDP copies those."""
 
     def __init__(self, batch: int, capacity: int, windows: list[int | None]) -> None:
-        super().__init__(LayerCache(capacity, w) for w in windows)
+        self._layers = [LayerCache(capacity, w) for w in windows]
         self.batch, self.capacity = batch, capacity
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._layers[i]
 
     @property
     def length(self) -> int:

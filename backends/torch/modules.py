@@ -8,7 +8,6 @@ Shapes: B batch, T query, D model, H q-heads, G kv-heads, K head dim, V vocab.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,13 +48,14 @@ class Constants(nn.Module):
         return self
 
 
-@dataclass(frozen=True)
 class Rotation:
-    """cos and sin of one table for one step, [B, T, rotary_dim / 2]. A class and not a tuple, so that FSDP's casting of
-    inputs leaves it alone."""
+    """cos and sin of one table for one step, [B, T, rotary_dim / 2].
 
-    cos: Tensor
-    sin: Tensor
+    A plain class: FSDP casts a block's inputs to 16 bits, inside tuples and dataclasses too.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos, self.sin = cos, sin
 
 
 class Rotary(Constants):

@@ -6,7 +6,6 @@ Shapes: B batch, T query, S key, D model, H q-heads, G kv-heads, K head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,19 +28,23 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass
 class TorchOps(Ops[Tensor, Any, LayerCache]):
-    """Operations of one forward pass."""
+    """Operations of one forward pass (no dataclass: FSDP takes those apart).
 
-    plans: Sequence[Plan] = ()
-    """The attention plan of each kind of attention (`Attention.kind`)."""
-    training: bool = False
-    """Whether dropout drops."""
-    angle_dtype: torch.dtype = torch.float32
-    """In which angles, cosines and sines are computed: float64 in a float64 model."""
-    taps: dict[str, Tensor] | None = None
-    """Where intermediates go, by canonical name (`L3.attn.q_rope`)."""
-    prefix: str = field(default="", init=False)
+    plans: the attention plan of each kind of attention (`Attention.kind`). training: whether dropout drops.
+    angle_dtype: in which angles, cosines and sines are computed. taps: where intermediates go, by canonical name
+    (`L3.attn.q_rope`).
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        training: bool = False,
+        angle_dtype: torch.dtype = torch.float32,
+        taps: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.plans, self.training, self.angle_dtype, self.taps = plans, training, angle_dtype, taps
+        self.prefix = ""
 
     def embed(self, ids: Tensor, w: Any, offset: int = 0) -> Tensor:
         return w(ids + offset if offset else ids)
