@@ -11,7 +11,7 @@ from backends.base import Backend, Runtime, Support, recognise
 from spec.errors import MissingDependency, UserError, nearest
 
 REGISTRY: tuple[Backend, ...] = (
-    Backend("torch", "backends.torch", "", "train", ("torch",), ("spec.yaml", "model.safetensors")),
+    Backend("torch", "backends.torch", "", "train", ("torch",), ("spec.yaml",)),
     Backend("gguf", "backends.gguf", ".gguf", "gguf", ("gguf", "llama_cpp")),
 )
 
@@ -33,9 +33,7 @@ def part(backend: Backend, name: str) -> Any:
     """A backend's `support`, `build` or `runtime` module. Raises `MissingDependency` in one line."""
     absent = missing(backend) if name != "support" else []
     if absent:
-        raise MissingDependency(
-            f"{backend.name} needs {', '.join(absent)}: pip install 'allotrope[{backend.extra}]'"
-        )
+        raise MissingDependency(f"{backend.name} needs {', '.join(absent)}: pip install 'allotrope[{backend.extra}]'")
     return importlib.import_module(f"{backend.module}.{name}")
 
 

@@ -71,9 +71,7 @@ def bound(precision: str, layers: int, positions: int) -> float:
     return CEILING_K[precision] * layers * UNIT[precision] ** 2 + (positions * UNIT["f32"]) ** 2
 
 
-def gate(
-    check: str, precision: str, control: float, *, layers: int, positions: int, table_lookups: int = 0
-) -> Gate:
+def gate(check: str, precision: str, control: float, *, layers: int, positions: int, table_lookups: int = 0) -> Gate:
     """The gate of one check.
 
     check: `graph` or `arithmetic`. precision: the coarsest rounding on the path, a key of `UNIT`.

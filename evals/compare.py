@@ -58,7 +58,6 @@ def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: C
     that crashes is reported in its own row.
     """
     from convert.sources import open_source
-
     from convert.verify.sample import read_text
 
     found = [(a, _backend_of(a)) for a in artifacts]
@@ -79,12 +78,18 @@ def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: C
         for artifact, backend in found:
             say(f"{artifact.name}: measuring")
             row: dict[str, Any] = {
-                "artifact": str(artifact), "backend": backend, "bytes": size_of(artifact),
+                "artifact": str(artifact),
+                "backend": backend,
+                "bytes": size_of(artifact),
                 "bits_per_weight": weight_bits(artifact, backend, weights),
             }
             job = {
-                "artifact": str(artifact), "backend": backend, "ids": str(ids), "reference": str(logits),
-                "repeats": options.repeats, "options": {"threads": options.threads} if options.threads else {},
+                "artifact": str(artifact),
+                "backend": backend,
+                "ids": str(ids),
+                "reference": str(logits),
+                "repeats": options.repeats,
+                "options": {"threads": options.threads} if options.threads else {},
             }
             row |= _run(job, Path(folder))
             if "quality" in row:
@@ -94,9 +99,15 @@ def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: C
                 row["checks"] = _checks(artifact, backend, reference, options)
             rows.append(row)
     return {
-        "reference": str(reference), "reference_computed_by": how, "spec_hash": spec.hash, "weights": weights,
-        "tokens": int(windows.ids.size), "window": int(windows.ids.shape[1]),
-        "text": str(options.text or "stdlib"), "bytes_per_token": windows.bytes_per_token, "artifacts": rows,
+        "reference": str(reference),
+        "reference_computed_by": how,
+        "spec_hash": spec.hash,
+        "weights": weights,
+        "tokens": int(windows.ids.size),
+        "window": int(windows.ids.shape[1]),
+        "text": str(options.text or "stdlib"),
+        "bytes_per_token": windows.bytes_per_token,
+        "artifacts": rows,
     }
 
 
@@ -130,15 +141,17 @@ def _per_byte(q: dict[str, float], bytes_per_token: float) -> dict[str, float]:
     ppl, ppl_ref = math.exp(q["nll"]), math.exp(q["nll_ref"])
     bits = 1 / math.log(2) / bytes_per_token
     return {
-        "perplexity": ppl, "perplexity_se": ppl * q["nll_se"], "perplexity_reference": ppl_ref,
-        "bits_per_byte": q["nll"] * bits, "bits_per_byte_reference": q["nll_ref"] * bits,
+        "perplexity": ppl,
+        "perplexity_se": ppl * q["nll_se"],
+        "perplexity_reference": ppl_ref,
+        "bits_per_byte": q["nll"] * bits,
+        "bits_per_byte_reference": q["nll_ref"] * bits,
     }
 
 
 def _checks(artifact: Path, backend: str, reference: Path, options: Options) -> dict[str, Any]:
-    from convert.verify.run import VERIFIABLE, describe
-
     from convert.verify import verify
+    from convert.verify.run import VERIFIABLE, describe
 
     if backend not in VERIFIABLE:
         return {"status": "NOT_RUN", "reason": f"{backend} artifacts are not converted ones"}

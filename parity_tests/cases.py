@@ -143,8 +143,8 @@ FEATURES: dict[str, Spec] = {name: parse(merge(merge(BASE, {"name": name}), p), 
 
 
 def random_weights(spec: Spec, seed: int = 0) -> dict[str, NDArray[np.float32]]:
-    """Float32 weights in which every parameter matters: gains vary around their effective 1, biases and sinks are not 0,
-    linear outputs keep unit scale so that attention is neither flat nor one-hot."""
+    """Float32 weights in which every parameter matters: gains vary around their effective 1, biases and sinks are
+    not 0, linear outputs keep unit scale so that attention is neither flat nor one-hot."""
     rng = np.random.default_rng(seed)
     offsets = {n: s.offset for n, s in _norm_specs(spec)}
     out: dict[str, NDArray[np.float32]] = {}

@@ -104,9 +104,7 @@ MUTANTS: dict[str, FileMutant] = {
     "norm_offset_missed": FileMutant(lambda e: _minus_one(e.rows("blk.0.attn_norm.weight")), "packing", "offset"),
     "norm_zero": FileMutant(lambda e: e.rows("output_norm.weight").fill(0), "packing"),
     "tokens_exchanged": FileMutant(lambda e: e.swap_tokens(b"a", b"b"), "tokenizer"),
-    "bos_policy": FileMutant(
-        lambda e: e.scalar("tokenizer.ggml.add_bos_token", lambda x: not x), "tokenizer"
-    ),
+    "bos_policy": FileMutant(lambda e: e.scalar("tokenizer.ggml.add_bos_token", lambda x: not x), "tokenizer"),
     "bos_id": FileMutant(lambda e: e.scalar("tokenizer.ggml.bos_token_id", lambda x: x + 1), "tokenizer"),
 }
 """By name; the level and spec it is applied to, and the check that must say FAIL."""

@@ -15,6 +15,7 @@ from backends.base import Tokenizer
 from backends.gguf import pretokenizers
 from backends.gguf.runtime import load
 from backends.gguf.tokenizer import tokenizer_metadata
+from convert.verify.tokens import check_tokenizer
 from parity_tests.cases import BASE, random_weights
 from parity_tests.gguf_specs import write_file
 from spec import Spec, parse
@@ -122,6 +123,8 @@ def spm(prefix: bool) -> dict[str, Any]:
     t = HFTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))  # noqa: S106
     replace = normalizers.Replace(" ", "\u2581")
     t.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace]) if prefix else replace
+    back = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    t.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if prefix else back)
     names = [f"<0x{b:02X}>" for b in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *names], show_progress=False, limit_alphabet=100
@@ -155,12 +158,28 @@ def test_sentencepiece_style_bpe(prefix: bool, complete: bool, model: str, tmp_p
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     ).__getstate__())  # fmt: skip
     t = HFTokenizer.from_str(json.dumps(data))
-    tokenizer = Tokenizer(data, bos="<s>", eos="</s>", unk="<unk>")
+    tokenizer = Tokenizer(data, bos="<s>", eos="</s>", unk="<unk>", add_bos=True)
     with compare(t, tokenizer, tmp_path / "m.gguf") as runtime:
         assert runtime.meta("tokenizer.ggml.model") == model
         assert runtime.encode("x")[0] == 1
         text = "café 日本語 😀\n  x"
         assert runtime.decode(t.encode(text).ids).decode().removeprefix(" " if prefix else "") == text
+        check = check_tokenizer(runtime, tokenizer, 100)
+        assert check.status == "PASS", check.reason
+        assert check.details["round_trips"] > 200
+
+
+def test_text_in_another_normal_form_is_flagged(tmp_path: Path) -> None:
+    """As in Qwen's tokenizers: llama.cpp does not normalize, so only text that is in the form gets the same ids."""
+    t = trained(pre_tokenizers.Sequence([split(QWEN2), ByteLevel(add_prefix_space=False, use_regex=False)]))
+    t.normalizer = normalizers.NFC()
+    data = json.loads(t.to_str())
+    spec = sized(t.get_vocab_size())
+    write_file(spec, random_weights(spec), tmp_path / "m.gguf", tokenizer=Tokenizer(data))
+    with load(tmp_path / "m.gguf") as runtime:
+        check = check_tokenizer(runtime, Tokenizer(data), 100)
+    assert check.status == "PASS", check.reason
+    assert any("NFC" in flag for flag in check.flags)
 
 
 def test_rules_with_a_prefix_are_refused() -> None:

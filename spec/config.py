@@ -446,8 +446,12 @@ class Spec(Model):
         if a.heads % kv:
             near = [n for n in range(1, a.heads + 1) if a.heads % n == 0]
             near.sort(key=lambda n: (abs(n - kv), n))
-            bad("attention.kv_heads", kv, f"does not divide heads={a.heads}",
-                "try " + " or ".join(str(n) for n in sorted(near[:2])))
+            bad(
+                "attention.kv_heads",
+                kv,
+                f"does not divide heads={a.heads}",
+                "try " + " or ".join(str(n) for n in sorted(near[:2])),
+            )
         head_dim = a.head_dim
         if head_dim is None:
             if self.width % a.heads:
@@ -456,21 +460,32 @@ class Spec(Model):
         if isinstance(a.position, Rope):
             rotary = a.position.rotary_dim(head_dim)
             if rotary < 2 or rotary % 2:
-                bad("attention.position.fraction", a.position.fraction,
+                bad(
+                    "attention.position.fraction",
+                    a.position.fraction,
                     f"rotates {rotary} of head_dim={head_dim} dimensions, and rotation works on pairs",
-                    "choose a fraction and head_dim that give an even number of at least 2")
+                    "choose a fraction and head_dim that give an even number of at least 2",
+                )
             s = a.position.scaling
             if isinstance(s, LongRopeScaling):
                 for field in ("short_factor", "long_factor"):
                     n = len(getattr(s, field))
                     if n != rotary // 2:
-                        bad(f"attention.position.scaling.{field}", f"{n} values",
-                            f"needs rotary_dim / 2 = {rotary // 2} values", "one divisor for each frequency")
+                        bad(
+                            f"attention.position.scaling.{field}",
+                            f"{n} values",
+                            f"needs rotary_dim / 2 = {rotary // 2} values",
+                            "one divisor for each frequency",
+                        )
                 if s.original_context < 2:
                     bad("attention.position.scaling.original_context", s.original_context, "must be at least 2", "")
             if isinstance(s, DynamicScaling) and rotary == 2:
-                bad("attention.position.scaling.kind", "dynamic", "is undefined for 2 rotated dimensions",
-                    "use a larger head_dim or kind: linear")
+                bad(
+                    "attention.position.scaling.kind",
+                    "dynamic",
+                    "is undefined for 2 rotated dimensions",
+                    "use a larger head_dim or kind: linear",
+                )
             if isinstance(s, DynamicScaling | YarnScaling) and s.original_context is None:
                 s = s.model_copy(update={"original_context": self.context})
                 a = a.model_copy(update={"position": a.position.model_copy(update={"scaling": s})})
@@ -489,12 +504,23 @@ class Spec(Model):
     def _check_whole(self, layers: list[Block], problems: list[Problem]) -> None:
         p = self.embedding.positions
         if p is not None and p.rows is not None and p.rows < self.context + p.offset:
-            problems.append(Problem("embedding.positions.rows", p.rows,
-                                    f"is fewer than context + offset = {self.context + p.offset}",
-                                    "leave rows out, or lower context"))
+            problems.append(
+                Problem(
+                    "embedding.positions.rows",
+                    p.rows,
+                    f"is fewer than context + offset = {self.context + p.offset}",
+                    "leave rows out, or lower context",
+                )
+            )
         if len(self.pattern) > self.depth:
-            problems.append(Problem("pattern", f"{len(self.pattern)} entries", f"is longer than depth={self.depth}",
-                                    "drop the entries that no layer reaches"))
+            problems.append(
+                Problem(
+                    "pattern",
+                    f"{len(self.pattern)} entries",
+                    f"is longer than depth={self.depth}",
+                    "drop the entries that no layer reaches",
+                )
+            )
 
     @property
     def position_rows(self) -> int:

@@ -43,7 +43,7 @@ class Batch(Model):
 class Optimizer(Model):
     """AdamW (Loshchilov & Hutter 2019), and what happens to the gradients before it."""
 
-    lr: Positive = 1e-3
+    lr: Positive = 1.5e-3
     """Peak learning rate."""
     betas: Annotated[tuple[Probability, Probability], Parameter(negative="")] = (0.9, 0.99)
     """Decay of the first and second moment."""
@@ -102,7 +102,7 @@ class TrainConfig(Model):
     """A tokenizer.json or a folder that holds one; none = train a byte-level BPE on the text."""
     out: str | None = None
     """The run's folder; none = runs/NAME of the spec."""
-    steps: Size = 400
+    steps: Size = 600
     """Optimizer steps of the whole run; the schedule spans them."""
     seed: Count = 0
     """Seeds initialisation, the order of the data and dropout."""

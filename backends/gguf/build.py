@@ -156,9 +156,7 @@ def _reserve(fd: int, total: int, path: Path) -> None:
     except OSError as e:
         free = os.statvfs(path.parent)
         have = free.f_bavail * free.f_frsize
-        raise UserError(
-            f"{path}: {e.strerror}: needs {total / 1e6:,.1f} MB, {have / 1e6:,.1f} MB are free"
-        ) from None
+        raise UserError(f"{path}: {e.strerror}: needs {total / 1e6:,.1f} MB, {have / 1e6:,.1f} MB are free") from None
 
 
 class GGUFWriter:

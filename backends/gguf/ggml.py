@@ -48,9 +48,7 @@ def quantize(values: NDArray[np.float32], name: str, threads: int = 1) -> NDArra
 
     def task(start: int) -> None:
         n = min(_ROWS, rows - start)
-        done = lib.ggml_quantize_chunk(
-            kind.id, src[start:].ctypes.data, out[start:].ctypes.data, 0, n, cols, None
-        )
+        done = lib.ggml_quantize_chunk(kind.id, src[start:].ctypes.data, out[start:].ctypes.data, 0, n, cols, None)
         assert done == out[start : start + n].nbytes, f"ggml wrote {done} bytes"
 
     starts = range(0, rows, _ROWS)

@@ -62,9 +62,7 @@ def _no_position(spec: Spec, c: Carrier, still: list[int], out: Rotary) -> bool:
     """Settle the layers that do not rotate; whether there are rotations left to plan."""
     if c.no_position == "global":
         if still != [i for i, local in enumerate(local_layers(spec, c)) if not local]:
-            out.refusals.append(
-                f"{_at(spec, 0)}: llama.cpp's {c.arch} rotates exactly the layers that have a window"
-            )
+            out.refusals.append(f"{_at(spec, 0)}: llama.cpp's {c.arch} rotates exactly the layers that have a window")
         return True
     if not still:
         return True

@@ -203,8 +203,12 @@ class GGUFRuntime:
         if self._lib.llama_vocab_type(self._vocab) == 0:
             raise UserError(f"{self.path}: has no tokenizer: pass token ids")
 
-    @cached_property
+    @property
     def eos_ids(self) -> frozenset[int]:
+        return self._ends
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
         lib = self._lib
         if lib.llama_vocab_type(self._vocab) == 0:
             return frozenset()

@@ -27,8 +27,12 @@ def layer_handles(b: Block, width: int, fetch: Weights) -> SimpleNamespace:
     if isinstance(a.position, Alibi):
         attn.slopes = alibi_slopes(a.position, a.heads)
     top = SimpleNamespace(
-        attn=attn, mlp=SimpleNamespace(), attn_norm=Handle(), mlp_norm=Handle(),
-        attn_post_norm=Handle(), mlp_post_norm=Handle(),
+        attn=attn,
+        mlp=SimpleNamespace(),
+        attn_norm=Handle(),
+        mlp_norm=Handle(),
+        attn_post_norm=Handle(),
+        mlp_post_norm=Handle(),
     )
     for p in block_params(b, width):
         *path, leaf = p.name.split(".")
@@ -140,4 +144,3 @@ class Oracle:
             return logits(self.ops, self.spec, self._w, x), new
         finally:
             self.ops.taps = None
-

@@ -62,7 +62,8 @@ class NumpyOps(Ops[Array, Handle, Cache]):
     """`dtype` float64 is the oracle; float32 is a control that shows how much of an error is rounding."""
 
     def __init__(self, dtype: DTypeLike = np.float64, taps: dict[str, Array] | None = None) -> None:
-        self.dtype = np.dtype(dtype)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self._number: Any = self.dtype.type  # a constant in the compute dtype
         self.taps = taps
         self._scope = ""
 
@@ -93,9 +94,9 @@ class NumpyOps(Ops[Array, Handle, Cache]):
     def norm(self, x: Array, w: Handle, norm: Norm) -> Array:
         if norm.kind == "layernorm":
             x = x - x.mean(-1, keepdims=True)
-        y = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + self.dtype.type(norm.eps))
+        y = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + self._number(norm.eps))
         if w.weight is not None:
-            y = y * (np.asarray(w.weight[:], dtype=self.dtype) + self.dtype.type(norm.offset))
+            y = y * (np.asarray(w.weight[:], dtype=self.dtype) + self._number(norm.offset))
         if w.bias is not None:
             y = y + np.asarray(w.bias[:], dtype=self.dtype)
         return y
@@ -110,10 +111,10 @@ class NumpyOps(Ops[Array, Handle, Cache]):
         return x * y
 
     def scale(self, x: Array, factor: float) -> Array:
-        return x * self.dtype.type(factor)
+        return x * self._number(factor)
 
     def softcap(self, x: Array, cap: float) -> Array:
-        c = self.dtype.type(cap)
+        c = self._number(cap)
         return c * np.tanh(x / c)
 
     def clip(self, x: Array, low: float | None, high: float | None) -> Array:
@@ -131,7 +132,7 @@ class NumpyOps(Ops[Array, Handle, Cache]):
 
     def rotation(self, table: RopeTable, step: Step[Array]) -> tuple[Array, Array]:
         angle = step.positions[..., None].astype(self.dtype) * table.inv_freq.astype(self.dtype)
-        factor = self.dtype.type(table.factor)
+        factor = self._number(table.factor)
         return np.cos(angle) * factor, np.sin(angle) * factor
 
     def rope(self, x: Array, rotation: tuple[Array, Array]) -> Array:
@@ -150,9 +151,7 @@ class NumpyOps(Ops[Array, Handle, Cache]):
             return k, v, (slots := np.concatenate([cache.slots, step.slots], 1)), Cache(k, v, slots)
         return k, v, step.slots, Cache(k, v, step.slots)
 
-    def mix(
-        self, q: Array, k: Array, v: Array, step: Step[Array], key_slots: Array, a: Attention, w: Any
-    ) -> Array:
+    def mix(self, q: Array, k: Array, v: Array, step: Step[Array], key_slots: Array, a: Attention, w: Any) -> Array:
         group = q.shape[1] // k.shape[1]
         distance = step.slots[:, None, :, None] - key_slots[:, None, None, :]  # [B, 1, T, S]
         visible = distance >= 0
@@ -167,15 +166,15 @@ class NumpyOps(Ops[Array, Handle, Cache]):
             if a.softcap is not None:
                 scores = self.softcap(scores, a.softcap)
             if w.slopes is not None:
-                scores = scores - self.dtype.type(w.slopes[h]) * distance
+                scores = scores - self._number(w.slopes[h]) * distance
             scores = np.where(visible, scores, -np.inf)
             top = scores.max(-1, keepdims=True)
             if w.sinks is not None:
-                top = np.maximum(top, self.dtype.type(w.sinks[h]))
+                top = np.maximum(top, self._number(w.sinks[h]))
             p = np.exp(scores - top)
             total = p.sum(-1, keepdims=True)
             if w.sinks is not None:
-                total = total + np.exp(self.dtype.type(w.sinks[h]) - top)
+                total = total + np.exp(self._number(w.sinks[h]) - top)
             out[:, one] = (p / total) @ v[:, h // group : h // group + 1]
         return self.tap(out, "attn.heads")
 

@@ -60,9 +60,7 @@ def watch(command: Sequence[str], report: Report, on_check: Callable[[Check], No
         whole = [sys.executable, *command, "--journal", str(journal)]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         with errors.open("w+b") as stderr:
-            child = subprocess.Popen(
-                whole, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=env
-            )
+            child = subprocess.Popen(whole, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=env)
             try:
                 state = _follow(child, journal, report, on_check)
             finally:

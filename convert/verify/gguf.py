@@ -205,7 +205,7 @@ class Packed:
                 out[name] = f"has shape {list(info.shape)}, not {list(t.slot.shape)}"
             elif info.type != t.type:
                 out[name] = f"is stored as {info.type}, the recipe says {t.type}"
-            elif (how := self._constants(t)):
+            elif how := self._constants(t):
                 out[name] = how
         return out
 

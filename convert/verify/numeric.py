@@ -102,9 +102,7 @@ def check_graph(run: Array, graph: Graph, what: str, name: str = "graph", tokens
     control = nmse(graph.control[:, tokens], reference)
     positions = graph.reference.shape[1]
     lookups = 0 if graph.plain is None else run.shape[1] * graph.hidden
-    gate = gates.gate(
-        "graph", "f32", control, layers=graph.layers, positions=positions, table_lookups=lookups
-    )
+    gate = gates.gate("graph", "f32", control, layers=graph.layers, positions=positions, table_lookups=lookups)
     extra: dict[str, Any] = {"tokens": int(np.prod(run.shape[:2])), "layers": graph.layers}
     if graph.plain is not None:
         extra["nmse_without_gelu_table"] = nmse(run, graph.plain[:, tokens])

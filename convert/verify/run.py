@@ -42,6 +42,7 @@ class Shipped(Protocol):
 
     spec: Spec
     """The spec as the shipped graph computes it (exact folds included)."""
+
     @property
     def precision(self) -> str:
         """The coarsest rounding that the runtime applies while it computes, a key of `gates.UNIT`."""

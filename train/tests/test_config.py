@@ -27,7 +27,7 @@ def cli(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
         (("--optimizer.lr", "-1"), "--optimizer.lr: '-1' input should be greater than 0"),
         (("--steps", "many"), "--steps: 'many' input should be a valid integer"),
         (("--batch.micro", "3"), "batch.micro: 3 does not divide batch.sequences=4 (try 2)"),
-        (("--schedule.warmup", "400"), "schedule.warmup: 400 leaves no step of steps=400"),
+        (("--schedule.warmup", "600"), "schedule.warmup: 600 leaves no step of steps=600"),
         (("--spec", "tinny", "--check"), "did you mean tiny?"),
         (("--device", "tpu"), "--device: 'tpu'"),
         (("--resume", "--force"), "contradict"),
@@ -73,7 +73,7 @@ def test_yaml_round_trip() -> None:
 
 def test_differences_name_fields_by_path() -> None:
     a, b = config.layered({}), config.layered({"optimizer": {"lr": 0.5}, "steps": 3})
-    assert config.differences(a, b) == ["steps: 400 -> 3", f"optimizer.lr: {a.optimizer.lr} -> 0.5"]
+    assert config.differences(a, b) == ["steps: 600 -> 3", f"optimizer.lr: {a.optimizer.lr} -> 0.5"]
 
 
 def test_not_utf8(tmp_path: Path) -> None:
