@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
+from backends.threads import share_cores
+
 app = App(
     name="backends",
     help="The runtimes: which are installed, and text from any artifact.",
@@ -165,6 +167,7 @@ def _check_options(artifact: Path, backend: str | None, options: dict[str, Any])
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; what the user can fix ends with one line a problem and exit status 2."""
+    share_cores()
     from spec.errors import UserError
 
     try:

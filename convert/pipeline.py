@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import backends
 from backends.base import Backend, ContentHash, Planned, Support
+from backends.threads import share_cores
 from convert import card, output, recipe, stream
 from convert import receipt as receipts
 from convert.levels import LEVELS, check
@@ -120,6 +121,7 @@ def convert(
     An existing `out` is replaced only with `force`, and only by a whole, verified artifact. Raises `UserError` for
     what the user can fix and `VerificationFailed`; either way, and on Ctrl-C, nothing partial is left behind.
     """
+    share_cores()
     job = _prepare(source, target, level, threads)
     with job.source:
         path = Path(out) if out is not None else _default_out(job)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
+from backends.threads import share_cores
 from spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def _verdict(row: dict[str, Any], name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; what the user can fix is one line and exit status 2."""
+    share_cores()
     try:
         return int(app(argv, exit_on_error=False, result_action="return_value") or 0)
     except UserError as e:

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 SPEC=${SPEC:-tiny}
 DATA=${DATA:-stdlib}
-STEPS=${STEPS:-300}
+STEPS=${STEPS:-600}
 QUANT=${QUANT:-q4}
 OUT=${OUT:-runs/demo}
 PROMPT=${PROMPT:-"def main():"}

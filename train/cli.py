@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
+from backends.threads import share_cores
 from spec.errors import SpecError, UserError, problems_from
 from train.config import TrainConfig
 
@@ -140,6 +141,7 @@ def _need_torch() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; what the user can fix ends with one line a problem and exit status 2."""
+    share_cores()
     try:
         app(argv, exit_on_error=False, print_error=False)
     except CycloptsError as e:

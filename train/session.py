@@ -60,7 +60,8 @@ def resumed(chosen: Mapping[str, Any]) -> tuple[TrainConfig, Path, list[str]]:
         raise UserError(f"spec: {changed.spec} is not the spec that {out} was begun with (choose another --out)")
     if found is not None and changed.tokenizer != saved.tokenizer:
         raise UserError(f"tokenizer: {out} was begun with another, and has its own (leave --tokenizer out)")
-    return changed, out, config.differences(saved, changed)
+    shown = changed.model_copy(update={"out": saved.out})  # the folder may have moved; that changes nothing
+    return changed, out, config.differences(saved, shown)
 
 
 @contextmanager
