@@ -15,7 +15,13 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from spec.errors import UserError
+
 Floats = NDArray[np.float32]
+
+
+class NotComparable(UserError):
+    """A check has nothing that it could compare; the message says why. It is reported as NOT_RUN."""
 
 
 @dataclass(frozen=True, eq=False)

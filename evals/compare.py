@@ -22,6 +22,8 @@ from spec.params import params
 
 WINDOW = 512
 """Longest window; shorter where the vocabulary is large, so that one window's logits stay small."""
+SESSION = 160
+"""Shortest session that still times a prefill and some steps (see `evals.worker`)."""
 _LOGITS_BYTES = 128 << 20
 
 
@@ -66,6 +68,7 @@ def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: C
     if tokenizer is None:
         raise UserError(f"{reference}: no tokenizer, and perplexity needs one (put tokenizer.json beside the weights)")
     window = max(16, min(WINDOW, _LOGITS_BYTES // (4 * spec.vocab_size)))
+    session = min(spec.context, max(window, SESSION))
     windows = cut(spec, tokenizer, read_text(options.text), options.tokens, window)
     weights = sum(p.size for p in params(spec))
     with tempfile.TemporaryDirectory(prefix="evals-") as folder:
@@ -73,7 +76,9 @@ def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: C
         np.save(ids, windows.ids)
         done = iter(range(1, len(windows.ids) + 1))
         total = len(windows.ids)
-        how = reference_logits(source, windows.ids, logits, lambda: say(f"reference: window {next(done)} of {total}"))
+        how = reference_logits(
+            source, windows.ids, logits, session, lambda: say(f"reference: window {next(done)} of {total}")
+        )
         rows = []
         for artifact, backend in found:
             say(f"{artifact.name}: measuring")
@@ -89,7 +94,7 @@ def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: C
                 "ids": str(ids),
                 "reference": str(logits),
                 "repeats": options.repeats,
-                "options": {"threads": options.threads} if options.threads else {},
+                "options": {"context": session} | ({"threads": options.threads} if options.threads else {}),
             }
             row |= _run(job, Path(folder))
             if "quality" in row:

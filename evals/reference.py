@@ -50,16 +50,17 @@ def cut(spec: Spec, tokenizer: Tokenizer, text: str, tokens: int, window: int) -
     return Windows(ids, len(covered.encode()) / used)
 
 
-def reference_logits(source: Any, ids: NDArray[np.int64], out: Path, tick: Callable[[], None]) -> str:
+def reference_logits(source: Any, ids: NDArray[np.int64], out: Path, session: int, tick: Callable[[], None]) -> str:
     """Write the original's float32 logits [N, T, V] to `out` (.npy) and say what computed them.
 
-    source: as `convert.sources.open_source` returns it. PyTorch where installed and the model fits in memory, else the
+    source: as `convert.sources.open_source` returns it. session: its length in tokens, which selects length-dependent
+    rotary tables, as it does in the artifacts' runtimes. PyTorch where installed and the model fits in memory, else the
     NumPy forward in float32, which asks for weights layer by layer.
     """
     spec: Spec = source.spec
     shape = (*ids.shape, spec.vocab_size)
     target = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
-    name, logits = _torch(source) or _numpy(source)
+    name, logits = _torch(source, session) or _numpy(source, session)
     for i, row in enumerate(ids):
         target[i] = logits(row[None])[0]
         tick()
@@ -67,7 +68,7 @@ def reference_logits(source: Any, ids: NDArray[np.int64], out: Path, tick: Calla
     return name
 
 
-def _torch(source: Any) -> tuple[str, Callable[[NDArray[np.int64]], Any]] | None:
+def _torch(source: Any, session: int) -> tuple[str, Callable[[NDArray[np.int64]], Any]] | None:
     if importlib.util.find_spec("torch") is None:
         return None
     spec: Spec = source.spec
@@ -79,7 +80,7 @@ def _torch(source: Any) -> tuple[str, Callable[[NDArray[np.int64]], Any]] | None
 
     from backends.torch.model import Decoder
 
-    decoder = Decoder(spec)
+    decoder = Decoder(spec, length=session)
     state = {n: torch.from_numpy(np.array(source.tensor(n), dtype=np.float32)) for n in source.names()}
     decoder.load_state_dict(state, assign=True)
     decoder.eval()
@@ -91,11 +92,11 @@ def _torch(source: Any) -> tuple[str, Callable[[NDArray[np.int64]], Any]] | None
     return f"PyTorch {torch.__version__}, float32", logits
 
 
-def _numpy(source: Any) -> tuple[str, Callable[[NDArray[np.int64]], Any]]:
+def _numpy(source: Any, session: int) -> tuple[str, Callable[[NDArray[np.int64]], Any]]:
     from backends.numpy.model import Oracle
     from convert.verify.weights import source_weights
 
-    oracle = Oracle(source.spec, source_weights(source), np.float32)
+    oracle = Oracle(source.spec, source_weights(source), np.float32, session)
     return "NumPy, float32", oracle.logits
 
 

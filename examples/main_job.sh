@@ -26,7 +26,7 @@ run() {
     "$python" "${@:2}"
 }
 
-if [ -d "$OUT/checkpoints" ]; then # begun earlier: go on, or find that it is done
+if [ -f "$OUT/training/config.yaml" ]; then # begun earlier: go on, or find that it is done
     run python -m train --out "$OUT" --resume
 else
     run python -m train --spec "$SPEC" --data "$DATA" --steps "$STEPS" --out "$OUT"

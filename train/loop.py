@@ -165,7 +165,9 @@ def restore(run: Run, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     for name, p in run.decoder.named_parameters():
         own = {k.rpartition("/")[2]: t for k, t in tensors.items() if k.startswith(f"optimizer/{name}/")}
         if own:  # a count of steps is a scalar and never sharded
-            run.optimizer.state[p] = {k: parallel.like(t, p) if t.dim() else t.clone() for k, t in own.items()}
+            run.optimizer.state[p] = {
+                k: parallel.like(t, p) if t.dim() else t.to(p.device, copy=True) for k, t in own.items()
+            }
     rank = run.ranks.rank if state["world"] == run.ranks.world else 0
     states = {k.rpartition("/")[2]: t for k, t in tensors.items() if k.startswith(f"random/{rank}/")}
     checkpoint.restore_random_state(states, run.ranks.device)

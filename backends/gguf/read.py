@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from backends.base import Planned, QuantizedTensor, Values
 from backends.gguf.build import Stored, layout
 from backends.gguf.container import Info, read_header, read_rows
-from backends.gguf.fit import choose
 from backends.gguf.names import Piece
 from backends.gguf.pack import dense, unpack
-from backends.gguf.twin import shipped_spec
+from backends.gguf.twin import shipped_fit, shipped_spec
 from spec.config import Spec
 from spec.errors import UserError
 from spec.params import params
@@ -34,11 +33,7 @@ class Artifact:
         self.path = path
         self.header = read_header(path)
         self.source = source or shipped_spec(self.header, path)
-        self._fit = choose(self.source)
-        if self._fit.carrier.arch != self.header.arch:
-            raise UserError(
-                f"{path}: is a {self.header.arch} file, and a {self._fit.carrier.arch} would carry its spec"
-            )
+        self._fit = shipped_fit(self.header.arch, self.source)
         planned = [Planned(p.name, p.shape, "f32") for p in params(self.source)]  # places depend on no type
         self._places: dict[str, tuple[Stored, Piece]] = {}
         for t in layout(self.source, self._fit, planned):

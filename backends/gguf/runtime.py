@@ -64,11 +64,14 @@ def _last_words() -> str:
 class GGUFRuntime:
     """A model in llama.cpp; one sequence is cached at a time. Not for several threads at once."""
 
-    def __init__(self, path: Path, threads: int | None, context: int | None, exact: bool) -> None:
+    def __init__(self, path: Path, threads: int | None, context: int | None, exact: bool, gpu: bool) -> None:
         self.path, self.exact = path, exact
         self._model = self._ctx = None
         lib = self._lib = _library()
         params = lib.llama_model_default_params()
+        self.gpu = gpu and not exact and bool(lib.llama_supports_gpu_offload())
+        if not self.gpu:
+            params.n_gpu_layers = 0
         if exact:
             params.use_extra_bufts = False  # no repacked copies with kernels of their own
         self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
@@ -95,6 +98,7 @@ class GGUFRuntime:
         p.n_seq_max = 1
         p.n_threads = p.n_threads_batch = self.threads
         p.no_perf = True
+        p.offload_kqv = p.op_offload = self.gpu
         if self.exact:
             p.type_k = p.type_v = 0  # float32
             p.flash_attn_type = 0  # disabled: its CPU kernel computes in float16
@@ -235,7 +239,7 @@ class GGUFRuntime:
         return {
             "backend": "gguf",
             "runtime": f"llama-cpp-python {llama_cpp.__version__}",
-            "device": "cpu",
+            "device": "gpu" if self.gpu else "cpu",
             "precision": buffer.value.decode(),
             "carrier": self.meta("general.architecture"),
             "threads": self.threads,
@@ -261,16 +265,17 @@ class GGUFRuntime:
 
 
 def load(
-    path: str | Path, *, threads: int | None = None, context: int | None = None, exact: bool = False
+    path: str | Path, *, threads: int | None = None, context: int | None = None, exact: bool = False, gpu: bool = True
 ) -> GGUFRuntime:
     """Open a GGUF file in llama.cpp.
 
     context: tokens of a session (default: the model's, at most 4096); it also selects length-dependent rotary
-    tables. exact: float32 cache, no flash attention and no repacked weights, for parity. Raises `UserError` where
+    tables. exact: float32 cache, no flash attention and no repacked weights, on the CPU, for parity. gpu: whether a
+    llama.cpp that was built for a GPU uses it. Raises `UserError` where
     the file cannot be loaded; a file that breaks llama.cpp's assertions ends the process, which is why verification
     runs in a child.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    return GGUFRuntime(path, threads, context, exact)
+    return GGUFRuntime(path, threads, context, exact, gpu)

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from backends.base import Planned
+from backends.base import NotComparable, Planned
+from backends.gguf.carriers import CARRIERS
 from backends.gguf.container import Header, Info, read_header, read_rows
-from backends.gguf.fit import choose
+from backends.gguf.fit import Fit, examine
 from backends.gguf.pack import dense, unpack
 from spec.config import Spec
 from spec.errors import UserError
@@ -40,6 +41,19 @@ def twin_spec(spec: Spec) -> Spec:
     return parse(data | {"depth": len(blocks), "block": blocks[0], "pattern": blocks, "vocab_size": rows})
 
 
+def shipped_fit(arch: str, spec: Spec) -> Fit:
+    """How the architecture of a file carries `spec`: the file's own, since another may be preferred at another depth.
+
+    Raises `UserError` where it does not.
+    """
+    found = [examine(spec, c) for c in CARRIERS if c.arch == arch]
+    if not found:
+        raise UserError(f"{arch}: no architecture that this program writes")
+    if found[0].refusals:
+        raise UserError(f"{arch} does not carry the spec: {found[0].refusals[0]}")
+    return found[0]
+
+
 def shipped_spec(header: Header, path: Path) -> Spec:
     """The spec in a file's metadata. Raises `UserError` where there is none."""
     from backends.gguf.build import SPEC_KEY
@@ -61,9 +75,11 @@ def twin(artifact: Path, out: Path) -> Path:
     header = read_header(artifact)
     whole = shipped_spec(header, artifact)
     small, kept = twin_spec(whole), kept_layers(whole)
-    fit = choose(small)
-    if fit.carrier.arch != header.arch:
-        raise UserError(f"{artifact}: is a {header.arch} file, and a {fit.carrier.arch} would carry its spec")
+    if whole.depth == shipped_fit(header.arch, whole).carrier.wide_scale_depth:
+        raise NotComparable(
+            f"llama.cpp's {header.arch} computes another attention scale at any depth but {whole.depth}"
+        )
+    fit = shipped_fit(header.arch, small)
     keys = _keys(header, whole, small, kept) | {SPEC_KEY: header.keys[SPEC_KEY]}
     tensors = layout(small, fit, [Planned(p.name, p.shape, "f32") for p in params(small)])
     with artifact.open("rb") as f:

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from backends.base import ContentHash, Planned, QuantizedTensor, Runtime, Values
 from backends.gguf.build import RECEIPT_KEY, Stored, layout, recipe
 from backends.gguf.container import Info, read_header, read_rows
-from backends.gguf.fit import choose
 from backends.gguf.names import Piece
 from backends.gguf.pack import pack, unpack
 from backends.gguf.runtime import load
-from backends.gguf.twin import twin, twin_spec
+from backends.gguf.twin import shipped_fit, twin, twin_spec
 from convert.levels import LEVELS
 from convert.quantize import quantize
 from convert.recipe import plan
@@ -78,6 +77,11 @@ class Shipped:
         """The float16 KV cache is there whatever the weights are."""
         return numeric.coarsest(["f16", *(activation_type(t) for t in self._weights.types())])
 
+    @property
+    def session(self) -> int | None:
+        """Length of the sessions whose rotary tables are in the file."""
+        return self._weights.session
+
     def weights(self, name: str) -> Any:
         """Dequantized weights as the graph uses them, a few rows at a time."""
         return self._weights(name)
@@ -87,15 +91,16 @@ class Shipped:
         return Packed(self.path, self.spec, self.level, self.threads)
 
     def load(self, context: int) -> Runtime:
-        """llama.cpp as anyone would run it."""
-        return load(self.path, threads=self.threads, context=context)
+        """llama.cpp as anyone would run it on a CPU, whose roundings are the ones that are emulated."""
+        return load(self.path, threads=self.threads, context=context, gpu=False)
 
     def twin(self, folder: Path) -> Twin:
         """The shipped metadata over a few layers in float32, in llama.cpp without any rounding but float32's."""
         small, spec = twin(self.path, folder / "twin.gguf"), twin_spec(self.spec)
         what = f"float32 twin of {spec.depth} of {self.spec.depth} layers against float64"
         runtime = load(small, threads=self.threads, exact=True, context=_twin_context(spec))
-        return Twin(spec, FileWeights(small, spec, "f32"), runtime, what)
+        weights = FileWeights(small, spec, "f32")
+        return Twin(spec, weights, runtime, what, weights.session or runtime.context)
 
 
 def _twin_context(spec: Spec) -> int | None:
@@ -115,7 +120,9 @@ class FileWeights:
 
     def __init__(self, path: Path, spec: Spec, level: str) -> None:
         self._path, self._header = path, read_header(path)
-        self._places = _places(layout(spec, choose(spec), _planned(spec, level)))
+        fit = shipped_fit(self._header.arch, spec)
+        self._places = _places(layout(spec, fit, _planned(spec, level)))
+        self.session = fit.rotary.session
         self._shapes = {p.name: p.shape for p in params(spec)}
 
     def types(self) -> set[str]:
@@ -187,7 +194,7 @@ class Packed:
         self.path, self.threads = path, threads or 1
         self._plan = {p.name: p for p in _planned(spec, level)}
         self._header = read_header(path)
-        self._layout = layout(spec, choose(spec), list(self._plan.values()))
+        self._layout = layout(spec, shipped_fit(self._header.arch, spec), list(self._plan.values()))
         self._places = _places(self._layout)
         self._hashes: Mapping[str, Any] = receipt(path).get("tensors", {})
 

@@ -153,13 +153,13 @@ def check_arithmetic(run: Array, emulation: Emulation, layers: int, precision: s
     return judge("arithmetic", run, emulation.exact, gate, what, unexplained=nmse(run, near), precision=precision)
 
 
-def stepwise(runtime: Runtime, ids: Array) -> tuple[Array, slice]:
-    """The first tokens again, in pieces: a prefill, single tokens, and two at once.
+def stepwise(runtime: Runtime, ids: Array, until: int = 24) -> tuple[Array, slice]:
+    """The first `until` tokens again, in pieces: a prefill, ten single tokens, and two at once.
 
     ids [1, T]. Returns logits [1, t, V] and the positions that they belong to.
     """
-    t = min(ids.shape[1], 24)
-    head = max(1, t // 2)
+    t = min(ids.shape[1], until)
+    head = max(1, t - 12)
     parts = [runtime.prefill(ids[0, :head])[None]]
     parts += [runtime.step(ids[0, i : i + 1]) for i in range(head, max(head, t - 2))]
     if t > head:

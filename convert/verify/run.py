@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import backends
-from backends.base import Runtime
+from backends.base import NotComparable, Runtime
 from backends.numpy.model import Oracle
 from convert import levels
 from convert.verify import numeric, sample
@@ -48,6 +48,11 @@ class Shipped(Protocol):
         """The coarsest rounding that the runtime applies while it computes, a key of `gates.UNIT`."""
         ...
 
+    @property
+    def session(self) -> int | None:
+        """The session length whose rotary tables are fixed in the artifact; none where the runtime chooses."""
+        ...
+
     def weights(self, name: str) -> Any:
         """The dequantized weights as the graph uses them: array-like, `Typed` where the runtime rounds inputs."""
         ...
@@ -73,6 +78,8 @@ class Twin:
     weights: Callable[[str], Any]
     runtime: Runtime
     what: str
+    length: int
+    """Tokens of the session that its rotary tables are for."""
 
 
 def door(backend: str) -> Any:
@@ -137,9 +144,14 @@ class Session:
                 words = _failed("tokenizer", e)
             return Ran(runtime.info(), runtime.context, runtime.logits(self.ids), stepped, tokens, words)
 
+    @property
+    def length(self) -> int:
+        """Tokens of the session that the rotary tables are for."""
+        return self.shipped.session or self.ran.context
+
     @cached_property
     def emulation(self) -> numeric.Emulation:
-        return numeric.emulate(self.shipped.spec, self.shipped.weights, self.ids, self.ran.context)
+        return numeric.emulate(self.shipped.spec, self.shipped.weights, self.ids, self.length)
 
     @cached_property
     def graphs(self) -> tuple[Check, Check]:
@@ -148,9 +160,9 @@ class Session:
             twin = self.shipped.twin(Path(folder))
             with twin.runtime as runtime:
                 ids = _twin_ids(twin.spec)
-                graph = numeric.graph_reference(twin.spec, twin.weights, ids, True, runtime.context)
+                graph = numeric.graph_reference(twin.spec, twin.weights, ids, True, twin.length)
                 whole = numeric.check_graph(runtime.logits(ids), graph, twin.what)
-                stepped, tokens = numeric.stepwise(runtime, ids)
+                stepped, tokens = numeric.stepwise(runtime, ids, ids.shape[1])
                 what = f"prefill {tokens.start + 1}, then token by token to {tokens.stop}, in the float32 twin"
                 return whole, numeric.check_graph(stepped, graph, what, "invariants", tokens)
 
@@ -171,9 +183,10 @@ class Session:
         spec, precision = self.shipped.spec, self.shipped.precision
         check = numeric.check_arithmetic(self.ran.logits, self.emulation, spec.depth, precision, what)
         longest = max((b.attention.window or 0 for b in spec.layers), default=0)
-        if longest > self.ids.shape[1]:
-            beyond = f"the window of {longest} tokens is longer than the {self.ids.shape[1]} compared"
-            check = replace(check, details={**check.details, "not_covered": beyond})
+        compared = max(self.ids.shape[1], _reach(spec))
+        if longest >= compared:
+            beyond = f"the window of {longest} tokens is not left: {compared} were compared"
+            check = replace(check, flags=(*check.flags, beyond))
         return check
 
     def invariants(self) -> Check:
@@ -181,7 +194,8 @@ class Session:
         ran, spec, precision = self.ran, self.shipped.spec, self.shipped.precision
         stock = numeric.check_cached(ran.stepped, ran.tokens, self.emulation, spec.depth, precision)
         twin = self.graphs[1]
-        worse, other = sorted((twin, stock), key=lambda c: (c.status is Status.FAIL, c.margin or 0), reverse=True)
+        grave = {Status.FAIL: 2, Status.NOT_RUN: 1}
+        worse, other = sorted((twin, stock), key=lambda c: (grave.get(c.status, 0), c.margin or 0), reverse=True)
         also = {"measured": other.measured, "gate": other.gate, "what": other.reason}
         return replace(worse, details={**worse.details, "also": also})
 
@@ -189,7 +203,7 @@ class Session:
         spec: Spec = self.source.spec
         size = sum(int(np.prod(self.source.shape(n))) for n in self.source.names())
         dtype = np.float64 if size <= QUICK else np.float32
-        original = Oracle(spec, source_weights(self.source), dtype, self.ran.context).logits(self.ids)
+        original = Oracle(spec, source_weights(self.source), dtype, self.length).logits(self.ids)
         check = numeric.check_quality(self.ran.logits, original, self.ids, self.level)
         if self.source.tokenizer is None:
             check = replace(check, flags=(*check.flags, "random tokens, since the source has no tokenizer"))
@@ -199,11 +213,14 @@ class Session:
         return self.ran.words
 
 
-def _twin_ids(spec: Spec) -> Array:
-    """Past every window that is not too long, and past the block sizes of the runtime's kernels."""
+def _reach(spec: Spec) -> int:
+    """Tokens of the graph check: past every window that is not too long, and past the runtime's block sizes."""
     windows = [b.attention.window for b in spec.layers if b.attention.window is not None]
-    reach = max([64, *(w + 16 for w in windows if w <= 512)])
-    return np.random.default_rng(1).integers(0, spec.vocab_size, (1, min(reach, spec.context - 1)))
+    return min(max([64, *(w + 16 for w in windows if w <= 512)]), spec.context - 1)
+
+
+def _twin_ids(spec: Spec) -> Array:
+    return np.random.default_rng(1).integers(0, spec.vocab_size, (1, _reach(spec)))
 
 
 CHECKS: tuple[str, ...] = ("packing", "runtime", "graph", "arithmetic", "invariants", "quality", "tokenizer")
@@ -250,6 +267,8 @@ def run(
                     check = Check(name, Status.NOT_RUN, reason="the runtime does not run the artifact")
                 else:
                     check = getattr(session, name)()
+            except NotComparable as e:
+                check = Check(name, Status.NOT_RUN, reason=str(e))
             except Exception as e:
                 log.debug("%s", name, exc_info=True)
                 check = _failed(name, e)

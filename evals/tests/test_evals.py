@@ -118,9 +118,9 @@ def test_torch_and_numpy_references_agree(checkpoint: Path, tmp_path: Path) -> N
     from evals.reference import _numpy, _torch
 
     source, ids = open_source(checkpoint), np.arange(24, dtype=np.int64)[None] % SPEC.vocab_size
-    torch_run = _torch(source)
+    torch_run = _torch(source, 32)
     assert torch_run is not None
-    assert nmse(torch_run[1](ids), _numpy(source)[1](ids)) < 1e-11
+    assert nmse(torch_run[1](ids), _numpy(source, 32)[1](ids)) < 1e-11
 
 
 @pytest.mark.parametrize(
