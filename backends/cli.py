@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from backends.threads import share_cores
 
 app = App(
     name="backends",
+    suppress_keyboard_interrupt=False,
     help="The runtimes: which are installed, and text from any artifact.",
     version_flags=[],
     help_format="plaintext",
@@ -171,12 +172,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from spec.errors import UserError
 
     try:
-        app(argv)
+        app(argv, exit_on_error=False, print_error=False)
         sys.stdout.flush()
+    except CycloptsError as e:
+        print(f"backends: {' '.join(str(e).split())} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)
     except UserError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("backends: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` closed the pipe: that is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 app = App(
     name="evals",
+    suppress_keyboard_interrupt=False,
     help="""Measure artifacts side by side: size, perplexity, divergence from the original, speed, memory, proof.
 
 Example: python -m evals tiny.q4.gguf tiny.q8.gguf --reference runs/tiny
@@ -155,11 +156,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; what the user can fix is one line and exit status 2."""
     share_cores()
     try:
-        return int(app(argv, exit_on_error=False, result_action="return_value") or 0)
+        return int(app(argv, exit_on_error=False, print_error=False, result_action="return_value") or 0)
     except UserError as e:
         print(e, file=sys.stderr)
-    except CycloptsError:
-        pass  # already printed
+    except CycloptsError as e:
+        print(f"evals: {' '.join(str(e).split())} (--help lists the options)", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("evals: interrupted", file=sys.stderr)
+        return 130
     return 2
 
 

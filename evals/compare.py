@@ -97,6 +97,8 @@ def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: C
                 "options": {"context": session} | ({"threads": options.threads} if options.threads else {}),
             }
             row |= _run(job, Path(folder))
+            if "mismatch" in row:
+                raise UserError(f"{artifact}: not made from {reference}: {row['mismatch']}")
             if "quality" in row:
                 row |= _per_byte(row["quality"], windows.bytes_per_token)
             if options.checks:

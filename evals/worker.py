@@ -60,13 +60,15 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     base = peak_bytes()
     start = time.perf_counter()
     runtime = backends.load(job["artifact"], job["backend"], **job["options"])
-    runtime.prefill(ids[0, :1])
+    runtime.prefill(ids[0, :1] * 0)
     out: dict[str, Any] = {"load_s": time.perf_counter() - start, "info": runtime.info()}
     with runtime:
+        reference = np.load(job["reference"], mmap_mode="r")
+        if runtime.vocab_size != reference.shape[-1]:
+            return {"mismatch": f"its vocabulary is {runtime.vocab_size}, the reference's {reference.shape[-1]}"}
         if job["repeats"]:
             out |= speed(runtime, ids[0], job["repeats"])
         out |= {"peak_bytes": peak_bytes(), "peak_above_base_bytes": peak_bytes() - base}
-        reference = np.load(job["reference"], mmap_mode="r")
         quality = Quality()
         for row, ref in zip(ids, reference, strict=True):
             logits = runtime.logits(row[None])[0]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 if TYPE_CHECKING:
     from spec.config import Spec
@@ -185,8 +185,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from spec.errors import UserError
 
     try:
-        app(argv)
+        app(argv, exit_on_error=False, print_error=False)
         sys.stdout.flush()
+    except CycloptsError as e:
+        print(f"spec: {' '.join(str(e).split())} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)
     except UserError as e:
         print(e, file=sys.stderr)
         sys.exit(2)

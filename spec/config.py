@@ -34,7 +34,7 @@ VERSION = 1
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Size = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -360,7 +360,7 @@ class Spec(Model):
     """Rows of the embedding."""
     width: Size
     """Width of the residual stream (d_model)."""
-    depth: Size
+    depth: Annotated[int, Field(ge=1, le=4096, strict=True)]
     """Number of layers."""
     context: Size
     """Longest sequence that the model is meant for, in tokens."""

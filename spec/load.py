@@ -53,6 +53,8 @@ def read_yaml(text: str, source: str) -> dict[str, Any]:
         mark = e.problem_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         raise UserError(f"{place}: not valid YAML: {e.problem or e}") from None
+    except RecursionError:
+        raise UserError(f"{source}: nested too deeply to be a spec") from None
     except yaml.YAMLError as e:
         raise UserError(f"{source}: not valid YAML: {str(e).splitlines()[0]}") from None
     if not isinstance(data, dict):

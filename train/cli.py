@@ -41,7 +41,13 @@ def explain(error: CycloptsError) -> Any:
 
 
 app = App(
-    name="train", help=HELP, version_flags=[], help_format="plaintext", help_epilogue=EXAMPLES, error_formatter=explain
+    name="train",
+    suppress_keyboard_interrupt=False,
+    help=HELP,
+    version_flags=[],
+    help_format="plaintext",
+    help_epilogue=EXAMPLES,
+    error_formatter=explain,
 )
 
 Flag = Parameter(negative="")

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, ValidationError
 
-from spec.config import Model, Positive, Probability, Size
+from spec.config import Model, Positive, Probability
 from spec.errors import Problem, SpecError, UserError, problems_from
 
+Size = Annotated[int, Field(ge=1)]  # not strict as in a spec: values come from the command line too
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

@@ -172,9 +172,13 @@ def _header(fd: int, path: Path, file: int) -> dict[str, Entry]:
     for start, stop, name in sorted(spans):
         if start < end:
             raise UserError(f"{path}: corrupt header: {name} overlaps the tensor before it")
+        if start > end:
+            raise UserError(f"{path}: corrupt header: {start - end} bytes before {name} belong to no tensor")
         end = stop
     if data + end > size:
         raise UserError(f"{path}: truncated: its header needs {data + end} bytes, it has {size}; copy it again")
+    if data + end < size:
+        raise UserError(f"{path}: {size - data - end} bytes after the last tensor belong to none; copy it again")
     return entries
 
 

@@ -109,7 +109,7 @@ def odd_dtype(h: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [(overlap, "overlaps"), (beyond, "truncated"), (negative, "no sound"), (wrong_size, "needs 252 bytes"),
+    [(overlap, "overlaps"), (beyond, "belong to no tensor"), (negative, "no sound"), (wrong_size, "needs 252 bytes"),
      (odd_dtype, "dtype F4")],
 )  # fmt: skip
 def test_a_corrupt_header_is_told_from_a_truncated_file(
@@ -119,6 +119,15 @@ def test_a_corrupt_header_is_told_from_a_truncated_file(
     with pytest.raises(UserError, match=says) as e:
         open_source(checkpoint)
     assert "\n" not in str(e.value) and "model.safetensors" in str(e.value)
+
+
+@pytest.mark.parametrize(("change", "says"), [(-3, "truncated"), (3, "3 bytes after the last tensor")])
+def test_a_file_of_another_length_is_refused(checkpoint: Path, change: int, says: str) -> None:
+    weights = checkpoint / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:change] if change < 0 else content + b"\0" * change)
+    with pytest.raises(UserError, match=says):
+        open_source(checkpoint)
 
 
 @pytest.mark.parametrize(

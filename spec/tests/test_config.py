@@ -94,8 +94,10 @@ ERRORS = {
     ),
     "not-a-number": (
         {"width": "wide"},
-        ["width: 'wide' input should be a valid integer, unable to parse string as an integer"],
+        ["width: 'wide' input should be a valid integer"],
     ),
+    "no-number-either": ({"width": True}, ["width: True input should be a valid integer"]),
+    "too-deep": ({"depth": 20_000_000}, ["depth: 20000000 input should be less than or equal to 4096"]),
     "too-small": ({"depth": 0}, ["depth: 0 input should be greater than or equal to 1"]),
     "not-finite": ({"head": {"scale": float("inf")}}, ["head.scale: inf input should be a finite number"]),
     "kv-heads": (
