@@ -354,8 +354,8 @@ class Spec(Model):
 
     version: int = VERSION
     """Version of this schema."""
-    name: Annotated[str, Field(min_length=1, max_length=128)] = "model"
-    """A label; nothing depends on it."""
+    name: Annotated[str, Field(max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]+$")] = "model"
+    """A label of printable characters; nothing depends on it."""
     vocab_size: Size
     """Rows of the embedding."""
     width: Size

@@ -13,6 +13,10 @@ positive = st.floats(min_value=1e-7, max_value=1e6, allow_nan=False)
 probability = st.floats(min_value=0, max_value=0.9)
 
 
+NAME = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]{1,20}"
+"""What a spec may be called."""
+
+
 def some(**fields: st.SearchStrategy[Any]) -> Strategy:
     """Any subset of the fields."""
     return st.fixed_dictionaries({}, optional=fields)
@@ -130,7 +134,7 @@ def specs(draw: st.DrawFn) -> Data:
         data |= draw(some(overrides=st.dictionaries(layers, patches(head_dim), max_size=2)))
     position_table = some(offset=st.integers(0, 3))
     data |= draw(some(
-        name=st.text(min_size=1, max_size=20),
+        name=st.from_regex(NAME, fullmatch=True),
         embedding=some(
             scale=positive, positions=st.none() | position_table, norm=st.none() | norms(), dropout=probability
         ),
