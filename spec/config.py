@@ -368,7 +368,8 @@ class Spec(Model):
     block: Block
     """Every layer, unless `pattern` or `overrides` says otherwise."""
     pattern: tuple[dict[str, Any], ...] = ()
-    """Repeated over the layers: entry i % len(pattern) is merged into layer i's block. `- {}` is a plain layer."""
+    """Repeated over the layers: entry i % len(pattern) is merged into layer i's block. `- {}` is a plain layer.
+    Mappings merge field by field: local layers without the scaling of the others say `scaling: null`."""
     overrides: dict[str, dict[str, Any]] = {}
     """Layers that differ: '3', '-1' or '0..3' (inclusive) to a partial block, merged last."""
     final_norm: Norm | None = Norm()
