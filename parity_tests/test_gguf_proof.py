@@ -21,9 +21,6 @@ from spec import Spec, parse
 from spec.config import merge
 
 LEVELS = ("f32", "f16", "q8", "q4", "q4_k_m")
-QUICK = ("llama", "gpt2", "gemma2", "neox", "window_pattern", "rope_longrope", "tied")
-"""Features that every run checks; the others are slow ones."""
-
 WIDE: dict[str, Spec] = {
     "wide": llama(),
     "wide_gelu": llama(block={"mlp": {"activation": "gelu_tanh", "gated": False}}),
@@ -64,10 +61,7 @@ def carried() -> list[object]:
     for name, spec in SPECS.items():
         for level in LEVELS:
             if support(spec, level).ok:
-                quick = name in (*QUICK, *WIDE, *ODD) and level in ("f32", "q4", "q4_k_m")
-                quick &= name not in ODD or level == "f32"
-                marks = () if quick else pytest.mark.slow
-                out.append(pytest.param(name, level, marks=marks, id=f"{name}-gguf-{level}"))
+                out.append(pytest.param(name, level, id=f"{name}-gguf-{level}"))
     return out
 
 
