@@ -118,7 +118,7 @@ class Sampler:
             raise ArithmeticError("the model's logits are not numbers")
         if self.repetition_penalty != 1:
             x = repeat_less(x, ids, self.repetition_penalty)
-        if self.temperature == 0:
+        if self.temperature < 1e-6:  # the limit, where a division would overflow
             return int(x.argmax())
         p = self.probabilities(x)
         return int(np.searchsorted(np.cumsum(p), self._rng.random() * p.sum(), side="right").clip(max=len(p) - 1))

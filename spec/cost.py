@@ -99,8 +99,9 @@ def cache_bytes_per_token(spec: Spec, width: int = 2) -> int:
 
 
 def weight_bytes(spec: Spec, level: str) -> int:
-    """Bytes of the weights at a portable level: vectors in float32, and matrices whose input width is no multiple of
-    32 in float16 where the level has groups. For q4 an upper bound; file headers and tokenizers come on top."""
+    """Bytes of the weights at a portable level: vectors in float32; learned positions, and matrices whose input width is
+    no multiple of 32, in float16 where the level has groups. For q4 an upper bound; file headers and tokenizers come
+    on top."""
     bits = BITS[level]
     grouped = level in ("q8", "q4")
     total = 0.0
@@ -108,7 +109,8 @@ def weight_bytes(spec: Spec, level: str) -> int:
         if not p.matrix:
             total += 32 * p.size
         else:
-            total += (16 if grouped and p.shape[-1] % 32 else bits) * p.size
+            narrow = p.shape[-1] % 32 or p.name == "positions.weight"
+            total += (16 if grouped and narrow else bits) * p.size
     return int(-(-total // 8))
 
 

@@ -69,9 +69,8 @@ def _flush(path: Path) -> None:
 
 def files_of(folder: Path) -> dict[str, Path]:
     """Canonical name -> safetensors file of a checkpoint folder. Raises `UserError` for missing or broken files."""
-    index = folder / INDEX
-    if not index.is_file():
-        file = folder / WEIGHTS
+    index, file = folder / INDEX, folder / WEIGHTS
+    if file.is_file() or not index.is_file():  # the single file wins, as it does in transformers and in `convert`
         return dict.fromkeys(_open(file).keys(), file)
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
