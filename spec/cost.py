@@ -99,8 +99,8 @@ def cache_bytes_per_token(spec: Spec, width: int = 2) -> int:
 
 
 def weight_bytes(spec: Spec, level: str) -> int:
-    """Bytes of the weights at a portable level: vectors in float32; learned positions, and matrices whose input width is
-    no multiple of 32, in float16 where the level has groups. For q4 an upper bound; file headers and tokenizers come
+    """Bytes of the weights at a portable level: vectors in float32; learned positions, and matrices whose input width
+    is no multiple of 32, in float16 where the level has groups. For q4 an upper bound; file headers and tokenizers come
     on top."""
     bits = BITS[level]
     grouped = level in ("q8", "q4")
