@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,29 @@ from backends.base import Backend, Runtime, Support, recognise
 from spec.errors import MissingDependency, UserError, nearest
 
 REGISTRY: tuple[Backend, ...] = (
-    Backend("torch", "backends.torch", "", "train", ("torch",), ("spec.yaml",)),
-    Backend("gguf", "backends.gguf", ".gguf", "gguf", ("gguf", "llama_cpp")),
-)
+    Backend("torch", "backends.torch", "", "train", ("torch",), marks=("spec.yaml",), packages=("torch",)),
+    Backend(
+        "gguf", "backends.gguf", ".gguf", "gguf", ("gguf", "llama_cpp"), folder=False,
+        packages=("gguf", "llama-cpp-python"), tool="llama-cli -m {name} -p 'Once upon a time'",
+    ),
+    Backend(
+        "mlx", "backends.mlx", "", "mlx", (), ("mlx",), packages=("mlx", "mlx-lm"),
+        tool="mlx_lm.generate --model {name} --prompt 'Once upon a time'",
+    ),
+    Backend(
+        "onnx", "backends.onnx", "", "onnx", ("onnx", "onnx_ir"), ("onnxruntime",), ("genai_config.json",),
+        packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai"),
+    ),
+    Backend(
+        "tensorrt", "backends.tensorrt", "", "tensorrt", ("onnx", "onnx_ir"), ("tensorrt", "torch"),
+        packages=("tensorrt", "onnx", "torch"),
+    ),
+    Backend("coreml", "backends.coreml", ".mlpackage", "coreml", ("coremltools",), packages=("coremltools",)),
+    Backend(
+        "hf", "backends.hf", "", "hf", (), ("torch", "transformers"), ("config.json",),
+        packages=("transformers", "torch", "compressed-tensors"),
+    ),
+)  # fmt: skip
 
 
 def get(name: str) -> Backend:
@@ -24,22 +46,40 @@ def get(name: str) -> Backend:
     raise UserError(f"{name}: no such backend ({nearest(name, [b.name for b in REGISTRY])})")
 
 
-def missing(backend: Backend) -> list[str]:
-    """Modules that the backend needs and that are not installed."""
-    return [m for m in backend.requires if importlib.util.find_spec(m) is None]
+def missing(backend: Backend, *, run: bool = True) -> list[str]:
+    """Modules that converting to the backend, and with `run` also running it, needs and that are not installed."""
+    wanted = (*backend.requires, *(backend.runs if run else ()))
+    return [m for m in wanted if importlib.util.find_spec(m) is None]
+
+
+def has(backend: Backend, name: str) -> bool:
+    """Whether a backend has a `support`, `build`, `read` or `runtime` module."""
+    try:
+        return importlib.util.find_spec(f"{backend.module}.{name}") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def versions(backend: Backend) -> dict[str, str]:
+    """Versions of the distributions that a backend is made of, those that are installed."""
+    out = {}
+    for name in backend.packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            out[name] = importlib.metadata.version(name)
+    return out
 
 
 def part(backend: Backend, name: str) -> Any:
-    """A backend's `support`, `build` or `runtime` module. Raises `MissingDependency` in one line."""
-    absent = missing(backend) if name != "support" else []
+    """A backend's `support`, `build`, `read` or `runtime` module. Raises `MissingDependency` in one line."""
+    absent = [] if name == "support" else missing(backend, run=name == "runtime")
     if absent:
         raise MissingDependency(f"{backend.name} needs {', '.join(absent)}: pip install 'allotrope[{backend.extra}]'")
     return importlib.import_module(f"{backend.module}.{name}")
 
 
-def support(name: str, spec: Any, level: str) -> Support:
+def support(name: str, spec: Any, level: str, **options: str) -> Support:
     """Whether backend `name` carries `spec` at a precision level; needs none of the backend's packages."""
-    return part(get(name), "support").support(spec, level)
+    return part(get(name), "support").support(spec, level, **options)
 
 
 def load(path: str | Path, backend: str | None = None, **options: Any) -> Runtime:

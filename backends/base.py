@@ -1,20 +1,25 @@
 """What every backend provides, and the plain data that passes between converters and backends.
 
-A backend is a folder with `support.py`, `build.py` and `runtime.py`; `backends/__init__.py` lists them. None of them
-imports another, and none is imported before it is needed.
+A backend is a folder; `backends/__init__.py` lists them. None imports another, and none is imported before it is needed.
+
+    support.py   `levels()`, `support(spec, level, **options)`, `bits(level)`, `OPTIONS`; needs none of its packages
+    build.py     `writer(...)`, `size(...)`, `stamp(path, receipt)`, and for native levels `recipe(spec, level)`, `pack`
+    read.py      `open_artifact(path)`: an `Artifact`
+    runtime.py   `load(path, *, threads, context, exact)`: a `Runtime`
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spec.config import Spec
 from spec.errors import UserError
 
 Floats = NDArray[np.float32]
@@ -113,6 +118,31 @@ class Support:
 
 
 @dataclass(frozen=True)
+class Option:
+    """A choice that a backend's conversion offers (`--profile`, `--compute`)."""
+
+    name: str
+    choices: tuple[str, ...]
+    default: str
+    """One of the choices, or empty where it follows from the level."""
+    about: str
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a stock runtime rounds while it computes: what the proof reproduces inside the oracle."""
+
+    compute: str = "f32"
+    """Dtype of the activations between operations: `f32`, `f16`, `bf16`."""
+    cache: str = "f32"
+    """Dtype of keys and values in the cache."""
+    activations: str | None = None
+    """How the input of a product with quantized weights is rounded (a key of `convert.verify.emulate.ROUNDINGS`)."""
+    emulated: bool = False
+    """Whether an interpreter stands in for hardware that is not here: then a check that passes says EMULATED."""
+
+
+@dataclass(frozen=True)
 class Planned:
     """One canonical tensor as a writer will receive it."""
 
@@ -155,6 +185,53 @@ class Writer(Protocol):
 
     def abort(self) -> None:
         """Close handles and delete everything written."""
+        ...
+
+
+class Artifact(Protocol):
+    """An artifact opened for its weights: what a backend's `read.open_artifact(path)` returns."""
+
+    @property
+    def spec(self) -> Spec:
+        """What the shipped graph computes with `rows`: the source's spec, less what was folded into weights."""
+        ...
+
+    @property
+    def source(self) -> Spec:
+        """The spec that it was made from."""
+        ...
+
+    @property
+    def level(self) -> str:
+        """The level that it was converted at."""
+        ...
+
+    @property
+    def receipt(self) -> dict[str, Any]: ...
+
+    @property
+    def session(self) -> int | None:
+        """Tokens of the session whose rotary tables are fixed in it; none where the runtime chooses."""
+        ...
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How its stock runtime rounds here, at its stock settings."""
+        ...
+
+    def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
+        """Tensors that are missing, too many, or of another type or shape than planned, and what is wrong with each;
+        constants (rotary tables, slopes) too."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> Values:
+        """Rows of a canonical tensor as the file holds them: codes and scales where they are on the portable grid,
+        else float32. A vector's rows are its elements."""
+        ...
+
+    def expected(self, name: str, level: str, values: Floats) -> Floats:
+        """What `rows` must give for these rows of the source at a level that is not on the portable grid: folds
+        applied, rounded to the dtype of the file, through the format's own quantizer for a native level."""
         ...
 
 
@@ -211,20 +288,34 @@ class Backend:
     module: str
     """Dotted package; its `support`, `build` and `runtime` modules are imported when used."""
     suffix: str
-    """What an artifact ends with: `.gguf`, or nothing for a folder."""
+    """What an artifact ends with: `.gguf`, or nothing for a folder of any name."""
     extra: str
     """The pip extra that installs what it needs."""
     requires: tuple[str, ...] = ()
-    """Importable modules it needs to run."""
-    marks: tuple[str, ...] = field(default=())
-    """Files whose presence in a folder marks it as this backend's artifact."""
+    """Importable modules that converting to it needs."""
+    runs: tuple[str, ...] = ()
+    """Importable modules that running its artifacts needs besides."""
+    marks: tuple[str, ...] = ()
+    """Files whose presence in a folder marks it as this backend's artifact, where it is none of ours."""
+    folder: bool = True
+    """Whether an artifact is a folder."""
+    packages: tuple[str, ...] = ()
+    """Distributions whose versions a report names."""
+    tool: str = ""
+    """How its own tools run an artifact called {name}, for the model card."""
 
 
 def recognise(path: Path, backends: Sequence[Backend]) -> Backend | None:
-    """The backend whose artifact `path` looks like."""
+    """The backend whose artifact `path` looks like. What we wrote says so itself (`backends.folder.MARK`)."""
+    from backends.folder import read_mark
+
     for b in backends:
-        if b.suffix and path.is_file() and path.suffix == b.suffix:
+        if b.suffix and path.suffix == b.suffix and (path.is_dir() if b.folder else path.is_file()):
             return b
-        if path.is_dir() and b.marks and all((path / m).exists() for m in b.marks):
+    if not path.is_dir():
+        return None
+    mark = read_mark(path)
+    for b in backends:
+        if b.name == mark.get("backend") or (not mark and b.marks and all((path / m).exists() for m in b.marks)):
             return b
     return None

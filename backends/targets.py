@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from backends import REGISTRY, get, part
+from backends import REGISTRY, get, has, part
 from backends.base import Support
 from spec.config import Spec
 from spec.errors import UserError, nearest
@@ -42,7 +41,7 @@ def targets(spec: Spec, backends: Sequence[str] = (), levels: Sequence[str] = ()
 
     Raises `UserError` for a backend that is not there or a level that none of the backends asked for knows.
     """
-    chosen = [get(name) for name in backends] if backends else [b for b in REGISTRY if _has_support(b.module)]
+    chosen = [get(name) for name in backends] if backends else [b for b in REGISTRY if has(b, "support")]
     known = {b.name: _levels(part(b, "support")) for b in chosen}
     unknown = [level for level in levels if not any(level in ls for ls in known.values())]
     if unknown:
@@ -57,10 +56,6 @@ def targets(spec: Spec, backends: Sequence[str] = (), levels: Sequence[str] = ()
                 answers.setdefault((s.carrier, s.folds, s.refusals, s.notes), []).append(level)
         out += [Target(b.name, tuple(ls), *answer) for answer, ls in answers.items()]
     return out
-
-
-def _has_support(module: str) -> bool:
-    return importlib.util.find_spec(f"{module}.support") is not None
 
 
 def _levels(support: Any) -> tuple[str, ...]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backends.base import Backend
+
 if TYPE_CHECKING:
     from convert.pipeline import Result
     from convert.verify import Report
 
-RUN = {"gguf": "llama-cli -m {name} -p 'Once upon a time'"}
-"""How an artifact of a backend is run with the backend's own tools."""
+INSIDE = "README.md"
+"""Its name inside an artifact that is a folder."""
 
 
-def card(result: Result, receipt: dict[str, Any], report: Report | None) -> str:
+def card(result: Result, backend: Backend, receipt: dict[str, Any], report: Report | None) -> str:
     """The card in Markdown."""
     spec, name = result.spec, result.out.name
     rows = [
@@ -39,8 +41,8 @@ def card(result: Result, receipt: dict[str, Any], report: Report | None) -> str:
     else:
         lines += [report.markdown(), ""]
     lines += ["## Use", "", "```", f"python -m backends generate {name} --prompt 'Once upon a time'"]
-    if receipt["backend"] in RUN:
-        lines.append(RUN[receipt["backend"]].format(name=name))
+    if backend.tool:
+        lines.append(backend.tool.format(name=name))
     lines += [f"python -m convert.verify {name} --source CHECKPOINT", "```", ""]
     lines += ["Made with " + ", ".join(f"{k} {v}" for k, v in receipt["versions"].items()) + "."]
     return "\n".join(lines) + "\n"

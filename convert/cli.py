@@ -19,12 +19,13 @@ For example:
   convert runs/tiny --to gguf --quant q4
   convert ~/models/Llama-3.2-1B --quant q4_k_m --check
   convert runs/tiny --to gguf --quant q8 --out tiny.gguf --force
+  convert runs/tiny --to gguf,mlx,onnx,coreml,hf --quant q4 --out shipped
 
 Portable levels: f32, bf16, f16, q8, q4; and every type of the target by its
 own name (q4_k_m, q6_k, ...).
 
-Exit status 0: written and verified; 1: verification failed and nothing was
-replaced; 2: something that you can fix, named in one line; 130: interrupted.
+Exit status 0: written and verified; 1: a verification failed and that artifact
+was kept back; 2: something that you can fix, named in one line; 130: interrupted.
 """
 
 app = App(
@@ -52,6 +53,9 @@ def convert(
     force: Annotated[bool, Flag] = False,
     threads: int | None = None,
     text: Path | None = None,
+    profile: str | None = None,
+    compute: str | None = None,
+    functions: str | None = None,
     json: Annotated[bool, Flag] = False,
 ) -> int:
     """Convert a checkpoint.
@@ -61,11 +65,12 @@ def convert(
     source
         A checkpoint folder (spec.yaml), or a Hugging Face folder (config.json).
     to
-        The target.
+        The target, or several with commas between: gguf, mlx, onnx, coreml, hf, tensorrt.
     quant
         The precision level.
     out
-        The file to write; by default SOURCE.LEVEL.gguf in the working directory.
+        The artifact, or for several targets the folder they go into; by default SOURCE.LEVEL.gguf, SOURCE.LEVEL-mlx
+        and so on in the working directory.
     verify
         Run the result against the source before it gets its name.
     check
@@ -76,34 +81,41 @@ def convert(
         Threads that round and verify; by default one for each core.
     text
         UTF-8 text for the quality check; by default some of the standard library.
+    profile
+        ONNX: ort (ONNX Runtime's fused operators) or portable (the standard operator set only).
+    compute
+        MLX, ONNX, Core ML: the dtype that the artifact computes in, f32, f16 or bf16; by default the target's own for
+        the level.
+    functions
+        Core ML: one (prompts and single tokens) or two (prefill and decode, which share the weights).
     json
         Print the result as JSON.
     """
-    from convert.pipeline import VerificationFailed
-    from convert.pipeline import convert as run
-    from convert.show import dumps, progress, show_expected, show_result
+    from convert.pipeline import convert_all as run
+    from convert.show import dumps, progress, show_expected, show_result, show_summary
+
+    given = {"profile": profile, "compute": compute, "functions": functions}
+    options = {name: value for name, value in given.items() if value is not None}
+    targets = [t for t in (name.strip().lower() for name in to.split(",")) if t]
 
     with progress(quiet=json or check) as reporting:
-        try:
-            result = run(
-                source, to, quant, out, verify=verify, force=force, check=check, threads=threads, text=text,
-                progress=reporting, on_check=reporting.checked,
-            )  # fmt: skip
-        except VerificationFailed as e:
-            reporting.stop()
-            if json:
-                sys.stdout.write(dumps({"ok": False, "report": e.report.to_dict()}))
-            else:
-                reporting.table(e.report)
-            _say(f"convert: verification failed, nothing was written: {e}")
-            return 1
+        results = run(
+            source, targets, quant, out, options=options, verify=verify, force=force, check=check, threads=threads,
+            text=text, progress=reporting, on_check=reporting.checked,
+        )  # fmt: skip
+    failed = [r for r in results if r.failed]
     if json:
-        sys.stdout.write(dumps(result.to_dict()))
-    elif check:
-        show_expected(result)
+        found = [r.to_dict() for r in results]
+        sys.stdout.write(dumps(found[0] if len(found) == 1 else {"ok": not failed, "artifacts": found}))
     else:
-        show_result(result)
-    return 0
+        for r in results:
+            (show_expected if check else show_result)(r)
+        if len(results) > 1:
+            show_summary(results)
+    for r in failed:
+        assert r.report is not None
+        _say(f"convert: {r.out}: verification failed, it was not written: {r.report.summary}")
+    return 1 if failed else 0
 
 
 def _say(message: str) -> None:

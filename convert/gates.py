@@ -27,11 +27,12 @@ UNIT: Mapping[str, float] = {
     "bf16": 2.0**-8,
     "q8_0": 1 / 254,  # half a step of 127 levels, relative to the largest of a block of 32
     "q8_k": 1 / 254,  # the same, of a block of 256
+    "int8": 1 / 254,  # ONNX Runtime's blocks of 32
 }
 """Unit roundoff: the largest relative error of one rounding."""
 
 RATIO: Mapping[str, float] = {"graph": 4.0, "arithmetic": 3.0}
-"""Times the control's NMSE: graph is 2 squared (float32, as in PyTorch's own accuracy harness)."""
+"""Times the control's NMSE: graph, and arithmetic in float32, is 2 squared (as in PyTorch's own accuracy harness)."""
 
 FLOOR_K = 8.0
 """One operation's worth of roundings: a norm, two products and a sum lie on every path."""
@@ -41,7 +42,7 @@ FLIPS = 8
 control saw. There are few in a small run, so their number scatters; one of them changes one of `activations` values by
 at most 2^-10, so costs at most 2^-20 / activations of NMSE."""
 
-CEILING_K: Mapping[str, float] = {"f32": 1e4, "f16": 1e3, "bf16": 1e3, "q8_0": 1e3, "q8_k": 1e3}
+CEILING_K: Mapping[str, float] = {"f32": 1e4, "f16": 1e3, "bf16": 1e3, "q8_0": 1e3, "q8_k": 1e3, "int8": 1e3}
 """How far above k L u^2 (k about 50 measured in float32, 5 in 16 bits) a control may lie and still prove something."""
 
 STRUCTURAL = 1e-6
@@ -79,7 +80,8 @@ def gate(check: str, precision: str, control: float, *, layers: int, positions: 
     table_lookups: activations of one layer that both sides look up in a float16 table.
     """
     flips = FLIPS * 2.0**-20 / table_lookups if table_lookups else 0.0
-    ratio, floor = RATIO[check], FLOOR_K * UNIT["f32"] ** 2 + flips
+    ratio = RATIO["graph" if precision == "f32" else check]
+    floor = FLOOR_K * UNIT["f32"] ** 2 + flips
     ceiling = bound(precision, layers, positions) + flips
     if check == "graph":
         ceiling = min(ceiling, STRUCTURAL / ratio)

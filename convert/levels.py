@@ -38,11 +38,12 @@ LEVELS = {
 """Portable levels by name."""
 
 
-def check(name: str, known: Sequence[str]) -> str:
+def check(name: str, known: Sequence[str], backend: str = "") -> str:
     """`name` in lower case if a backend knows it. Raises `UserError` with the nearest level and all that there are."""
     level = name.lower()
     if level in known:
         return level
     hint = nearest(level, known)
     every = "" if hint.startswith("known") else f"; known: {', '.join(sorted(known, key=list(known).index))}"
-    raise UserError(f"--quant {name}: no such level ({hint}{every})")
+    what = f"no level of {backend}" if backend else "no such level"
+    raise UserError(f"--quant {name}: {what} ({hint}{every})")

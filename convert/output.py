@@ -9,20 +9,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from backends.base import Backend, recognise
+from backends.folder import read_mark
 from spec.errors import UserError
 
 PARTIAL = ".partial"
 
 
-def check(out: Path, suffix: str, force: bool) -> None:
-    """Whether `out` may be written; artifacts keep their suffix, so that no other file is taken for one. Raises
-    `UserError`."""
-    if suffix and out.suffix != suffix and not out.is_dir():
-        raise UserError(f"--out {out}: must end with {suffix}")
-    if out.is_dir():
+REPLACED = ".replaced"
+
+
+def check(out: Path, backend: Backend, force: bool) -> None:
+    """Whether `out` may be written; artifacts keep their suffix, so that no other file is taken for one, and a folder
+    is only ever replaced where a conversion made it. Raises `UserError`."""
+    if backend.suffix and out.suffix != backend.suffix and not out.is_dir():
+        raise UserError(f"--out {out}: must end with {backend.suffix}")
+    if out.is_dir() and not backend.folder:
         raise UserError(f"--out {out}: is a folder; name the file")
     if out.exists() and not force:
         raise UserError(f"--out {out}: exists; --force replaces it once the new one is whole and verified")
+    if out.exists() and backend.folder and not replaceable(out, backend):
+        raise UserError(f"--out {out}: is no {backend.name} artifact of this program, so it is not replaced; name another")
     parent = out.parent
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
@@ -30,6 +37,14 @@ def check(out: Path, suffix: str, force: bool) -> None:
         raise UserError(f"--out {out}: {parent} is no folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {parent} is not writable")
+
+
+def replaceable(out: Path, backend: Backend) -> bool:
+    """Whether a folder may be replaced: it is empty, or the same backend's artifact."""
+    if not out.is_dir() or out.is_symlink():
+        return False
+    found = recognise(out, [backend])
+    return not any(out.iterdir()) or (found is not None and bool(backend.suffix or read_mark(out)))
 
 
 def check_space(out: Path, need: int) -> None:
@@ -40,9 +55,14 @@ def check_space(out: Path, need: int) -> None:
     free = shutil.disk_usage(parent).free
     stale = partial(out)
     with suppress(OSError):  # what a killed conversion left behind is overwritten
-        free += stale.stat().st_blocks * 512
+        free += sum(f.lstat().st_blocks * 512 for f in (stale, *stale.rglob("*")))
     if need > free:
         raise UserError(f"--out {out}: needs {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free on its disk")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
 
 def partial(out: Path) -> Path:
@@ -59,15 +79,24 @@ def reserved(out: Path, *beside: Path) -> Iterator[Path]:
     """
     lock = out.with_name(out.name + ".lock")
     fd = _locked(out, lock)
-    path = partial(out)
+    path, aside = partial(out), out.with_name(out.name + REPLACED)
     try:
-        path.unlink(missing_ok=True)
+        if aside.exists():  # a conversion was killed between the two renames of `publish`
+            _remove(aside) if out.exists() else aside.rename(out)
+        _remove(path)
         yield path
     finally:
         for left in (path, *map(partial, beside), lock):
-            with suppress(OSError):
-                left.unlink(missing_ok=True)
+            _remove(left)
         os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _locked(out: Path, lock: Path) -> int:
@@ -90,16 +119,40 @@ def _locked(out: Path, lock: Path) -> int:
 
 
 def publish(path: Path, out: Path) -> None:
-    """Give a whole file its name, durably. Raises `UserError`."""
+    """Give a whole file or folder its name, durably. Raises `UserError`."""
     try:
-        path.replace(out)
-        folder = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if path.is_dir():
+            _publish_folder(path, out)
+        else:
+            path.replace(out)
+        _sync(out.parent)
     except OSError as e:
         raise UserError(f"--out {out}: {e.strerror}") from None
+
+
+def _publish_folder(path: Path, out: Path) -> None:
+    """A folder cannot replace another in one step: the old one steps aside, and comes back if anything goes wrong."""
+    for f in path.rglob("*"):
+        _sync(f)
+    aside = out.with_name(out.name + REPLACED)
+    old = out.exists()
+    if old:
+        out.rename(aside)
+    try:
+        path.rename(out)
+    except OSError:
+        if old:
+            aside.rename(out)
+        raise
+    _remove(aside)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def staged(out: Path, text: str) -> Path:

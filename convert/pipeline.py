@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import backends
-from backends.base import Backend, ContentHash, Planned, Support
+from backends import folder
+from backends.base import Backend, ContentHash, Planned, Support, Writer
 from backends.threads import share_cores
-from convert import card, output, recipe, stream
+from convert import card, levels, output, recipe, stream
 from convert import receipt as receipts
-from convert.levels import LEVELS, check
+from convert.levels import LEVELS
 from convert.sources import Source, open_source
 from spec.config import Spec
-from spec.errors import UserError
+from spec.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from convert.verify import Check, Report
@@ -38,7 +39,7 @@ class VerificationFailed(Exception):
 
     def __init__(self, report: Report) -> None:
         self.report = report
-        super().__init__("; ".join(f"{c.name}: {c.reason}" for c in report.failures) or "nothing could be checked")
+        super().__init__(report.summary)
 
 
 @dataclass
@@ -60,19 +61,27 @@ class Result:
     memory: int
     """Bytes that row blocks take at most."""
     seconds: float = 0.0
-    """Reading, rounding and writing (a dry run: expected, from one block)."""
+    """Reading, rounding and writing (a dry run: expected, from one block), which all targets share."""
+    options: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     receipt: dict[str, Any] = field(default_factory=dict)
     report: Report | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether it was kept back, because a check failed."""
+        return self.report is not None and not self.report.ok
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         return {
+            "ok": not self.failed,
             "out": str(self.out),
             "backend": self.backend,
             "carrier": self.support.carrier,
             "folds": list(self.support.folds),
             "level": self.level,
+            "options": self.options,
             "weights": self.weights,
             "bits_per_weight": round(self.bits, 4),
             "levels": self.levels,
@@ -86,24 +95,43 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Target:
+    """One artifact of a conversion."""
+
+    backend: Backend
+    build: Any
+    support: Support
+    options: dict[str, str]
+    path: Path
+
+
+@dataclass(frozen=True)
 class Job:
     """A conversion that passed every check that needs no weights."""
 
     source: Source
-    backend: Backend
-    build: Any
-    support: Support
+    targets: tuple[Target, ...]
     level: str
     planned: tuple[Planned, ...]
     threads: int
 
 
-def convert(
+def convert(source: str | Path, target: str, level: str, out: str | Path | None = None, **settings: Any) -> Result:
+    """`convert_all` for one target. Raises `VerificationFailed` where the artifact is kept back."""
+    (result,) = convert_all(source, [target], level, out, **settings)
+    if result.failed:
+        assert result.report is not None
+        raise VerificationFailed(result.report)
+    return result
+
+
+def convert_all(
     source: str | Path,
-    target: str,
+    targets: Sequence[str],
     level: str,
     out: str | Path | None = None,
     *,
+    options: Mapping[str, str] | None = None,
     verify: bool = True,
     force: bool = False,
     check: bool = False,
@@ -111,103 +139,173 @@ def convert(
     text: str | Path | None = None,
     progress: Progress | None = None,
     on_check: Callable[[Check], None] | None = None,
-) -> Result:
-    """Convert a checkpoint.
+) -> list[Result]:
+    """Convert a checkpoint to one or several targets in one pass over the weights, each tensor rounded once.
 
-    source: our checkpoint folder or a Hugging Face folder. target: a backend. level: a portable level or one of the
-    backend's own. out: by default the source's name, level and the backend's suffix in the working directory.
-    check: refuse what a real run would refuse, estimate, write nothing. text: what the quality check reads.
+    source: our checkpoint folder or a Hugging Face folder. targets: backends. level: a portable level, or one that
+    is the target's own, where there is one target. out: the artifact, or with several targets the folder they go into;
+    by default named after source, level and backend in the working directory. options: the backends' own
+    (`support.OPTIONS`), each for those targets that have it. check: refuse what a real run would refuse, estimate,
+    write nothing. text: what the quality check reads.
 
-    An existing `out` is replaced only with `force`, and only by a whole, verified artifact. Raises `UserError` for
-    what the user can fix and `VerificationFailed`; either way, and on Ctrl-C, nothing partial is left behind.
+    An existing artifact is replaced only with `force`, and only by a whole, verified one. Raises `UserError` for what
+    the user can fix, and then nothing is written; either way, and on Ctrl-C, nothing partial is left behind. An artifact
+    that fails its verification is kept back (`Result.failed`), and the others appear.
     """
     share_cores()
-    job = _prepare(source, target, level, threads)
+    job = _prepare(source, targets, level, out, options or {}, threads)
     with job.source:
-        path = Path(out) if out is not None else _default_out(job)
-        output.check(path, job.backend.suffix, force)
-        result = _expected(job, path)
-        output.check_space(path, result.size)
+        for t in job.targets:
+            output.check(t.path, t.backend, force)
+        results = [_expected(job, t) for t in job.targets]
+        for t, result in zip(job.targets, results, strict=True):
+            output.check_space(t.path, sum(r.size for r in results if r.out.parent == result.out.parent))
         if text is not None and not Path(text).is_file():
             raise UserError(f"--text {text}: no such file")
         if check:
-            result.seconds = _estimate(job)
-            return result
-        beside = (receipts.beside(path), card.beside(path))
-        with output.reserved(path, *beside) as partial:
+            seconds = _estimate(job)
+            for result in results:
+                result.seconds = seconds
+            return results
+        with ExitStack() as stack:
+            partials = [stack.enter_context(output.reserved(t.path, *_beside(t))) for t in job.targets]
             started = time.perf_counter()
-            result.receipt = _write(job, partial, progress or (lambda *_: None))
-            result.seconds, result.size = time.perf_counter() - started, partial.stat().st_size
-            if verify:
-                result.report = _verify(job, partial, path, text, on_check)
-            result.receipt["parity"] = receipts.parity(result.report)
-            job.build.stamp(partial, result.receipt)
-            texts = _described(result)
-            staged = [output.staged(name, text) for name, text in zip(beside, texts, strict=True)]
-            output.publish(partial, path)
-            for whole, name in zip(staged, beside, strict=True):
-                output.publish(whole, name)
-    return result
+            receipts_ = _write(job, partials, progress or (lambda *_: None))
+            seconds = time.perf_counter() - started
+            for t, partial, result, receipt in zip(job.targets, partials, results, receipts_, strict=True):
+                result.receipt, result.seconds, result.size = receipt, seconds, output.size_of(partial)
+                if verify:
+                    result.report = _verify(job, t, partial, text, on_check)
+                if not result.failed:
+                    _finish(t, partial, result)
+    return results
 
 
-def _target(name: str) -> Backend:
-    backend = backends.get(name)
-    if importlib.util.find_spec(f"{backend.module}.build") is None:
-        targets = [b.name for b in backends.REGISTRY if importlib.util.find_spec(f"{b.module}.build") is not None]
-        raise UserError(f"--to {name}: nothing is converted to it (targets: {', '.join(targets)})")
-    return backend
+def _finish(t: Target, partial: Path, result: Result) -> None:
+    """The receipt with what was measured, the card, and the name."""
+    result.receipt["parity"] = receipts.parity(result.report)
+    t.build.stamp(partial, result.receipt)
+    report = result.report.to_dict() if result.report else None
+    described = card.card(result, t.backend, result.receipt, result.report)
+    beside = _beside(t)
+    if not beside:
+        folder.stamp(partial, result.receipt, report)
+        (partial / card.INSIDE).write_text(described, encoding="utf-8")
+        output.publish(partial, t.path)
+        return
+    sidecar = json.dumps({**result.receipt, "report": report}, indent=1, sort_keys=True) + "\n"
+    staged = [output.staged(name, text) for name, text in zip(beside, (sidecar, described), strict=True)]
+    output.publish(partial, t.path)
+    for whole, name in zip(staged, beside, strict=True):
+        output.publish(whole, name)
 
 
-def _prepare(source: str | Path, target: str, level: str, threads: int | None) -> Job:
+def _beside(t: Target) -> tuple[Path, ...]:
+    """The receipt with the whole report and the card lie beside an artifact with a suffix, and inside a plain folder."""
+    return (receipts.beside(t.path), card.beside(t.path)) if t.backend.suffix else ()
+
+
+def _backends(names: Sequence[str]) -> list[Backend]:
+    known = [b.name for b in backends.REGISTRY if backends.has(b, "build")]
+    out = [backends.get(name) for name in dict.fromkeys(names)]
+    for b in out:
+        if b.name not in known:
+            raise UserError(f"--to {b.name}: nothing is converted to it (targets: {', '.join(known)})")
+    if not out:
+        raise UserError(f"--to: names no target (targets: {', '.join(known)})")
+    return out
+
+
+def _options(chosen: Sequence[Backend], options: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Every target's options, defaults filled in. Raises `UserError`."""
+    known = {b.name: {o.name: o for o in getattr(backends.part(b, "support"), "OPTIONS", ())} for b in chosen}
+    for name, value in options.items():
+        having = [b for b in known if name in known[b]]
+        if not having:
+            raise UserError(f"--{name} {value}: {', '.join(known)} has no such option")
+        choices = tuple(dict.fromkeys(c for b in having for c in known[b][name].choices))
+        for b in having:
+            if value not in known[b][name].choices:
+                raise UserError(f"--{name} {value}: {b} has no such choice ({nearest(value, choices)})")
+    return {b: {name: options.get(name, o.default) for name, o in known[b].items()} for b in known}
+
+
+def _prepare(
+    source: str | Path,
+    names: Sequence[str],
+    level: str,
+    out: str | Path | None,
+    options: Mapping[str, str],
+    threads: int | None,
+) -> Job:
     """Everything that can be refused before a weight is read."""
-    backend = _target(target)
-    support = backends.part(backend, "support")
-    level = check(level, support.levels())
+    chosen = _backends(names)
+    given = _options(chosen, options)
+    supports = {b.name: backends.part(b, "support") for b in chosen}
+    if len(chosen) > 1 and level.lower() not in LEVELS:
+        own = [b.name for b in chosen if level.lower() in supports[b.name].levels()]
+        if own:
+            raise UserError(f"--quant {level}: is {own[0]}'s own type, which is converted alone "
+                            f"(for several targets: {', '.join(LEVELS)})")  # fmt: skip
+    for b in chosen:
+        level = levels.check(level, supports[b.name].levels(), b.name if len(chosen) > 1 else "")
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads}: must be at least 1")
     opened = open_source(source)
     try:
-        verdict: Support = support.support(opened.spec, level)
-        if not verdict.ok:
-            raise UserError("\n".join(f"{target}: {r}" for r in verdict.refusals))
-        build = backends.part(backend, "build")
+        verdicts = {b.name: supports[b.name].support(opened.spec, level, **given[b.name]) for b in chosen}
+        refused = [f"{name}: {r}" for name, verdict in verdicts.items() for r in verdict.refusals]
+        if refused:
+            raise UserError("\n".join(refused))
+        builds = {b.name: backends.part(b, "build") for b in chosen}
         if level in LEVELS:
             planned = recipe.plan(opened.spec, level)
         else:
-            native = build.recipe(opened.spec, level)
+            native = builds[chosen[0].name].recipe(opened.spec, level)
             planned = [Planned(n, opened.shape(n), native[n]) for n in opened.names()]
+        stem = f"{opened.path.resolve().name}.{level}"
+        targets = [
+            Target(b, builds[b.name], verdicts[b.name], given[b.name], _path(b, stem, out, len(chosen) > 1))
+            for b in chosen
+        ]
     except BaseException:
         opened.close()
         raise
-    return Job(opened, backend, build, verdict, level, tuple(planned), threads or _cores())
+    return Job(opened, tuple(targets), level, tuple(planned), threads or _cores())
+
+
+def _path(backend: Backend, stem: str, out: str | Path | None, several: bool) -> Path:
+    """The artifact's path: tiny.q4.gguf, tiny.q4.mlpackage, tiny.q4-mlx."""
+    if out is not None and not several:
+        return Path(out)
+    where = Path(out) if out is not None else Path()
+    return where / (f"{stem}{backend.suffix}" if backend.suffix else f"{stem}-{backend.name}")
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _default_out(job: Job) -> Path:
-    return Path(f"{job.source.path.resolve().name}.{job.level}{job.backend.suffix}")
-
-
-def _expected(job: Job, path: Path) -> Result:
+def _expected(job: Job, t: Target) -> Result:
     source, spec = job.source, job.source.spec
-    size = job.build.size(spec, job.planned, source.tokenizer)
-    stored = {p.level: backends.part(job.backend, "support").bits(p.level) for p in job.planned}
+    size = t.build.size(spec, job.planned, source.tokenizer, **t.options)
+    support = backends.part(t.backend, "support")
+    stored = {p.level: support.bits(p.level) for p in job.planned if p.level not in LEVELS}
     largest = max(source.rows(p.name) * (p.shape[-1] if len(p.shape) > 1 else 1) for p in job.planned)
-    notes = [*source.notes, *job.support.notes, *recipe.notes(spec, job.planned, job.level)]
+    notes = [*source.notes, *t.support.notes, *recipe.notes(spec, job.planned, job.level)]
     return Result(
-        out=path,
-        backend=job.backend.name,
+        out=t.path,
+        backend=t.backend.name,
         level=job.level,
         spec=spec,
-        support=job.support,
+        support=t.support,
         weights=source.weights,
         bits=recipe.bits_per_weight(job.planned, stored),
         levels=dict(sorted(Counter(p.level for p in job.planned).items())),
         size=size,
         # float32 blocks read ahead and in work (with their codes), and the one being packed
         memory=largest * (4 * (stream.READ_AHEAD + 2) + 8 * (job.threads + 1)),
+        options={k: v for k, v in t.options.items() if v},
         notes=list(dict.fromkeys(notes)),
     )
 
@@ -222,18 +320,20 @@ def _estimate(job: Job) -> float:
     read = time.perf_counter()
     stream.rounded(largest.name, largest.level, start, block)
     if largest.level not in LEVELS:
-        job.build.pack(block, largest.level)
+        job.targets[0].build.pack(block, largest.level)
     ended = time.perf_counter()
     return (read - started + (ended - read) / job.threads) * job.source.weights / block.size
 
 
-def _write(job: Job, partial: Path, progress: Progress) -> dict[str, Any]:
-    """The one pass over the weights. Returns the receipt."""
+def _write(job: Job, partials: Sequence[Path], progress: Progress) -> list[dict[str, Any]]:
+    """The one pass over the weights, which every target's writer sees. Returns the receipts."""
     metadata = {"quantized_by": "allotrope", "source.weights": job.source.weights}
-    writer = job.build.writer(
-        job.source.spec, job.planned, job.source.tokenizer, partial, metadata=metadata, threads=job.threads
-    )
+    writers: list[Writer] = []
     try:
+        for t, partial in zip(job.targets, partials, strict=True):
+            make = t.build.writer
+            writers.append(make(job.source.spec, job.planned, job.source.tokenizer, partial, level=job.level,
+                                metadata=metadata, threads=job.threads, **t.options))  # fmt: skip
         blocks = stream.Stream(job.source, job.planned, job.threads)
         hashes: dict[str, str] = {}
         done, total = 0, job.source.weights
@@ -241,35 +341,32 @@ def _write(job: Job, partial: Path, progress: Progress) -> dict[str, Any]:
             digest = ContentHash()
             for block in group:
                 digest.update(block.values)
-                writer.write(name, block.start, block.values)
+                for w in writers:
+                    w.write(name, block.start, block.values)
                 done += block.weights
                 progress("convert", job.source.nbytes * done // total, job.source.nbytes)
             if blocks.levels[name] in LEVELS:  # what a native level stores only its backend knows
                 hashes[name] = digest.hexdigest()
-        receipt = receipts.receipt(job.source, job.support, job.level, job.planned, blocks.hashes, hashes)
-        writer.close(receipt)
+        out = []
+        for t, w in zip(job.targets, writers, strict=True):
+            made = receipts.receipt(job.source, t.backend, t.support, job.level, t.options, job.planned,
+                                    blocks.hashes, hashes)  # fmt: skip
+            w.close(made)
+            out.append(made)
     except BaseException as e:
-        writer.abort()
+        for w in writers:
+            w.abort()
         if isinstance(e, OSError):
-            raise UserError(f"{partial}: {e.strerror or e}") from None
+            raise UserError(f"{e.filename or partials[0]}: {e.strerror or e}") from None
         raise
-    return receipt
+    return out
 
 
 def _verify(
-    job: Job, partial: Path, out: Path, text: str | Path | None, on_check: Callable[[Check], None] | None
+    job: Job, t: Target, partial: Path, text: str | Path | None, on_check: Callable[[Check], None] | None
 ) -> Report:
     from convert.verify import verify
 
-    report = verify(partial, job.backend.name, job.source.path, job.level, text, threads=job.threads, on_check=on_check)
-    report.artifact = str(out)
-    if not report.ok:
-        raise VerificationFailed(report)
+    report = verify(partial, t.backend.name, job.source.path, job.level, text, threads=job.threads, on_check=on_check)
+    report.artifact = str(t.path)
     return report
-
-
-def _described(result: Result) -> tuple[str, str]:
-    """The sidecar, which is the receipt with the whole report, and the model card."""
-    report = result.report.to_dict() if result.report else None
-    text = json.dumps({**result.receipt, "report": report}, indent=1, sort_keys=True) + "\n"
-    return text, card.card(result, result.receipt, result.report)

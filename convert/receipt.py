@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.base import Planned, Support
+import backends
+from backends.base import Backend, Planned, Support
 from convert.sources import Source
 from convert.sources.base import weights_hash
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from convert.verify import Report
 
 FORMAT = 1
-PACKAGES = ("allotrope", "numpy", "gguf", "llama-cpp-python")
 
 
 def receipt(
     source: Source,
+    backend: Backend,
     support: Support,
     level: str,
+    options: Mapping[str, str],
     planned: Sequence[Planned],
     source_hashes: Mapping[str, str],
     hashes: Mapping[str, str],
@@ -41,26 +42,22 @@ def receipt(
             "hash": weights_hash((n, source_hashes[n]) for n in source.names()),
             "dtypes": source.dtypes(),
         },
-        "backend": support.backend,
+        "backend": backend.name,
         "carrier": support.carrier,
         "folds": list(support.folds),
         "level": level,
+        "options": {k: v for k, v in options.items() if v},
         "levels": dict(sorted(Counter(p.level for p in planned).items())),
         "weights_hash": weights_hash((n, hashes[n]) for n in source.names()) if len(hashes) == len(stored) else None,
         "tensors": stored,
-        "versions": versions(),
+        "versions": versions(backend),
     }
 
 
-def versions() -> dict[str, str]:
+def versions(backend: Backend) -> dict[str, str]:
     """Versions of everything that had a hand in it."""
-    out = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return out
+    own = Backend("allotrope", "", "", "", packages=("allotrope", "numpy"))
+    return {"python": platform.python_version(), **backends.versions(own), **backends.versions(backend)}
 
 
 def parity(report: Report | None) -> dict[str, Any]:

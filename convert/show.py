@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -133,9 +134,32 @@ def show_result(result: Result) -> None:
             console.print(f"flag: {flag}", markup=False)
 
     def rows() -> Iterator[tuple[str, str]]:
-        yield "wrote", f"{result.out} ({result.size / 1e6:,.1f} MB in {_duration(result.seconds)})"
+        yield ("not written" if result.failed else "wrote"), (
+            f"{result.out} ({result.size / 1e6:,.1f} MB in {_duration(result.seconds)})"
+        )
         yield from _facts(result)
         if result.report is None:
             yield "note", "not verified (--no-verify)"
 
     console.print(_lines(rows()), markup=False)
+
+
+def show_summary(results: Sequence[Result]) -> None:
+    """Several artifacts side by side, on stdout."""
+    from rich.table import Table
+
+    table = Table("artifact", "carrier", "size", "bits/weight", "parity", "verified in")
+    for column in table.columns[2:4]:
+        column.justify = "right"
+    for r in results:
+        verdict, took = "not verified", "-"
+        if r.report is not None:
+            counts = Counter(str(c.status) for c in r.report.checks)
+            verdict = ", ".join(f"{n} {status}" for status, n in counts.items())
+            took = _duration(r.report.seconds)
+        carrier = f"{r.backend} {r.support.carrier}".strip()
+        style = "bold red" if r.failed else None
+        table.add_row(str(r.out), carrier, f"{r.size / 1e6:,.1f} MB", f"{r.bits:.2f}", verdict, took, style=style)
+    console = Console(highlight=False, file=sys.stdout)
+    console.print(table)
+    console.print(f"read, rounded and written in one pass of {_duration(results[0].seconds)}", markup=False)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import backends
+from convert.output import size_of
 from evals.reference import cut, reference_logits
 from spec.errors import UserError
 from spec.params import params
@@ -36,11 +37,6 @@ class Options:
     threads: int | None = None
     repeats: int = 3
     checks: bool = True
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file or of all files in a folder."""
-    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
 
 def weight_bits(artifact: Path, backend: str, weights: int) -> float:

@@ -306,12 +306,14 @@ def writer(
     tokenizer: Tokenizer | None,
     out: Path,
     *,
+    level: str = "",
     metadata: dict[str, Any],
     threads: int,
 ) -> GGUFWriter:
     """A writer for `out`, with header, metadata and constants already in place.
 
-    metadata: further keys (`general.` is put before those without a dot). Raises `UserError` where no llama.cpp
+    level: the conversion's, which the receipt names. metadata: further keys (`general.` is put before those without a
+    dot). Raises `UserError` where no llama.cpp
     architecture carries the spec, the tokenizer has no llama.cpp equivalent, or the disk is full.
     """
     return writer_for(carrier(spec), spec, planned, tokenizer, out, metadata=metadata, threads=threads)

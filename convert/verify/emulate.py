@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from backends.numpy.ops import Handle, NumpyOps
-from spec.config import Activation, Attention
+from spec.config import Activation, Attention, Norm
 from spec.ops import Step
 
 Array = NDArray[Any]
@@ -62,7 +62,18 @@ def to_q8_k(x: Array) -> Array:
         return np.where(inverse != 0, codes * (np.float32(1) / inverse), np.float32(0)).reshape(x.shape)
 
 
-ROUNDINGS: Mapping[str, Rounding] = {"f32": to_f32, "f16": to_f16, "bf16": to_bf16, "q8_0": to_q8_0, "q8_k": to_q8_k}
+def to_int8(x: Array) -> Array:
+    """Through int8 blocks of 32 with a float32 scale of amax / 127 (MLAS, for ONNX Runtime's accuracy level 4)."""
+    b = x.astype(np.float32).reshape(-1, 32)
+    scale = np.abs(b).max(-1, keepdims=True) / np.float32(127)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.rint(b * np.where(scale > 0, np.float32(1) / scale, np.float32(0)))
+    return (codes * scale).reshape(x.shape)
+
+
+ROUNDINGS: Mapping[str, Rounding] = {
+    "f32": to_f32, "f16": to_f16, "bf16": to_bf16, "q8_0": to_q8_0, "q8_k": to_q8_k, "int8": to_int8,
+}  # fmt: skip
 
 _Q8_0 = ("q1_0", "q2_0", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "nvfp4")
 """Types whose dot product takes Q8_0, or Q8_1, which is Q8_0 with the block's sum beside it."""
@@ -176,3 +187,52 @@ class EmulatedOps(NumpyOps):
         if w.sinks is not None:
             total = total + np.exp(w.sinks[:, None] - top)
         return (out / total[..., None]).astype(self.dtype)
+
+
+class RoundedOps(EmulatedOps):
+    """The oracle with every operation's result rounded to a 16-bit dtype in the batch rows `rows`: what a runtime that
+    computes in that dtype, and accumulates inside each operation in float32, must reach."""
+
+    def __init__(
+        self, dtype: DTypeLike = np.float64, *, compute: str = "f16", kv: str = "f32", rows: slice = slice(None)
+    ) -> None:
+        super().__init__(dtype, kv=kv, tables=False, rows=rows)
+        self.compute, self._fused = compute, False
+
+    def _rounded(self, x: Array) -> Array:
+        return x if self.compute == "f32" or self._fused else self._round(x, ROUNDINGS[self.compute], self.rows)
+
+    def embed(self, ids: Array, w: Handle, offset: int = 0) -> Array:
+        return self._rounded(super().embed(ids, w, offset))
+
+    def linear(self, x: Array, w: Handle) -> Array:
+        return self._rounded(super().linear(x, w))
+
+    def norm(self, x: Array, w: Handle, norm: Norm) -> Array:
+        return self._rounded(super().norm(x, w, norm))
+
+    def act(self, x: Array, kind: Activation) -> Array:
+        return self._rounded(super().act(x, kind))
+
+    def add(self, x: Array, y: Array) -> Array:
+        return self._rounded(super().add(x, y))
+
+    def mul(self, x: Array, y: Array) -> Array:
+        return self._rounded(super().mul(x, y))
+
+    def scale(self, x: Array, factor: float) -> Array:
+        return self._rounded(super().scale(x, factor))
+
+    def softcap(self, x: Array, cap: float) -> Array:
+        return self._rounded(super().softcap(x, cap))
+
+    def rope(self, x: Array, rotation: tuple[Array, Array]) -> Array:
+        return self._rounded(super().rope(x, rotation))
+
+    def mix(self, q: Array, k: Array, v: Array, step: Step[Array], key_slots: Any, a: Attention, w: Any) -> Array:
+        self._fused = True  # scores and probabilities stay in float32
+        try:
+            out = super().mix(q, k, v, step, key_slots, a, w)
+        finally:
+            self._fused = False
+        return self._rounded(out)

@@ -90,6 +90,12 @@ class Shipped:
         """The file's weights in canonical names."""
         return Packed(self.path, self.spec, self.level, self.threads)
 
+    emulated = False
+
+    def emulate(self, ids: Array, length: int) -> numeric.Emulation:
+        """llama.cpp's roundings on a CPU."""
+        return numeric.emulate(self.spec, self.weights, ids, length)
+
     def load(self, context: int) -> Runtime:
         """llama.cpp as anyone would run it on a CPU, whose roundings are the ones that are emulated."""
         return load(self.path, threads=self.threads, context=context, gpu=False)
@@ -100,7 +106,7 @@ class Shipped:
         what = f"float32 twin of {spec.depth} of {self.spec.depth} layers against float64"
         runtime = load(small, threads=self.threads, exact=True, context=_twin_context(spec))
         weights = FileWeights(small, spec, "f32")
-        return Twin(spec, weights, runtime, what, weights.session or runtime.context)
+        return Twin(spec, weights, runtime, what, weights.session or runtime.context, tables=True)
 
 
 def _twin_context(spec: Spec) -> int | None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Runtime
+from backends.base import Arithmetic, Runtime
 from backends.numpy.model import Oracle
 from convert import gates
-from convert.verify.emulate import FLASH_TILE, GELU_TABLES, EmulatedOps
+from convert.verify.emulate import FLASH_TILE, GELU_TABLES, EmulatedOps, RoundedOps
 from convert.verify.metrics import Quality, nmse
 from convert.verify.report import Check, Status
 from spec.config import Spec
@@ -134,7 +134,23 @@ def emulate(spec: Spec, weights: Weights, ids: Array, length: int | None = None)
     return Emulation(y[:1], y[1:2], y[2:])
 
 
-COARSENESS: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q8_k")
+def emulate_dtype(
+    spec: Spec, weights: Weights, ids: Array, length: int | None, arithmetic: Arithmetic
+) -> Emulation:  # fmt: skip
+    """The control of a runtime that computes in one dtype: float32 NumPy, or the oracle with every operation's result
+    rounded to 16 bits. Quantized activations are rounded on top, where weights are `Typed`."""
+    a = arithmetic
+    if a.compute == "f32" and a.cache == "f32" and a.activations is None:
+        exact = Oracle(spec, weights, length=length).logits(ids)
+        rounded = Oracle(spec, weights, np.float32, length).logits(ids)
+    else:
+        ops = RoundedOps(np.float64, compute=a.compute, kv=a.cache, rows=slice(1, 2))
+        both = Oracle(spec, weights, length=length, ops=ops).logits(np.concatenate([ids] * 2))
+        exact, rounded = both[:1], both[1:]
+    return Emulation(exact, rounded, rounded)
+
+
+COARSENESS: tuple[str, ...] = ("f32", "f16", "bf16", "int8", "q8_0", "q8_k")
 
 
 def coarsest(precisions: Sequence[str]) -> str:

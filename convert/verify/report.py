@@ -74,6 +74,11 @@ class Report:
         return [c for c in self.checks if c.status is Status.FAIL]
 
     @property
+    def summary(self) -> str:
+        """What failed, in one line."""
+        return "; ".join(f"{c.name}: {c.reason}" for c in self.failures) or "nothing could be checked"
+
+    @property
     def flagged(self) -> list[str]:
         """What to tell the user even though the artifact is let through."""
         out = [

@@ -1,0 +1,182 @@
+"""How to open the artifact of any backend that reads its own files back (`backends.base.Artifact`) for verification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import backends
+from backends.base import Artifact, Backend, ContentHash, Planned, QuantizedTensor, Runtime, Values
+from convert.levels import LEVELS
+from convert.quantize import quantize
+from convert.recipe import plan
+from convert.verify import numeric
+from convert.verify.emulate import Typed
+from convert.verify.packing import compare_values
+from convert.verify.run import Twin
+from spec.config import Spec
+from spec.errors import UserError
+from spec.params import params
+
+Array = NDArray[Any]
+
+
+class Door:
+    """What `convert.verify.run.door` returns for a backend."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def versions(self) -> dict[str, str]:
+        """Of the libraries that the verdict depends on."""
+        return {**backends.versions(self.backend), "numpy": np.__version__}
+
+    def level_of(self, path: Path) -> str:
+        """The level that the artifact declares. Raises `UserError`."""
+        return backends.part(self.backend, "read").open_artifact(path).level
+
+    def open_artifact(self, path: Path, spec: Spec, level: str, threads: int | None) -> Shipped:
+        """Open an artifact that should carry `spec`. Raises `UserError` where it is not whole or another model's."""
+        artifact: Artifact = backends.part(self.backend, "read").open_artifact(path)
+        if artifact.source.hash != spec.hash:
+            raise UserError(f"{path}: carries another spec than the source's")
+        return Shipped(self.backend, path, artifact, spec, level, threads)
+
+
+class Shipped:
+    """An artifact; see `convert.verify.run.Shipped`."""
+
+    def __init__(
+        self, backend: Backend, path: Path, artifact: Artifact, source: Spec, level: str, threads: int | None
+    ) -> None:
+        self.backend, self.path, self.artifact, self.threads = backend, path, artifact, threads
+        self.spec: Spec = artifact.spec
+        self._planned = planned(backend, source, level)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether an interpreter stands in for the hardware."""
+        return self.artifact.arithmetic.emulated
+
+    @property
+    def precision(self) -> str:
+        """The coarsest rounding on the path, a key of `gates.UNIT`."""
+        a = self.artifact.arithmetic
+        return numeric.coarsest([p for p in (a.compute, a.cache, a.activations) if p])
+
+    @property
+    def session(self) -> int | None:
+        """Length of the sessions whose rotary tables are fixed in the artifact."""
+        return self.artifact.session
+
+    def weights(self, name: str) -> Any:
+        """Dequantized weights, a few rows at a time."""
+        rows = ArtifactRows(self.artifact, name, _shapes(self.spec)[name])
+        kind = self.artifact.arithmetic.activations
+        if len(rows.shape) == 1:
+            return rows[:]
+        return Typed(rows, kind) if kind and rows.quantized else rows
+
+    def stored(self) -> Packed:
+        """The artifact's weights in canonical names."""
+        return Packed(self.artifact, self._planned)
+
+    def load(self, context: int) -> Runtime:
+        """The stock runtime at its stock settings."""
+        return self._load(context)
+
+    def _load(self, context: int, **options: Any) -> Runtime:
+        return backends.part(self.backend, "runtime").load(
+            self.path, threads=self.threads, context=context, **options
+        )  # fmt: skip
+
+    def emulate(self, ids: Array, length: int) -> numeric.Emulation:
+        """The same weights and ids, exactly and with the runtime's roundings."""
+        return numeric.emulate_dtype(self.spec, self.weights, ids, length, self.artifact.arithmetic)
+
+    def twin(self, folder: Path) -> Twin:
+        """The artifact itself, without any rounding but float32's."""
+        length = self.spec.context
+        runtime = self._load(length, exact=True)
+
+        def exact(name: str) -> Any:
+            found = self.weights(name)
+            return found.weight if isinstance(found, Typed) else found
+
+        what = f"the same graph in float32 ({self.spec.depth} layers) against float64"
+        return Twin(self.spec, exact, runtime, what, self.session or runtime.context, tables=False)
+
+
+def planned(backend: Backend, spec: Spec, level: str) -> list[Planned]:
+    """Every tensor with the level that a conversion gives it."""
+    if level in LEVELS:
+        return plan(spec, level)
+    chosen: Mapping[str, str] = backends.part(backend, "build").recipe(spec, level)
+    return [Planned(p.name, p.shape, chosen[p.name]) for p in params(spec)]
+
+
+def _shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
+    return {p.name: p.shape for p in params(spec)}
+
+
+class ArtifactRows:
+    """One canonical tensor as an array-like: `shape`, and dequantized rows by slice or index array."""
+
+    def __init__(self, artifact: Artifact, name: str, shape: tuple[int, ...]) -> None:
+        self._artifact, self._name, self.shape = artifact, name, shape
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the file holds codes and scales."""
+        return isinstance(self._artifact.rows(self._name, 0, 1), QuantizedTensor)
+
+    def __getitem__(self, rows: Any) -> Array:
+        if isinstance(rows, slice):
+            start, stop, stride = rows.indices(self.shape[0])
+            assert stride == 1, "forward rows only"
+            return _dense(self._artifact.rows(self._name, start, stop))
+        index = np.asarray(rows)
+        first, last = (int(index.min()), int(index.max()) + 1) if index.size else (0, 0)
+        if last - first <= 4 * len(index):
+            return _dense(self._artifact.rows(self._name, first, last))[index - first]
+        return np.concatenate([_dense(self._artifact.rows(self._name, int(i), int(i) + 1)) for i in index])
+
+
+def _dense(values: Values) -> Array:
+    return values.dequantize() if isinstance(values, QuantizedTensor) else values
+
+
+class Packed:
+    """What lies in the artifact; see `packing.Stored`."""
+
+    def __init__(self, artifact: Artifact, plan: list[Planned]) -> None:
+        self._artifact, self._plan = artifact, {p.name: p for p in plan}
+
+    def problems(self) -> dict[str, str]:
+        """What is wrong before any weight is compared."""
+        return self._artifact.problems(list(self._plan.values()))
+
+    def compare(self, name: str, start: int, block: Array) -> str:
+        """An empty string where the artifact holds the canonical rounding of these rows, else what differs."""
+        level = self._plan[name].level
+        chosen = LEVELS.get(level)
+        if chosen is not None and chosen.group is not None:
+            want: Values = quantize(block, chosen.bits, chosen.group)
+        else:
+            want = self._artifact.expected(name, level, block)
+        return compare_values(self._artifact.rows(name, start, start + len(block)), want, start)
+
+    def hashed(self, name: str) -> bool | None:
+        """Whether the tensor has the receipt's content hash, a few rows at a time in canonical order."""
+        entry = self._artifact.receipt.get("tensors", {}).get(name)
+        if not isinstance(entry, list) or len(entry) < 2:
+            return None
+        shape = self._plan[name].shape
+        digest, step = ContentHash(), max(1, (1 << 22) // shape[-1])
+        for start in range(0, shape[0], step):
+            digest.update(self._artifact.rows(name, start, min(shape[0], start + step)))
+        return digest.hexdigest() == entry[1]
