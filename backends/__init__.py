@@ -69,6 +69,11 @@ def versions(backend: Backend) -> dict[str, str]:
     return out
 
 
+def devices(backend: Backend) -> list[str]:
+    """Where an installed backend can run here, best first; empty where it cannot."""
+    return list(part(backend, "runtime").devices()) if not missing(backend) and has(backend, "runtime") else []
+
+
 def part(backend: Backend, name: str) -> Any:
     """A backend's `support`, `build`, `read` or `runtime` module. Raises `MissingDependency` in one line."""
     absent = [] if name == "support" else missing(backend, run=name == "runtime")

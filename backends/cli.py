@@ -26,8 +26,11 @@ Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON fo
 
 @app.command(name="list")
 def list_backends(*, json: Json = False) -> None:
-    """List the backends: whether what they need is installed, how to install it, and what they open."""
-    from backends import REGISTRY, missing
+    """List the backends: whether what they need is installed, versions, devices, and what they open.
+
+    Example: python -m backends list --json
+    """
+    from backends import REGISTRY, devices, missing, versions
 
     rows = [
         {
@@ -35,7 +38,9 @@ def list_backends(*, json: Json = False) -> None:
             "installed": not missing(b),
             "missing": missing(b),
             "install": f"pip install 'allotrope[{b.extra}]'" if b.extra else "",
-            "opens": f"*{b.suffix}" if b.suffix else " + ".join(b.marks),
+            "opens": f"*{b.suffix}" if b.suffix else f"a folder with {' + '.join(b.marks)}" if b.marks else "a folder",
+            "versions": versions(b),
+            "devices": devices(b),
         }
         for b in REGISTRY
     ]
@@ -43,14 +48,16 @@ def list_backends(*, json: Json = False) -> None:
         print(jsonlib.dumps(rows, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("backend", "installed", "opens", "to install")
+    table = Table("backend", "installed", "devices", "opens", "to install")
     for row in rows:
+        found = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
         lacks = ", ".join(row["missing"])
         table.add_row(
-            row["name"], "yes" if row["installed"] else f"no ({lacks} missing)", row["opens"] or "-",
-            "" if row["installed"] else row["install"],
+            row["name"], found if row["installed"] else f"no ({lacks} missing)", ", ".join(row["devices"]) or "-",
+            row["opens"], "" if row["installed"] else escape(row["install"]),
         )  # fmt: skip
     Console().print(table)
 
@@ -82,7 +89,7 @@ def generate(
     Parameters
     ----------
     artifact
-        A .gguf file or a checkpoint folder.
+        A file or folder of any backend.
     prompt
         The text to continue; "-" reads it from the standard input.
     max_tokens
@@ -108,9 +115,9 @@ def generate(
     context
         Tokens of the longest sequence; default: the model's.
     device
-        Where the torch backend runs: cpu, cuda, mps.
+        Where it runs, for backends that have a choice: cpu, cuda, mps, gpu.
     dtype
-        Precision of the torch backend: f32, bf16, f16.
+        Precision, for backends that have a choice: f32, bf16, f16.
     """
     import time
 

@@ -86,8 +86,10 @@ def reserved(out: Path, *beside: Path) -> Iterator[Path]:
         _remove(path)
         yield path
     finally:
-        for left in (path, *map(partial, beside), lock):
-            _remove(left)
+        _remove(path)
+        for left in (*map(partial, beside), lock):
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
         os.close(fd)
 
 

@@ -26,6 +26,8 @@ WINDOW = 512
 SESSION = 160
 """Shortest session that still times a prefill and some steps (see `evals.worker`)."""
 _LOGITS_BYTES = 128 << 20
+_NO_WEIGHTS = frozenset({".json", ".jinja", ".md", ".py", ".txt", ".yaml"})
+_TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ def weight_bits(artifact: Path, backend: str, weights: int) -> float:
         from gguf import GGUFReader
 
         return 8 * sum(int(t.n_bytes) for t in GGUFReader(artifact).tensors) / weights
-    data = [artifact] if artifact.is_file() else list(artifact.glob("*.safetensors"))
-    return 8 * (sum(f.stat().st_size for f in data) or size_of(artifact)) / weights
+    if artifact.is_file():
+        return 8 * size_of(artifact) / weights
+    data = [f for f in artifact.rglob("*") if f.is_file() and f.suffix not in _NO_WEIGHTS and f.name != _TOKENIZER]
+    return 8 * sum(f.stat().st_size for f in data) / weights
 
 
 def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: Callable[[str], None]) -> dict[str, Any]:

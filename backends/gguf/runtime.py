@@ -264,6 +264,11 @@ class GGUFRuntime:
         self.close()
 
 
+def devices() -> list[str]:
+    """Where llama.cpp, as it was built, can run here, best first."""
+    return [*(["gpu"] if _library().llama_supports_gpu_offload() else []), "cpu"]
+
+
 def load(
     path: str | Path, *, threads: int | None = None, context: int | None = None, exact: bool = False, gpu: bool = True
 ) -> GGUFRuntime:

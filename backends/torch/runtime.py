@@ -113,6 +113,12 @@ def _float32(x: Tensor) -> NDArray[np.float32]:
     return x.float().cpu().numpy()
 
 
+def devices() -> list[str]:
+    """Where torch can run here, best first."""
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
 def load(
     path: str | Path,
     *,

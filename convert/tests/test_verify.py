@@ -93,7 +93,7 @@ def test_a_truncated_artifact_fails(artifact: Path, checkpoint: Path, tmp_path: 
     [
         (("{artifact}", "gguf", "nowhere", "q8"), "nowhere: no such folder"),
         (("nowhere.gguf", "gguf", "{checkpoint}", "q8"), "nowhere.gguf: no such file"),
-        (("{artifact}", "torch", "{checkpoint}", "q8"), "torch: its artifacts cannot be verified yet"),
+        (("{artifact}", "torch", "{checkpoint}", "q8"), "torch: its artifacts cannot be verified"),
         (("{artifact}", "gguf", "{checkpoint}", "q8", "nowhere.txt"), "nowhere.txt: No such file"),
     ],
 )
