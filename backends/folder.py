@@ -135,6 +135,7 @@ def _post_processor(tokenizer: Tokenizer) -> dict[str, Any] | None:
     before = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
     after = [tokenizer.eos] if tokenizer.add_eos and tokenizer.eos is not None else []
     if before or after:
+
         def around(name: str, kind: int) -> list[dict[str, Any]]:
             special = [[{"SpecialToken": {"id": t, "type_id": kind}} for t in side] for side in (before, after)]
             return [*special[0], {"Sequence": {"id": name, "type_id": kind}}, *special[1]]

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial as bound
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,7 @@ def convert_all(
     threads: int | None = None,
     text: str | Path | None = None,
     progress: Progress | None = None,
-    on_check: Callable[[Check], None] | None = None,
+    on_check: Callable[[str, Check], None] | None = None,
 ) -> list[Result]:
     """Convert a checkpoint to one or several targets in one pass over the weights, each tensor rounded once.
 
@@ -146,7 +147,7 @@ def convert_all(
     is the target's own, where there is one target. out: the artifact, or with several targets the folder they go into;
     by default named after source, level and backend in the working directory. options: the backends' own
     (`support.OPTIONS`), each for those targets that have it. check: refuse what a real run would refuse, estimate,
-    write nothing. text: what the quality check reads.
+    write nothing. text: what the quality check reads. on_check: called with the backend and each check as it ends.
 
     An existing artifact is replaced only with `force`, and only by a whole, verified one. Raises `UserError` for what
     the user can fix, and then nothing is written; either way, and on Ctrl-C, nothing partial is left behind. An artifact
@@ -363,10 +364,12 @@ def _write(job: Job, partials: Sequence[Path], progress: Progress) -> list[dict[
 
 
 def _verify(
-    job: Job, t: Target, partial: Path, text: str | Path | None, on_check: Callable[[Check], None] | None
+    job: Job, t: Target, partial: Path, text: str | Path | None, on_check: Callable[[str, Check], None] | None
 ) -> Report:
     from convert.verify import verify
 
-    report = verify(partial, t.backend.name, job.source.path, job.level, text, threads=job.threads, on_check=on_check)
+    name = t.backend.name
+    told = None if on_check is None else bound(on_check, name)
+    report = verify(partial, name, job.source.path, job.level, text, threads=job.threads, on_check=told)
     report.artifact = str(t.path)
     return report

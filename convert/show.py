@@ -50,13 +50,13 @@ class Reporting:
             self._finished = True
             self.stop()
 
-    def checked(self, check: Check) -> None:
-        """A check of the verification ended."""
+    def checked(self, backend: str, check: Check) -> None:
+        """A check of an artifact's verification ended."""
         from convert.verify.report import number
 
         measured = "" if check.measured is None else f"  {number(check.measured)}"
         gate = "" if check.gate is None else f" (gate {number(check.gate)})"
-        self.console.print(f"verify: {check.name} {check.status}{measured}{gate}", markup=False)
+        self.console.print(f"verify {backend}: {check.name} {check.status}{measured}{gate}", markup=False)
 
     def table(self, report: Report) -> None:
         """The whole report."""
@@ -134,8 +134,9 @@ def show_result(result: Result) -> None:
             console.print(f"flag: {flag}", markup=False)
 
     def rows() -> Iterator[tuple[str, str]]:
-        yield ("not written" if result.failed else "wrote"), (
-            f"{result.out} ({result.size / 1e6:,.1f} MB in {_duration(result.seconds)})"
+        yield (
+            ("not written" if result.failed else "wrote"),
+            (f"{result.out} ({result.size / 1e6:,.1f} MB in {_duration(result.seconds)})"),
         )
         yield from _facts(result)
         if result.report is None:

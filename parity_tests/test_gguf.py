@@ -93,9 +93,9 @@ def test_levels_match_the_oracle_on_dequantized_weights(name: str, level: str, t
         got = runtime.logits(ids)
 
     def typed(weight: str) -> Any:
-        return Typed(artifact.graph_weights(weight), activation_type(artifact.type(weight)))
+        return Typed(artifact.weights(weight), activation_type(artifact.type(weight)))
 
-    exact = Oracle(artifact.spec, artifact.graph_weights).logits(ids)
+    exact = Oracle(artifact.spec, artifact.weights).logits(ids)
     emulated = Oracle(artifact.spec, typed, ops=EmulatedOps(kv="f32")).logits(ids)
     rounding = nmse(emulated, exact)
     assert nmse(got, emulated) <= max(0.25 * rounding, 1e-12)
@@ -111,7 +111,7 @@ def test_a_twin_computes_the_shipped_graph_without_rounding(name: str, level: st
     path = twin(tmp_path / "m.gguf", tmp_path / "twin.gguf")
     small = Artifact(path, twin_spec(spec))
     assert {b.model_dump_json() for b in small.source.layers} == {b.model_dump_json() for b in spec.layers}
-    compare(small.spec, small.graph_weights, path, random_ids(small.source, 1, 47))
+    compare(small.spec, small.weights, path, random_ids(small.source, 1, 47))
 
 
 def test_a_cached_sequence_equals_one_pass(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("llama_cpp")
 from convert.pipeline import convert
 from convert.sources import open_source
 from convert.verify import verify
-from convert.verify.gguf import open_artifact
+from convert.verify.gguf import Door
 from convert.verify.packing import check_packing
 from convert.verify.report import Check, Status
 from convert.verify.run import CHECKS, Session
@@ -47,7 +47,7 @@ class Shop:
 
     def session(self, artifact: Path, feature: str, level: str) -> Session:
         source = open_source(self.checkpoint(feature))
-        return Session(source, open_artifact(artifact, source.spec, level, 2), level)
+        return Session(source, Door().open_artifact(artifact, source.spec, level, 2), level)
 
 
 @pytest.fixture(scope="module")

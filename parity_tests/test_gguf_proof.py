@@ -12,7 +12,7 @@ pytest.importorskip("llama_cpp")
 from backends.gguf.support import support
 from convert.pipeline import convert
 from convert.sources import open_source
-from convert.verify.gguf import open_artifact
+from convert.verify.gguf import Door
 from convert.verify.report import Status
 from convert.verify.run import Session
 from parity_tests.cases import BASE, FEATURES, PATCHES
@@ -71,7 +71,7 @@ def test_the_artifact_is_proved(feature: str, level: str, tmp_path: Path) -> Non
     checkpoint = write_checkpoint(tmp_path / "checkpoint", spec, tokenizer=False)
     convert(checkpoint, "gguf", level, tmp_path / "out.gguf", verify=False)
     source = open_source(checkpoint)
-    session = Session(source, open_artifact(tmp_path / "out.gguf", spec, level, 1), level)
+    session = Session(source, Door().open_artifact(tmp_path / "out.gguf", spec, level, 1), level)
     for check in (session.packing(), session.graph(), session.arithmetic(), session.invariants()):
         assert check.status is Status.PASS, check
     graph = session.graph()

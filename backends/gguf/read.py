@@ -2,119 +2,190 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Planned, QuantizedTensor, Values
-from backends.gguf.build import Stored, layout
+from backends.base import Arithmetic, Planned, QuantizedTensor, Values
+from backends.gguf.build import RECEIPT_KEY, Stored, layout
 from backends.gguf.container import Info, read_header, read_rows
 from backends.gguf.names import Piece
-from backends.gguf.pack import dense, unpack
+from backends.gguf.pack import dense, pack, unpack
 from backends.gguf.twin import shipped_fit, shipped_spec
 from spec.config import Spec
 from spec.errors import UserError
 from spec.params import params
 
-Floats = NDArray[np.float32]
+Array = NDArray[Any]
+
+
+def open_artifact(path: Path) -> Artifact:
+    """A file that this program wrote. Raises `UserError` where it is none, or damaged."""
+    return Artifact(path)
 
 
 class Artifact:
-    """A file that this program wrote; tensors are decoded when asked for.
+    """A file that this program wrote; tensors are decoded when asked for. See `backends.base.Artifact`.
 
-    `.spec` is what the shipped graph computes with `.graph_weights`: where a rewrite rounds (gains with an offset, a
-    logit scale in the final norm), the stored value stands and the spec says so.
+    Folds are undone in float64, which is exact: a gain stored as 1 + w in float32 gives the w whose 1 + w it is. So
+    the graph is the source's spec.
     """
+
+    arithmetic = Arithmetic(compute="f32", cache="f16")
+    """Activations are rounded by the type of each weight besides (`convert.verify.emulate.activation_type`)."""
 
     def __init__(self, path: Path, source: Spec | None = None) -> None:
         self.path = path
         self.header = read_header(path)
-        self.source = source or shipped_spec(self.header, path)
+        self.source = self.spec = source or shipped_spec(self.header, path)
         self._fit = shipped_fit(self.header.arch, self.source)
         planned = [Planned(p.name, p.shape, "f32") for p in params(self.source)]  # places depend on no type
-        self._places: dict[str, tuple[Stored, Piece]] = {}
+        self._places: dict[str, list[tuple[Stored, Piece]]] = {}
         for t in layout(self.source, self._fit, planned):
             for piece in t.slot.pieces:
-                self._places.setdefault(piece.name, (t, piece))
-        self._shapes = {p.name: p.shape for p in params(self.source)}
+                self._places.setdefault(piece.name, []).append((t, piece))
+        self.shapes = {p.name: p.shape for p in params(self.source)}
 
-    def tensor(self, name: str) -> Values:
-        """A canonical tensor: codes and scales of Q4_0 and Q8_0 bit for bit, else float32.
+    @property
+    def session(self) -> int | None:
+        """Length of the sessions whose rotary tables are in the file."""
+        return self._fit.rotary.session
 
-        Vectors are as stored: compare them with `stored_as(name, values)` of the source's.
-        """
-        return self.rows(name, 0, self._shapes[name][0])
+    @property
+    def receipt(self) -> dict[str, Any]:
+        """The receipt in the metadata; empty where there is none."""
+        text = str(self.header.keys.get(RECEIPT_KEY, "")).strip()
+        try:
+            found = json.loads(text) if text else {}
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def level(self) -> str:
+        """The level that the receipt declares. Raises `UserError` where it declares none."""
+        level = self.receipt.get("level")
+        if not isinstance(level, str):
+            raise UserError(f"{self.path}: has no receipt of ours that says its level (give --level)")
+        return level
 
     def rows(self, name: str, start: int, stop: int) -> Values:
-        """Rows start..stop of a canonical tensor. Rows of a position table that nothing reaches come back as zeros."""
+        """Rows start..stop of a canonical tensor: codes and scales of Q4_0 and Q8_0 bit for bit, else floats. Rows of a
+        position table that nothing reaches, which are not in the file, come back as zeros."""
         t, piece = self._place(name)
-        info = self._info(t)
-        if len(self._shapes[name]) == 1:
-            with self.path.open("rb") as f:
-                flat = unpack(read_rows(f, info, 0, info.rows), info.type)
-            assert not isinstance(flat, QuantizedTensor)
-            return flat.reshape(-1)[piece.to[start:stop]]
+        if len(self.shapes[name]) == 1:
+            return self._unfold(self.vector(t)[piece.to[start:stop]], piece)
         lo, hi = max(start, piece.skip), min(stop, piece.skip + len(piece.to))
-        to = piece.to[lo - piece.skip : hi - piece.skip]
-        first, last = int(to.min()), int(to.max()) + 1
-        with self.path.open("rb") as f:
-            found = unpack(read_rows(f, info, first, last)[to - first], info.type)
         if (lo, hi) == (start, stop):
-            return found
-        out = np.zeros((stop - start, *self._shapes[name][1:]), np.float32)
-        out[lo - start : hi - start] = dense(found)
+            return self.stored_rows(t, piece.to[lo - piece.skip : hi - piece.skip])
+        out = np.zeros((stop - start, *self.shapes[name][1:]), np.float32)
+        if lo < hi:
+            out[lo - start : hi - start] = dense(self.stored_rows(t, piece.to[lo - piece.skip : hi - piece.skip]))
         return out
 
-    def _place(self, name: str) -> tuple[Stored, Piece]:
-        if name not in self._places:
-            raise UserError(f"{self.path}: {name} is no tensor of this model")
-        return self._places[name]
+    def expected(self, name: str, level: str, values: Array) -> Array:
+        """What `rows` must give for these rows of the source: through ggml's own quantizer for a native type."""
+        t, piece = self._place(name)
+        if t.slot.matrix:
+            return dense(unpack(pack(values, self.type(name), 1, name), self.type(name)))
+        return self._unfold((values.astype(np.float64) * piece.times + piece.add).astype(np.float32), piece)
 
-    def _info(self, t: Stored) -> Info:
-        if t.slot.name not in self.header.tensors:
-            raise UserError(f"{self.path}: tensor {t.slot.name} is missing")
-        return self.header.tensors[t.slot.name]
+    @staticmethod
+    def _unfold(values: Array, piece: Piece) -> Array:
+        if piece.times == 1 and not piece.add:
+            return values
+        return (values.astype(np.float64) - piece.add) / piece.times
+
+    def reached(self, name: str) -> tuple[int, int]:
+        """The first and last + 1 row of a canonical tensor that is in the file."""
+        _, piece = self._place(name)
+        return piece.skip, piece.skip + len(piece.to)
+
+    def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
+        """Tensors that are missing, of another type or shape, or too many; constants that are not what they were."""
+        have = self.header.tensors
+        want = {t.slot.name: t for t in layout(self.source, self._fit, planned)}
+        out = {n: "is not in the file" for n in want if n not in have}
+        out |= {n: "does not belong in the file" for n in have if n not in want}
+        for name, t in want.items():
+            if name not in have:
+                continue
+            info = have[name]
+            if info.shape != t.slot.shape:
+                out[name] = f"has shape {list(info.shape)}, not {list(t.slot.shape)}"
+            elif info.type != t.type:
+                out[name] = f"is stored as {info.type}, the recipe says {t.type}"
+            elif not self._constants_hold(t):
+                out[name] = "holds other constants than it must (neutral fillings, rotary divisors)"
+        for places in self._places.values():  # a tied head that is stored a second time
+            for t, _ in places[1:]:
+                if not out and not self._same(places[0][0], t):
+                    out[t.slot.name] = f"differs from {places[0][0].slot.name}, whose copy it is"
+        return out
+
+    def _constants_hold(self, t: Stored) -> bool:
+        """Neutral fillings and rotary divisors, which come from no canonical tensor."""
+        covered = sum(len(p.to) for p in t.slot.pieces)
+        if t.slot.matrix or (t.slot.value is None and covered == int(np.prod(t.slot.shape))):
+            return True
+        got = self.vector(t)
+        if t.slot.value is not None:
+            return np.array_equal(got, t.slot.value.reshape(-1))
+        free = np.setdiff1d(np.arange(got.size), np.concatenate([p.to for p in t.slot.pieces] or [[]]).astype(int))
+        return bool((got[free] == np.float32(t.slot.fill)).all())
+
+    def _same(self, a: Stored, b: Stored) -> bool:
+        first, second = self._info(a), self._info(b)
+        step = max(1, (1 << 24) // max(1, first.shape[-1] * 4))
+        with self.path.open("rb") as f:
+            return first.shape == second.shape and all(
+                np.array_equal(read_rows(f, first, r, min(first.rows, r + step)),
+                               read_rows(f, second, r, min(first.rows, r + step)))
+                for r in range(0, first.rows, step)
+            )  # fmt: skip
+
+    def types(self) -> set[str]:
+        """ggml types of the matrices, as the file has them."""
+        return {self._info(t).type for places in self._places.values() for t, _ in places if t.slot.matrix}
 
     def type(self, name: str) -> str:
         """The ggml type of a canonical tensor."""
         return self._info(self._place(name)[0]).type
 
-    def stored_as(self, name: str, values: Floats) -> Floats:
-        """A vector of the source as this file must hold it (folds applied, rounded once to float32)."""
-        _, piece = self._place(name)
-        return (values.astype(np.float64) * piece.times + piece.add).astype(np.float32)
+    def vector(self, t: Stored) -> NDArray[np.float32]:
+        """A float32 tensor of the file, flat."""
+        info = self._info(t)
+        with self.path.open("rb") as f:
+            return read_rows(f, info, 0, info.rows).view("<f4").reshape(-1)
 
-    @cached_property
-    def spec(self) -> Spec:
-        """What the shipped graph computes: the source's spec without what was folded into weights."""
-        data: dict[str, Any] = self.source.model_dump(mode="json", exclude_unset=True)
-        data |= {"pattern": [], "overrides": {}}
-        blocks = [b.model_dump(mode="json") for b in self.source.layers]
-        norms = [b["norm"] for b in blocks]
-        norms += [b["attention"]["qk_norm"] for b in blocks if b["attention"]["qk_norm"]]
-        if self.source.final_norm is not None:
-            data["final_norm"] = self.source.final_norm.model_dump(mode="json")
-            norms.append(data["final_norm"])
-        if self.source.embedding.norm is not None:
-            data["embedding"]["norm"] = self.source.embedding.norm.model_dump(mode="json")
-            norms.append(data["embedding"]["norm"])
-        for n in norms:
-            n["offset"] = 0.0
-        if self._scaled:
-            data["head"] = self.source.head.model_dump(mode="json") | {"scale": None}
-        return Spec.model_validate(data | {"block": blocks[0], "pattern": blocks})
+    def stored_rows(self, t: Stored, rows: NDArray[np.intp]) -> Values:
+        """Rows of a tensor of the file in any order: one read where they lie close together, else one a row."""
+        info = self._info(t)
+        first, last = int(rows.min()), int(rows.max()) + 1
+        with self.path.open("rb") as f:
+            if last - first <= 4 * len(rows):
+                return unpack(read_rows(f, info, first, last)[rows - first], info.type)
+            return unpack(np.concatenate([read_rows(f, info, int(r), int(r) + 1) for r in rows]), info.type)
 
-    @property
-    def _scaled(self) -> bool:
-        from backends.gguf.fit import folded_logit_scale
+    def tensor(self, name: str) -> Values:
+        """A whole canonical tensor."""
+        return self.rows(name, 0, self.shapes[name][0])
 
-        return folded_logit_scale(self.source, self._fit.carrier) != 1.0
+    def weights(self, name: str) -> Array:
+        """A whole canonical tensor, dequantized."""
+        found = self.tensor(name)
+        return found.dequantize() if isinstance(found, QuantizedTensor) else found
 
-    def graph_weights(self, name: str) -> Floats:
-        """Float32 weights that the shipped graph computes with, for `.spec`."""
-        if self._scaled and name not in self._places and name.startswith("final_norm"):
-            return np.full(self._shapes[name], 1.0, np.float32)
-        return dense(self.tensor(name))
+    def _place(self, name: str) -> tuple[Stored, Piece]:
+        if name not in self._places:
+            raise UserError(f"{self.path}: {name} is no tensor of this model")
+        return self._places[name][0]
+
+    def _info(self, t: Stored) -> Info:
+        if t.slot.name not in self.header.tensors:
+            raise UserError(f"{self.path}: {t.slot.name} is not in the file")
+        return self.header.tensors[t.slot.name]

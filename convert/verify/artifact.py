@@ -56,6 +56,7 @@ class Shipped:
         self.backend, self.path, self.artifact, self.threads = backend, path, artifact, threads
         self.spec: Spec = artifact.spec
         self._planned = planned(backend, source, level)
+        self._shapes = {p.name: p.shape for p in params(self.spec)}
 
     @property
     def emulated(self) -> bool:
@@ -75,7 +76,7 @@ class Shipped:
 
     def weights(self, name: str) -> Any:
         """Dequantized weights, a few rows at a time."""
-        rows = ArtifactRows(self.artifact, name, _shapes(self.spec)[name])
+        rows = ArtifactRows(self.artifact, name, self._shapes[name])
         kind = self.artifact.arithmetic.activations
         if len(rows.shape) == 1:
             return rows[:]
@@ -117,10 +118,6 @@ def planned(backend: Backend, spec: Spec, level: str) -> list[Planned]:
         return plan(spec, level)
     chosen: Mapping[str, str] = backends.part(backend, "build").recipe(spec, level)
     return [Planned(p.name, p.shape, chosen[p.name]) for p in params(spec)]
-
-
-def _shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
-    return {p.name: p.shape for p in params(spec)}
 
 
 class ArtifactRows:

@@ -96,9 +96,9 @@ class Twin:
 def door(backend: str) -> Any:
     """How to open a backend's artifacts. Raises `UserError` for backends that nothing can decode."""
     if backend == "gguf":
-        from convert.verify import gguf
+        from convert.verify.gguf import Door as GGUFDoor
 
-        return gguf
+        return GGUFDoor()
     if backend in VERIFIABLE:
         from convert.verify.artifact import Door
 
