@@ -1,6 +1,6 @@
 """What every backend provides, and the plain data that passes between converters and backends.
 
-A backend is a folder; `backends/__init__.py` lists them. None imports another, and none is imported before it is needed.
+A backend is a folder that `backends/__init__.py` lists. None imports another, and none is imported before it is needed.
 
     support.py   `levels()`, `support(spec, level, **options)`, `bits(level)`, `OPTIONS`; needs none of its packages
     build.py     `writer(...)`, `size(...)`, `stamp(path, receipt)`, and for native levels `recipe(spec, level)`, `pack`

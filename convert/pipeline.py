@@ -149,9 +149,9 @@ def convert_all(
     (`support.OPTIONS`), each for those targets that have it. check: refuse what a real run would refuse, estimate,
     write nothing. text: what the quality check reads. on_check: called with the backend and each check as it ends.
 
-    An existing artifact is replaced only with `force`, and only by a whole, verified one. Raises `UserError` for what
-    the user can fix, and then nothing is written; either way, and on Ctrl-C, nothing partial is left behind. An artifact
-    that fails its verification is kept back (`Result.failed`), and the others appear.
+    An existing artifact is replaced only with `force`, and only by a whole, verified one. One that fails its
+    verification is kept back (`Result.failed`), and the others appear. Raises `UserError` for what the user can fix,
+    and then nothing is written; either way, and on Ctrl-C, nothing partial is left behind.
     """
     share_cores()
     job = _prepare(source, targets, level, out, options or {}, threads)
@@ -202,7 +202,7 @@ def _finish(t: Target, partial: Path, result: Result) -> None:
 
 
 def _beside(t: Target) -> tuple[Path, ...]:
-    """The receipt with the whole report and the card lie beside an artifact with a suffix, and inside a plain folder."""
+    """Where receipt, report and card go: beside an artifact that has a suffix, else into the folder itself."""
     return (receipts.beside(t.path), card.beside(t.path)) if t.backend.suffix else ()
 
 
