@@ -24,6 +24,9 @@ from spec.errors import UserError
 
 Floats = NDArray[np.float32]
 
+PORTABLE = ("f32", "bf16", "f16", "q8", "q4")
+"""Levels that mean the same on every backend (`convert.levels` defines them)."""
+
 
 class NotComparable(UserError):
     """A check has nothing that it could compare; the message says why. It is reported as NOT_RUN."""

@@ -7,13 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from backends import REGISTRY, get, has, part
-from backends.base import Support
+from backends.base import PORTABLE, Support
 from spec.config import Spec
 from spec.errors import UserError, nearest
-
-PORTABLE = ("f32", "bf16", "f16", "q8", "q4")
-"""Levels that mean the same on every backend."""
-
 
 @dataclass(frozen=True)
 class Target:

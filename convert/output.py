@@ -29,9 +29,7 @@ def check(out: Path, backend: Backend, force: bool) -> None:
     if out.exists() and not force:
         raise UserError(f"--out {out}: exists; --force replaces it once the new one is whole and verified")
     if out.exists() and backend.folder and not replaceable(out, backend):
-        raise UserError(
-            f"--out {out}: is no {backend.name} artifact of this program, so it is not replaced; name another"
-        )
+        raise UserError(f"--out {out}: is no {backend.name} artifact of ours, so it is not replaced; name another")
     parent = out.parent
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent

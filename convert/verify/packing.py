@@ -9,7 +9,7 @@ again is the slow part. There the content hashes that the receipt took of what w
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
 from typing import Any, Protocol
 
@@ -26,8 +26,6 @@ BUDGET = 96_000_000
 """Weights that are rounded again; models up to this size are compared whole."""
 BLOCK = 1 << 18
 """Weights in one block of rows."""
-BITS: Mapping[str, int] = {"q8": 8, "q4": 4}
-"""Portable quantized levels."""
 
 
 class Stored(Protocol):

@@ -1,0 +1,92 @@
+"""Folders as artifacts: replaced only whole, only when asked, and only where a conversion of ours made them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from backends import get
+from backends.folder import MARK, write_json
+from convert import output
+from spec.errors import UserError
+
+MLX = get("mlx")
+
+
+def artifact(path: Path, text: str = "old", backend: str = "mlx") -> Path:
+    path.mkdir()
+    (path / "weights").write_text(text)
+    write_json(path / MARK, {"backend": backend})
+    return path
+
+
+def content(path: Path) -> str:
+    return (path / "weights").read_text()
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    out = artifact(tmp_path / "out")
+    output.check(out, MLX, force=True)
+    with output.reserved(out) as partial:
+        artifact(partial, "new")
+        assert content(out) == "old"
+        output.publish(partial, out)
+    assert content(out) == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_fails_leaves_the_old_folder(tmp_path: Path) -> None:
+    out = artifact(tmp_path / "out")
+    with pytest.raises(RuntimeError), output.reserved(out) as partial:
+        artifact(partial, "new")
+        raise RuntimeError
+    assert content(out) == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = artifact(tmp_path / "out")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(output.PARTIAL):
+            raise OSError(28, os.strerror(28))
+        return rename(self, target)
+
+    with pytest.raises(UserError, match="No space left"), output.reserved(out) as partial:
+        artifact(partial, "new")
+        monkeypatch.setattr(Path, "rename", failing)
+        output.publish(partial, out)
+    assert content(out) == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_between_the_renames_is_mended_by_the_next_conversion(tmp_path: Path) -> None:
+    out = artifact(tmp_path / "out")
+    out.rename(tmp_path / f"out{output.REPLACED}")
+    artifact(tmp_path / f"out{output.PARTIAL}", "new")
+    with output.reserved(out):
+        assert content(out) == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "chapter.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"is no mlx artifact of ours, so it is not replaced"):
+        output.check(mine, MLX, force=True)
+    with pytest.raises(UserError, match=r"is no mlx artifact of ours"):
+        output.check(artifact(tmp_path / "other", backend="onnx"), MLX, force=True)
+    (tmp_path / "link").symlink_to(artifact(tmp_path / "linked"))
+    with pytest.raises(UserError, match=r"is no mlx artifact of ours"):
+        output.check(tmp_path / "link", MLX, force=True)
+
+
+def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"exists; --force replaces it"):
+        output.check(artifact(tmp_path / "out"), MLX, force=False)
+
+
+def test_a_package_keeps_its_suffix(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"must end with .mlpackage"):
+        output.check(tmp_path / "model", get("coreml"), force=False)
