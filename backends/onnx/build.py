@@ -1,0 +1,202 @@
+"""Writing the folder: graph and layout are known before the first row arrives, so rows go to their final place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Planned, QuantizedTensor, Tokenizer, Values
+from backends.folder import stamp, write_mark, write_tokenizer
+from backends.onnx.layout import CODES, DATA, MODEL, Layout, Profile, constants, encode, layout, pack
+from spec.config import Spec
+from spec.errors import UserError
+
+__all__ = ["DataWriter", "GraphWriter", "OnnxWriter", "size", "stamp", "writer"]
+
+
+class DataWriter:
+    """The data file: rows of canonical tensors in any order, each once, to their final offsets."""
+
+    def __init__(self, path: Path, spec: Spec, places: Layout) -> None:
+        self.path, self.places = path, places
+        self._missing = {name: self._rows(name) for name in places.levels}
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        except OSError as e:
+            raise UserError(f"{path}: {e.strerror}") from None
+        try:
+            self._reserve(places.nbytes)
+            for name, start, rows in constants(spec):
+                t = places.tensors[name]
+                self._pwrite(encode(rows, "f32"), t.offset + start * t.row_bytes)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _rows(self, name: str) -> int:
+        return self.places.parts(name)[0].shape[0]
+
+    def _reserve(self, total: int) -> None:
+        """Claim the disk space now, so that a full disk shows before an hour of work."""
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, total)
+            else:
+                os.ftruncate(self._fd, total)
+        except OSError as e:
+            free = shutil.disk_usage(self.path.parent).free
+            raise UserError(
+                f"{self.path}: {e.strerror}: needs {total / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+            ) from None
+
+    def _pwrite(self, data: NDArray[np.uint8], at: int) -> None:
+        view = memoryview(np.ascontiguousarray(data).data)
+        try:
+            while view:
+                n = os.pwrite(self._fd, view, at)
+                view, at = view[n:], at + n
+        except OSError as e:
+            raise UserError(f"{self.path}: {e.strerror}") from None
+
+    def write(self, name: str, start: int, values: Values) -> None:
+        """Rows `start...` of a canonical tensor."""
+        assert name in self._missing, f"{name} is no tensor of this model"
+        parts, level = self.places.parts(name), self.places.levels[name]
+        if isinstance(values, QuantizedTensor):
+            codes, scales = parts
+            assert values.bits == CODES[level], f"{name}: {values.bits} bits at level {level}"
+            self._pwrite(pack(values, self.places.profile), codes.offset + start * codes.row_bytes)
+            self._pwrite(encode(values.scales, scales.dtype), scales.offset + start * scales.row_bytes)
+        else:
+            assert level not in CODES, f"{name}: floats at level {level}"
+            self._pwrite(encode(values, level), parts[0].offset + start * parts[0].row_bytes)
+        self._missing[name] -= values.shape[0]
+
+    def close(self) -> None:
+        """Flush to disk."""
+        lost = {n: r for n, r in self._missing.items() if r}
+        assert not lost, f"rows missing (or written twice): {lost}"
+        os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+
+    def abort(self) -> None:
+        """Close and delete."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self.path.unlink(missing_ok=True)
+
+
+class GraphWriter:
+    """`model.onnx` and its data file in a folder, nothing else: what other backends build from."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        planned: Sequence[Planned],
+        out: Path,
+        *,
+        profile: Profile = "portable",
+        compute: str = "f32",
+        **graph: Any,
+    ) -> None:
+        """graph: `cache`, `slots`, `rows_first` as `backends.onnx.graph.model` takes them."""
+        import onnx_ir
+
+        from backends.onnx.graph import model
+
+        self.out, self._data = out, None
+        made = model(spec, planned, profile=profile, compute=compute, **graph)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._data = DataWriter(out / DATA, spec, layout(spec, planned, profile, compute))
+            onnx_ir.save(made, out / MODEL)
+        except BaseException as e:
+            self.abort()
+            if isinstance(e, OSError):
+                raise UserError(f"{e.filename or out}: {e.strerror or e}") from None
+            raise
+
+    def write(self, name: str, start: int, values: Values) -> None:
+        """Rows `start...` of a canonical tensor."""
+        assert self._data is not None
+        self._data.write(name, start, values)
+
+    def close(self) -> None:
+        """Flush to disk."""
+        assert self._data is not None
+        self._data.close()
+
+    def abort(self) -> None:
+        """Close and delete the two files, and the folder if nothing else is in it."""
+        if self._data is not None:
+            self._data.abort()
+        shutil.rmtree(self.out, ignore_errors=True)
+
+
+class OnnxWriter:
+    """A `backends.base.Writer`: the graph, its data, onnxruntime-genai's configuration, the tokenizer, the mark."""
+
+    def __init__(
+        self, spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, out: Path, level: str, **options: Any
+    ) -> None:
+        self.spec, self.tokenizer, self.out, self.level, self.options = spec, tokenizer, out, level, options
+        self._graph = GraphWriter(spec, planned, out, **options)
+
+    def write(self, name: str, start: int, values: Values) -> None:
+        """Rows `start...` of a canonical tensor."""
+        self._graph.write(name, start, values)
+
+    def close(self, receipt: dict[str, Any]) -> None:
+        """What lies beside the weights, and at last the mark."""
+        from backends.onnx.genai import write_config
+
+        try:
+            self._graph.close()
+            write_tokenizer(self.out, self.tokenizer, self.spec.context)
+            write_config(self.out, self.spec, self.tokenizer, **self.options)
+            write_mark(self.out, "onnx", self.spec, self.level, self.options, receipt)
+        except OSError as e:
+            raise UserError(f"{e.filename or self.out}: {e.strerror or e}") from None
+
+    def abort(self) -> None:
+        """Delete everything."""
+        self._graph.abort()
+
+
+def writer(
+    spec: Spec,
+    planned: Sequence[Planned],
+    tokenizer: Tokenizer | None,
+    out: Path,
+    *,
+    level: str,
+    metadata: dict[str, Any],
+    threads: int,
+    profile: str = "ort",
+    compute: str = "f32",
+) -> OnnxWriter:
+    """A folder that onnxruntime-genai and ONNX Runtime open. `metadata` and `threads` are not needed here."""
+    from backends.onnx.support import support
+
+    refusals = support(spec, level, profile=profile, compute=compute).refusals
+    if refusals:
+        raise UserError("\n".join(refusals))
+    return OnnxWriter(spec, planned, tokenizer, out, level, profile=profile, compute=compute)
+
+
+def size(
+    spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, *, profile: str = "ort", compute: str = "f32"
+) -> int:
+    """Bytes of the folder: the data file to the byte, about 25 KB of graph a layer, and the tokenizer."""
+    kind: Profile = "portable" if profile == "portable" else "ort"
+    words = len(str(tokenizer.json)) if tokenizer is not None else 0
+    return layout(spec, planned, kind, compute).nbytes + 25_000 * spec.depth + 10_000 + words

@@ -1,0 +1,65 @@
+"""genai_config.json: what onnxruntime-genai needs to know of the graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from backends.base import Tokenizer
+from backends.folder import end_ids, token_id, write_json
+from backends.onnx.layout import MODEL
+from spec.config import Spec
+
+TYPE = "llama"
+"""The model type: any of onnxruntime-genai's decoders takes the same path, which the graph's inputs decide."""
+
+
+def write_config(folder: Path, spec: Spec, tokenizer: Tokenizer | None, *, profile: str, compute: str) -> None:
+    """Write the file."""
+    write_json(folder / "genai_config.json", config(spec, tokenizer, profile, compute))
+
+
+def config(spec: Spec, tokenizer: Tokenizer | None, profile: str, compute: str) -> dict[str, Any]:
+    """Its content."""
+    a = spec.layers[0].attention
+    ends = end_ids(tokenizer)
+    bos, pad = (token_id(tokenizer, getattr(tokenizer, r)) if tokenizer else None for r in ("bos", "pad"))
+    provider = [] if compute == "f32" else [{"cuda": {}}]
+    past, present = ("past_key_values.%d.", "present.%d.")
+    return {
+        "model": {
+            "type": TYPE,
+            "vocab_size": spec.vocab_size,
+            "context_length": spec.context,
+            "bos_token_id": bos if bos is not None else 0,
+            "eos_token_id": (ends if len(ends) > 1 else ends[0]) if ends else spec.vocab_size,
+            "pad_token_id": pad if pad is not None else (ends[0] if ends else 0),
+            "decoder": {
+                "filename": MODEL,
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": provider},
+                "hidden_size": spec.width,
+                "head_size": a.head_dim,
+                "num_attention_heads": a.heads,
+                "num_key_value_heads": a.kv_heads,
+                "num_hidden_layers": spec.depth,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": f"{past}key",
+                    "past_value_names": f"{past}value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": f"{present}key",
+                    "present_value_names": f"{present}value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "num_beams": 1,
+            "max_length": spec.context,
+            "min_length": 0,
+            "past_present_share_buffer": False,
+        },
+    }

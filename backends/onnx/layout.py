@@ -1,0 +1,171 @@
+"""What the data file holds and where: every weight's containers and the constants, known before the first row arrives.
+
+Shapes: N rows, K columns of a matrix, P positions, V vocab.
+
+A quantized matrix is codes and scales. The standard operators want signed codes (`int4`, two to a byte, or `int8`),
+the contributed ones unsigned codes about 2^(bits-1); the bytes differ by flipping each code's highest bit. Where a
+matrix is read in two ways (a tied embedding: rows for the look-up, the whole for the head) the graph has two
+initializers of different type or shape over the same bytes of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Planned, QuantizedTensor
+from spec.config import Alibi, Spec
+from spec.rope import alibi_slopes, rope_tables
+
+Profile: TypeAlias = Literal["ort", "portable"]
+
+DATA = "model.onnx.data"
+MODEL = "model.onnx"
+GROUP = 32
+"""Weights that share a scale on the portable grid."""
+ALIGNMENT = 4096
+"""Of tensors of at least a page, so that they can be mapped from the file."""
+
+BITS = {"f32": 32, "f16": 16, "bf16": 16, "i64": 64, "i8": 8, "u8": 8, "i4": 4}
+"""Bits of an element by our names of types."""
+CODES = {"q8": 8, "q4": 4}
+"""Bits of a code at the quantized levels."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the data file."""
+
+    name: str
+    dtype: str
+    """A key of `BITS`."""
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * BITS[self.dtype] // 8
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row; of one element of a vector."""
+        return prod(self.shape[1:]) * BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The data file."""
+
+    tensors: dict[str, Stored]
+    levels: dict[str, str]
+    """Canonical name to the level that it is stored at."""
+    profile: Profile
+    compute: str
+
+    @property
+    def nbytes(self) -> int:
+        return max((t.offset + t.nbytes for t in self.tensors.values()), default=0)
+
+    def parts(self, name: str) -> tuple[Stored, ...]:
+        """Where a canonical tensor lies: itself, or its codes and scales."""
+        level = self.levels[name]
+        return tuple(self.tensors[n] for n in ((name,) if level not in CODES else part_names(name, level)))
+
+
+def part_names(name: str, level: str) -> tuple[str, str]:
+    """Names of a quantized matrix's codes and scales."""
+    return f"{name}.{level}", f"{name}.scales"
+
+
+def layout(spec: Spec, planned: Sequence[Planned], profile: Profile, compute: str) -> Layout:
+    """Places of every tensor in canonical order, then of the constants."""
+    tensors: dict[str, Stored] = {}
+    at = 0
+    for name, dtype, shape in _wanted(spec, planned, profile, compute):
+        t = Stored(name, dtype, shape, at)
+        align = ALIGNMENT if t.nbytes >= ALIGNMENT else 64
+        tensors[name] = t = Stored(name, dtype, shape, -(-at // align) * align)
+        at = t.offset + t.nbytes
+    return Layout(tensors, {p.name: p.level for p in planned}, profile, compute)
+
+
+def _wanted(
+    spec: Spec, planned: Sequence[Planned], profile: Profile, compute: str
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    for p in planned:
+        if p.level in CODES:
+            codes, scales = part_names(p.name, p.level)
+            n, k = p.shape
+            if profile == "portable":
+                yield codes, f"i{CODES[p.level]}", (n, k)
+            else:
+                yield codes, "u8", (n, k // GROUP, GROUP * CODES[p.level] // 8)
+            yield scales, compute, (n, k // GROUP)
+        else:
+            yield p.name, p.level, p.shape
+    for k, table in enumerate(rope_tables(spec)):
+        for part in ("cos", "sin"):
+            yield f"rope.{k}.{part}", "f32", (spec.context, len(table.inv_freq))
+    for i, b in enumerate(spec.layers):
+        if isinstance(b.attention.position, Alibi):
+            yield f"layers.{i}.attn.slopes", "f32", (b.attention.heads,)
+
+
+def constants(spec: Spec, rows: int = 4096) -> Iterator[tuple[str, int, NDArray[np.float32]]]:
+    """Values of the constants in blocks of positions: name, first row, float32 rows.
+
+    Cosines and sines of float64 angles of the shared float32 frequencies, times the attention factor, rounded once.
+    """
+    for k, table in enumerate(rope_tables(spec)):
+        frequencies = table.inv_freq.astype(np.float64)
+        for start in range(0, spec.context, rows):
+            positions = np.arange(start, min(spec.context, start + rows), dtype=np.float64)
+            angles = positions[:, None] * frequencies
+            yield f"rope.{k}.cos", start, (np.cos(angles) * table.factor).astype(np.float32)
+            yield f"rope.{k}.sin", start, (np.sin(angles) * table.factor).astype(np.float32)
+    for i, b in enumerate(spec.layers):
+        if isinstance(b.attention.position, Alibi):
+            yield f"layers.{i}.attn.slopes", 0, alibi_slopes(b.attention.position, b.attention.heads)
+
+
+def encode(values: NDArray[np.float32], dtype: str) -> NDArray[np.uint8]:
+    """Float32 as the bytes of a float type, rounded to nearest even."""
+    x = np.ascontiguousarray(values, "<f4")
+    if dtype == "f16":
+        return x.astype("<f2").reshape(-1).view(np.uint8)
+    if dtype == "bf16":
+        bits = x.view("<u4")
+        x = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    return x.reshape(-1).view(np.uint8)
+
+
+def decode(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """Bytes of a float type as float32."""
+    if dtype == "bf16":
+        return (data.view("<u2").astype("<u4") << 16).view("<f4")
+    return data.view({"f32": "<f4", "f16": "<f2"}[dtype]).astype(np.float32)
+
+
+def pack(q: QuantizedTensor, profile: Profile) -> NDArray[np.uint8]:
+    """Codes as bytes: signed int8, or int4 pairs with the low nibble first; unsigned for the contributed operators."""
+    codes = np.ascontiguousarray(q.codes).view(np.uint8).reshape(-1)
+    if q.bits == 4:
+        codes = (codes[::2] & np.uint8(15)) | (codes[1::2] << np.uint8(4))
+    return codes if profile == "portable" else codes ^ _FLIP[q.bits]
+
+
+def unpack(data: NDArray[np.uint8], bits: int, profile: Profile) -> NDArray[np.int8]:
+    """The codes of `pack`, in one row."""
+    data = data if profile == "portable" else data ^ _FLIP[bits]
+    if bits == 8:
+        return data.view(np.int8)
+    both = np.stack([data & np.uint8(15), data >> np.uint8(4)], -1).reshape(-1)
+    return ((both ^ np.uint8(8)).view(np.int8) - np.int8(8)).astype(np.int8)
+
+
+_FLIP = {8: np.uint8(0x80), 4: np.uint8(0x88)}

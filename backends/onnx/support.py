@@ -1,0 +1,86 @@
+"""What ONNX Runtime carries: everything in the language, by one operator or another. Answered without ONNX."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from backends.base import Option, Support
+from backends.onnx.kernels import kernel
+from spec.config import DynamicScaling, LongRopeScaling, Rope, Spec
+from spec.errors import nearest
+from spec.params import params
+from spec.rope import rope_tables
+
+LEVELS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8": 8.5, "q4": 4.5}
+"""Portable levels and the bits that they store a weight in."""
+
+OPTIONS = (
+    Option("profile", ("ort", "portable"), "ort", "ort: ONNX Runtime's fused operators; portable: standard ones only"),
+    Option("compute", ("f32", "f16", "bf16"), "f32", "type of activations and caches: f32 for CPUs, 16 bits for CUDA"),
+)
+
+HOLDS = {"f32": tuple(LEVELS), "f16": ("f16", "q8", "q4"), "bf16": ("bf16", "q8", "q4")}
+"""Levels whose weights a compute type holds without rounding them again."""
+
+LARGE = 32 << 20
+"""Bytes of rotary tables that are worth a note."""
+
+
+def levels() -> tuple[str, ...]:
+    """Every precision level."""
+    return tuple(LEVELS)
+
+
+def bits(level: str) -> float:
+    """Bits that a weight takes at a level, scales counted."""
+    return LEVELS[level]
+
+
+def session(spec: Spec) -> int | None:
+    """Tokens of the session whose rotary tables are fixed in the graph; none where they do not depend on it."""
+    positions = [b.attention.position for b in spec.layers]
+    fixed = any(isinstance(p, Rope) and isinstance(p.scaling, DynamicScaling | LongRopeScaling) for p in positions)
+    return spec.context if fixed else None
+
+
+def support(spec: Spec, level: str, *, profile: str = "ort", compute: str = "f32") -> Support:
+    """Whether and how ONNX Runtime carries `spec` at `level`."""
+    refusals = []
+    if level not in LEVELS:
+        refusals.append(f"level: {level} is none of ONNX's ({nearest(level, LEVELS)})")
+    for option, value in zip(OPTIONS, (profile, compute), strict=True):
+        if value not in option.choices:
+            refusals.append(f"{option.name}: {value} is no choice ({nearest(value, option.choices)})")
+    if not refusals and level not in HOLDS[compute]:
+        others = [c for c in HOLDS if level in HOLDS[c]]
+        refusals.append(
+            f"compute: {compute} would round the weights of level {level} again "
+            f"(try --compute {others[-1]}, or --quant {HOLDS[compute][0]})"
+        )
+    if refusals:
+        return Support("onnx", refusals=tuple(refusals))
+    kinds = Counter(kernel(b.attention, profile) for b in spec.layers)
+    carrier = f"{profile}: " + ", ".join(f"{n} x {k.value}" for k, n in kinds.items())
+    return Support("onnx", carrier, (), (), tuple(_notes(spec, level, compute)))
+
+
+def _notes(spec: Spec, level: str, compute: str) -> list[str]:
+    out = []
+    if (fixed := session(spec)) is not None:
+        out.append(f"rotary tables are those of a session of {fixed} tokens, at every length")
+    tables = sum(8 * len(t.inv_freq) * spec.context for t in rope_tables(spec))
+    if tables >= LARGE:
+        out.append(f"rotary tables for {spec.context} tokens take {tables / 1e6:,.0f} MB")
+    if level in ("q8", "q4"):
+        narrow = [p for p in params(spec) if p.matrix and p.shape[-1] % 32 and p.name != "positions.weight"]
+        if narrow:
+            widths = sorted({p.shape[-1] for p in narrow})
+            out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of 32")
+    if compute != "f32":
+        out.append(f"computes in {compute}: for CUDA")
+    shapes = {(b.attention.kv_heads, b.attention.head_dim) for b in spec.layers}
+    if len(shapes) > 1:
+        out.append(
+            "kv_heads or head_dim differ by layer: plain ONNX Runtime only, onnxruntime-genai wants one cache shape"
+        )
+    return out
