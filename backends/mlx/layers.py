@@ -1,0 +1,120 @@
+"""Weight handles that are layers: `linear(x, w)` is `w(x)`. They are mlx's own, with 16-bit roundings where they belong.
+
+Metal's and CUDA's kernels accumulate in float32 and round once. The CPU's do not (a product of float16 activations with
+4-bit weights loses 1e-5 of NMSE, 250 times its final rounding), so there 16-bit activations are widened first. This file
+becomes a part of the bundled model.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def wide() -> bool:
+    """Whether this device's kernels round inside an operation, so that 16-bit operands are widened before it."""
+    return mx.default_device() == mx.cpu
+
+
+def widened(x: mx.array) -> mx.array:
+    """[...] in float32 where the device needs it, else as it is."""
+    return x.astype(mx.float32) if wide() else x
+
+
+def floats(x: mx.array) -> mx.array:
+    """Scales in float32; those of the 8-bit float formats are codes and stay."""
+    return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
+
+
+class Linear(nn.Linear):
+    """[..., in] -> [..., out] in the dtype of x, whatever the weight's is."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = x @ self["weight"].T
+        return (y + self["bias"] if "bias" in self else y).astype(x.dtype)
+
+    def to_quantized(self, group_size: Any = None, bits: Any = None, mode: str = "affine", **_: Any) -> nn.Module:
+        return QuantizedLinear.from_linear(self, group_size, bits, mode=mode)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """The same with a quantized weight."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = quantized_product(self, x)
+        return (y + self["bias"] if "bias" in self else y).astype(x.dtype)
+
+
+class Embedding(nn.Embedding):
+    """Token ids to rows; as a tied head, a product with the rows."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return (x @ self["weight"].T).astype(x.dtype)
+
+    def to_quantized(self, group_size: Any = None, bits: Any = None, mode: str = "affine", **_: Any) -> nn.Module:
+        return QuantizedEmbedding.from_embedding(self, group_size, bits, mode=mode)
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """The same with a quantized table; rows come in float32, since codes times scales are exact there."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        biases = self.get("biases")
+        return mx.dequantize(
+            self["weight"][x],
+            floats(self["scales"][x]),
+            None if biases is None else floats(biases[x]),
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            dtype=mx.float32,
+        )
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return quantized_product(self, x).astype(x.dtype)
+
+
+def quantized_product(w: Any, x: mx.array) -> mx.array:
+    """`x @ weight.T` of a quantized layer; float32 on devices that need it."""
+    scales, biases = w["scales"], w.get("biases")
+    if wide():
+        x, scales = x.astype(mx.float32), floats(scales)
+        biases = None if biases is None else floats(biases)
+    return mx.quantized_matmul(
+        x, w["weight"], scales, biases, transpose=True, group_size=w.group_size, bits=w.bits, mode=w.mode
+    )
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis of `size`; the gain holds the offset already."""
+
+    def __init__(self, norm: Any, size: int) -> None:
+        super().__init__()
+        self.kind, self.eps = norm.kind, norm.eps
+        if norm.weight:
+            self.weight = mx.ones((size,))
+        if norm.bias:
+            self.bias = mx.zeros((size,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight, bias = self.get("weight"), self.get("bias")
+        h = widened(x)
+        if self.kind == "layernorm":
+            y = mx.fast.layer_norm(h, weight, bias, self.eps)
+        else:
+            y = mx.fast.rms_norm(h, weight, self.eps)
+            y = y if bias is None else y + bias
+        return y.astype(x.dtype)
+
+
+class TiedHead:
+    """The embedding as a head, with a bias of its own if there is one."""
+
+    def __init__(self, embedding: Any, bias: mx.array | None) -> None:
+        self.embedding, self.bias = embedding, bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.embedding.as_linear(x)
+        return y if self.bias is None else (y + self.bias).astype(x.dtype)

@@ -1,0 +1,101 @@
+"""Rows between NumPy and the bytes of an MLX file. r rows, c columns, b bits, g columns in a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Floats, QuantizedTensor, Values
+from backends.mlx.levels import Packing
+from spec.errors import UserError
+
+Parts = dict[str, NDArray[Any]]
+"""`weight`, `scales` and (affine) `biases` of a quantized matrix."""
+
+
+def to_floats(x: Floats, dtype: str, name: str = "") -> NDArray[Any]:
+    """Float32 rounded to nearest even in a safetensors dtype. Raises `UserError` beyond its range."""
+    if dtype == "F32":
+        return np.ascontiguousarray(x, "<f4")
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            out = np.ascontiguousarray(x).astype("<f2")
+        finite = np.isfinite(out)
+    else:
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        out = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
+        finite = (out & 0x7F80) != 0x7F80
+    if not finite.all():
+        raise UserError(f"{name}: {np.abs(x).max():.6g} is beyond {dtype.lower()} (try --compute bf16 or f32)")
+    return out
+
+
+def from_floats(raw: NDArray[Any], dtype: str) -> Floats:
+    """What is stored, as float32."""
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32)
+
+
+def from_grid(q: QuantizedTensor, p: Packing, dtype: str) -> Parts:
+    """The portable grid as affine: unsigned codes, bias = -2^(b-1) scale. Scales of 8 significant bits and such
+    biases are exact in every dtype. A 4-bit tensor may go into 8 bits."""
+    assert q.group == p.group and q.bits <= p.bits
+    zero = 1 << (p.bits - 1)
+    codes = (q.codes.astype(np.int16) + zero).astype(np.uint8)
+    if p.bits == 4:
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    biases = q.scales * np.float32(-zero)
+    return {
+        "weight": np.ascontiguousarray(codes).view("<u4"),
+        "scales": to_floats(q.scales, dtype),
+        "biases": to_floats(biases, dtype),
+    }
+
+
+def to_grid(parts: Parts, p: Packing, dtype: str) -> Values:
+    """Back to codes and scales; float32 where biases are not the grid's."""
+    raw = np.ascontiguousarray(parts["weight"]).view(np.uint8)
+    codes = np.stack([raw & 15, raw >> 4], -1).reshape(len(raw), -1) if p.bits == 4 else raw
+    zero = 1 << (p.bits - 1)
+    scales, biases = (from_floats(parts[k], dtype) for k in ("scales", "biases"))
+    if (biases == scales * np.float32(-zero)).all():
+        return QuantizedTensor((codes.astype(np.int16) - zero).astype(np.int8), scales, p.bits, p.group)
+    grouped = codes.reshape(len(codes), -1, p.group).astype(np.float64)
+    dense = grouped * scales[..., None] + biases[..., None].astype(np.float64)
+    return dense.reshape(codes.shape).astype(np.float32)
+
+
+def quantize(x: Floats, p: Packing, dtype: str) -> Parts:
+    """`mx.quantize` of rows that were rounded to the dtype of the activations, as `mlx_lm.convert` does it."""
+    import mlx.core as mx
+
+    with mx.stream(mx.cpu):  # the same everywhere
+        kind = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}[dtype]
+        got = mx.quantize(mx.array(x).astype(kind), group_size=p.group, bits=p.bits, mode=p.mode)
+        names = ("weight", "scales", "biases")
+        return {n: _raw(a) for n, a in zip(names, got, strict=False)}
+
+
+def dequantize(parts: Parts, p: Packing, dtype: str) -> Floats:
+    """What MLX takes the parts for, in float32."""
+    import mlx.core as mx
+
+    with mx.stream(mx.cpu):
+        scales, biases = parts["scales"], parts.get("biases")
+        return np.array(
+            mx.dequantize(
+                mx.array(parts["weight"]),
+                mx.array(from_floats(scales, dtype) if p.mode == "affine" else scales),
+                None if biases is None else mx.array(from_floats(biases, dtype)),
+                group_size=p.group, bits=p.bits, mode=p.mode, dtype=mx.float32,
+            )
+        )  # fmt: skip
+
+
+def _raw(a: Any) -> NDArray[Any]:
+    import mlx.core as mx
+
+    return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)

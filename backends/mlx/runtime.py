@@ -1,0 +1,219 @@
+"""A folder of ours run by mlx alone: the forward pass of the spec in its mark. B batch, T tokens, V vocab."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.mlx.bundle import arguments
+from backends.mlx.cache import Cache, new_cache
+from backends.mlx.layout import Piece, Stored, offsets
+from backends.mlx.model import Model
+from backends.mlx.read import MLXArtifact, open_artifact
+from backends.text import Text
+from spec.errors import UserError
+
+CHUNK = 512
+"""Tokens computed at once: scores and logits of a long prompt are never in memory all together."""
+
+
+class MLXRuntime:
+    """One model with one sequence in progress; see `backends.base.Runtime`."""
+
+    def __init__(
+        self, model: Model, artifact: MLXArtifact, text: Text | None, context: int, device: Any, exact: bool
+    ) -> None:
+        self.model, self.artifact, self.text, self.device, self.exact = model, artifact, text, device, exact
+        self._context = context
+        self._cache: list[Cache] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.artifact.spec.vocab_size
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    def _ids(self, ids: NDArray[np.integer], dims: int, used: int) -> NDArray[np.int32]:
+        array = np.asarray(ids)
+        if array.ndim != dims or not array.size:
+            raise UserError(f"ids: shape {list(array.shape)}, and {'[B, T]' if dims == 2 else '[T]'} is needed")
+        if array.min() < 0 or array.max() >= self.vocab_size:
+            raise UserError(f"ids: {array.min()}..{array.max()} reach beyond the vocabulary of {self.vocab_size}")
+        if used + array.shape[-1] > self._context:
+            raise UserError(
+                f"{used + array.shape[-1]} tokens exceed the session's context of {self._context}"
+                + (" (ask for a longer context)" if self._context < self.artifact.source.context else "")
+            )
+        return np.atleast_2d(array).astype(np.int32)
+
+    def _run(self, ids: NDArray[np.int32], cache: list[Cache], every: bool) -> NDArray[np.float32]:
+        """[B, T] ids behind the cached ones to logits [B, T, V], or [B, 1, V] of the last token."""
+        out = []
+        with mx.stream(self.device):
+            for start in range(0, ids.shape[1], CHUNK):
+                x = self.model.hidden(mx.array(ids[:, start : start + CHUNK]), cache)
+                if every:
+                    out.append(_float32(self.model.logits(x)))
+                else:
+                    mx.eval(x)
+            return np.concatenate(out, 1) if every else _float32(self.model.logits(x[:, -1:]))
+
+    def logits(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """[B, T] -> [B, T, V], no cache kept."""
+        return self._run(self._ids(ids, 2, 0), new_cache(self.model), True)
+
+    def prefill(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Start a new sequence: [T] -> [V] logits after the last token."""
+        checked = self._ids(ids, 1, 0)
+        self._cache = None  # the old one's memory first
+        cache = new_cache(self.model)
+        logits = self._run(checked, cache, False)
+        self._cache = cache
+        return logits[0, 0]
+
+    def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Continue it: [T] -> [T, V]."""
+        if self._cache is None:
+            raise UserError("step: there is no sequence to continue (call prefill first)")
+        return self._run(self._ids(ids, 1, self._cache[0].offset), self._cache, True)[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids, special tokens and BOS policy included."""
+        return self._text.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """Ids to bytes, special tokens left out."""
+        return self._text.decode(ids)
+
+    @property
+    def _text(self) -> Text:
+        if self.text is None:
+            raise UserError(f"{self.artifact.path}: has no tokenizer.json, so it can neither read nor write text")
+        return self.text
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self.text.eos_ids if self.text is not None else frozenset()
+
+    def info(self) -> dict[str, Any]:
+        """Backend, runtime, device, precision, carrier."""
+        return {
+            "backend": "mlx",
+            "runtime": f"mlx {mx.__version__}",
+            "device": "gpu" if self.device == mx.gpu else "cpu",
+            "precision": f"{self.artifact.level}, computing in {'f32' if self.exact else self.artifact.compute}",
+            "carrier": self.artifact.fit.carrier,
+            "context": self._context,
+            "exact": self.exact,
+        }
+
+    def close(self) -> None:
+        """Let go of the cache and the files."""
+        self._cache = None
+        self.artifact.input.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _float32(x: mx.array) -> NDArray[np.float32]:
+    return np.array(x.astype(mx.float32))
+
+
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    exact: bool = False,
+    device: str | None = None,
+) -> MLXRuntime:
+    """Open a folder that a conversion wrote; mlx-lm is not needed.
+
+    context: tokens of the longest session (default: the model's). exact: float32 throughout, on the CPU, for parity.
+    device: `gpu` or `cpu` (default: the GPU where MLX has one). threads is accepted for all backends' sake: MLX decides
+    itself. Raises `UserError`.
+    """
+    path = Path(path)
+    if threads is not None and threads < 1:
+        raise UserError(f"threads={threads}: must be at least 1")
+    artifact = open_artifact(path)
+    longest = artifact.source.context
+    if context is not None and not 1 <= context <= longest:
+        raise UserError(f"context={context}: must be between 1 and the model's {longest} tokens")
+    where = mx.cpu if exact else _device(device)
+    with mx.stream(where):
+        model = build(artifact, exact)
+        mx.eval(model.parameters())
+    return MLXRuntime(model, artifact, Text.read(path), context or longest, where, exact)
+
+
+def _device(name: str | None) -> Any:
+    kinds = {"cpu": mx.cpu, "gpu": mx.gpu}
+    if name is not None and name not in kinds:
+        raise UserError(f"device={name!r}: MLX has cpu and gpu")
+    if name == "gpu" and mx.default_device() != mx.gpu:
+        raise UserError("device='gpu': this MLX has no GPU (use 'cpu')")
+    return kinds[name] if name is not None else mx.default_device()
+
+
+def build(artifact: MLXArtifact, exact: bool = False) -> Model:
+    """The module with the artifact's weights; `exact` widens everything that is a float to float32."""
+    compute = "f32" if exact else artifact.compute
+    model = Model(arguments(artifact.spec, compute))
+    files = {name: x for p in artifact.input.paths for name, x in _load(p).items()}
+    add = offsets(artifact.spec)
+    weights: dict[str, mx.array] = {}
+    packed: dict[str, Stored] = {}
+    for slot in artifact.fit.slots:
+        t = artifact.stored(slot)
+        for piece in slot.pieces:
+            if t.packing is not None:
+                packed[piece.name.removesuffix(".weight")] = t
+            for part, tensor in t.tensors.items():
+                x = _rows(files[tensor.name], piece)
+                if exact and mx.issubdtype(x.dtype, mx.floating):
+                    x = x.astype(mx.float32)
+                if piece.name in add:  # a gain whose offset mlx-lm's architecture adds itself
+                    x = x.astype(mx.float32) + add[piece.name]
+                weights[piece.name.removesuffix("weight") + part if part else piece.name] = x
+
+    def chosen(path: str, _: Any) -> Any:
+        t = packed.get(path)
+        return False if t is None or t.packing is None else t.packing.entry
+
+    nn.quantize(model, class_predicate=chosen)
+    model.load_weights(list(weights.items()))
+    return model
+
+
+def _load(path: Path) -> dict[str, mx.array]:
+    try:
+        loaded = mx.load(str(path))
+    except RuntimeError as e:
+        raise UserError(f"{path}: MLX cannot load it: {str(e).splitlines()[0]}") from None
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def _rows(x: mx.array, piece: Piece) -> mx.array:
+    """A piece's rows of a stored tensor, in canonical order."""
+    to = piece.to
+    if len(to) == x.shape[0] and (to == np.arange(len(to))).all():
+        return x
+    if (np.diff(to) == 1).all():
+        return x[int(to[0]) : int(to[-1]) + 1]
+    return x[mx.array(to.astype(np.int32))]
+
+
