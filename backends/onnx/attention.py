@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from spec.config import Alibi, Attention
+from spec.config import Attention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from backends.onnx.portable import PortableOps
 
     X = ir.Value
-
-
-def needs_scores(a: Attention) -> bool:
-    """Whether scores must be reached between the products: softcap, sinks, ALiBi."""
-    return a.softcap is not None or a.sinks or isinstance(a.position, Alibi)
 
 
 def visible(ops: PortableOps, slots: X, window: int | None) -> X:

@@ -64,7 +64,10 @@ def model(
     if profile == "portable":
         ops = PortableOps(g, places, keys, rows_first)
     else:
-        raise NotImplementedError
+        from backends.onnx.contrib import OrtOps
+
+        assert cache == "dynamic", "the fused attention keeps its own caches"
+        ops = OrtOps(g, places, keys, rows_first)
     w = handles(spec)
     x, presents = hidden(ops, spec, w, ids, step, rope_tables(spec), pasts)
     assert presents is not None
@@ -121,7 +124,7 @@ class _Graph:
         place = g("Range", g.constant(0, "i64"), g("Squeeze", total), g.constant(1, "i64"))
         place = g("Unsqueeze", place, g.ints(0))
         real = g("Greater", mask, g.constant(0, "i64"))
-        keys = Keys(slots, real, place, g("Slice", place, past, total, g.ints(1)))
+        keys = Keys(slots, real, place, g("Slice", place, past, total, g.ints(1)), mask=mask)
         return keys, Step("cached", own, own)
 
     def fixed(self, ids: X, mask: X) -> tuple[Keys, Step[X]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from spec.config import Alibi, Attention
+from spec.config import Alibi, Attention, Rope
 
 
 class Kernel(Enum):
@@ -19,6 +19,9 @@ class Kernel(Enum):
 
 def kernel(a: Attention, profile: str) -> Kernel:
     """The operator for a resolved layer."""
-    if a.softcap is not None or a.sinks or isinstance(a.position, Alibi):
-        return Kernel.DECOMPOSED
-    return Kernel.ATTENTION
+    assert a.head_dim is not None, "a resolved layer"
+    alibi = isinstance(a.position, Alibi)
+    rotated = a.position.rotary_dim(a.head_dim) if isinstance(a.position, Rope) else 0
+    if profile == "ort" and not alibi and a.head_dim % 8 == 0 and rotated % 16 == 0:
+        return Kernel.GROUPED
+    return Kernel.DECOMPOSED if alibi or a.sinks or a.softcap is not None else Kernel.ATTENTION

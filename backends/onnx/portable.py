@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from backends.onnx import attention
 from backends.onnx.builder import DTYPES, Builder
+from backends.onnx.kernels import Kernel, kernel
 from backends.onnx.layout import CODES, GROUP, Layout
 from spec.config import Activation, Attention, Block, Norm
 from spec.ops import Ops, Step
@@ -62,6 +63,8 @@ class Keys:
     """[1, S] int64: place in the cache, where padding takes places too."""
     own: X | None = None
     """[1, T] int64: places of the queries."""
+    mask: X | None = None
+    """[B, S] int64: the attention mask as it came in."""
     write_indices: X | None = None
     """[B] int64: slots that are filled already, in caches of fixed length; none where caches grow."""
     length: X | None = None
@@ -238,8 +241,8 @@ class PortableOps(Ops[X, Weight, Past]):
 
     def mix(self, q: X, k: X, v: X, step: Step[X], key_slots: Keys, a: Attention, w: Any) -> X:
         visible = attention.visible(self, step.slots, a.window)
-        kernel = attention.decomposed if attention.needs_scores(a) else attention.operator
-        return self.tap(kernel(self, q, k, v, visible, step.slots, a, w), "attn.heads")
+        compute = attention.operator if kernel(a, "portable") is Kernel.ATTENTION else attention.decomposed
+        return self.tap(compute(self, q, k, v, visible, step.slots, a, w), "attn.heads")
 
     # Structure
 

@@ -1,0 +1,135 @@
+"""ONNX Runtime's contributed operators in place of the standard ones where they compute the same.
+
+Shapes: B batch, T query, S key, D model, H q-heads, G kv-heads, K head dim, N and K rows and columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from backends.onnx.builder import CONTRIB, Builder
+from backends.onnx.kernels import Kernel, kernel
+from backends.onnx.layout import CODES, GROUP, Layout
+from backends.onnx.portable import Keys, Past, PortableOps, Rotation, Weight
+from spec.config import Activation, Attention, Norm
+from spec.ops import Step
+
+X = ir.Value
+
+ACCURACY = 4
+"""MatMulNBits' `accuracy_level` as shipped: 4 quantizes the inputs to int8 on a CPU, 1 computes in float32."""
+
+SLOPES: dict[Activation, float] = {"silu": 1.0, "quick_gelu": 1.702}
+"""Activations x * sigmoid(slope * x)."""
+
+
+class OrtOps(PortableOps):
+    """See `PortableOps`. Heads stay side by side, [B, T, H, K], as the fused attention wants them; what splits and
+    merges them for nothing is dropped with the graph's unused nodes."""
+
+    def __init__(self, g: Builder, layout: Layout, keys: Keys, rows_first: bool = True) -> None:
+        super().__init__(g, layout, keys, rows_first)
+        self._beside: dict[X, X] = {}
+        self._lengths: tuple[X, X] | None = None
+
+    def fused(self, kind: str, *inputs: X | None, **attributes: Any) -> X:
+        """A contributed operator with one output."""
+        return self.g(kind, *inputs, domain=CONTRIB, **attributes)
+
+    # Products
+
+    def looked_up(self, name: str, rows: X) -> X:
+        codes, scales = self.layout.parts(name)
+        bits = CODES[self.layout.levels[name]]
+        view = f"{codes.name}.rows", "u8", (codes.shape[0], scales.shape[1] * GROUP * bits // 8)
+        table = self.g.stored(codes, view)
+        return self.fused(
+            "GatherBlockQuantized", table, rows, self.g.stored(scales),
+            bits=bits, block_size=GROUP, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+
+    def linear(self, x: X, w: Weight) -> X:
+        assert w.weight is not None
+        level = self.layout.levels[w.weight]
+        if level not in CODES:
+            return super().linear(x, w)
+        codes, scales = self.layout.parts(w.weight)
+        n, groups = scales.shape
+        bias = None if w.bias is None else self.narrow(self.vector(w.bias))
+        return self.fused(
+            "MatMulNBits", x, self.g.stored(codes), self.g.stored(scales), None, None, bias,
+            K=groups * GROUP, N=n, bits=CODES[level], block_size=GROUP, accuracy_level=ACCURACY,
+        )  # fmt: skip
+
+    # Norms and activations
+
+    def norm(self, x: X, w: Weight, norm: Norm) -> X:
+        if x in self._beside:  # over each head: the same on heads that lie side by side
+            return self._across(self.norm(self._beside[x], w, norm))
+        bias = None if w.bias is None else self.narrow(self.vector(w.bias))
+        return self.normed(x, self.narrow(self.gain(w, norm)), bias, norm)
+
+    def add_norm(self, x: X, y: X, w: Weight, norm: Norm) -> tuple[X, X]:
+        if norm.kind == "rmsnorm" and w.bias is not None:
+            return super().add_norm(x, y, w, norm)
+        gain = self.narrow(self.gain(w, norm))
+        if norm.kind == "layernorm":
+            bias = None if w.bias is None else self.narrow(self.vector(w.bias))
+            kind, inputs = "SkipLayerNormalization", (x, y, gain, bias)
+        else:
+            kind, inputs = "SkipSimplifiedLayerNormalization", (x, y, gain)
+        out = self.g.several(kind, 4, *inputs, domain=CONTRIB, epsilon=norm.eps)
+        return out[3], out[0]
+
+    def act(self, x: X, kind: Activation) -> X:
+        if kind in SLOPES:
+            return self.fused("QuickGelu", x, alpha=SLOPES[kind])
+        return super().act(x, kind)
+
+    # Heads and attention
+
+    def _across(self, x: X) -> X:
+        """[B, T, H, K] -> [B, H, T, K], remembering where it came from."""
+        y = self.g("Transpose", x, perm=[0, 2, 1, 3])
+        self._beside[y] = x
+        return y
+
+    def split_heads(self, x: X, head_dim: int) -> X:
+        return self._across(self.g("Reshape", x, self.g.ints(0, 0, -1, head_dim)))
+
+    def merge_heads(self, x: X) -> X:
+        return (
+            self.g("Reshape", self._beside[x], self.g.ints(0, 0, -1)) if x in self._beside else super().merge_heads(x)
+        )
+
+    def attend(
+        self, q: X, k: X, v: X, step: Step[X], cache: Past | None, rotation: Rotation | None, a: Attention, w: Any
+    ) -> tuple[X, Past | None]:
+        if kernel(a, "ort") is not Kernel.GROUPED:
+            return super().attend(q, k, v, step, cache, rotation, a, w)
+        assert cache is not None and a.head_dim is not None
+        last, total = self._filled()
+        turned = (None, None) if rotation is None else (rotation.cos, rotation.sin)
+        sinks = None if w.sinks is None else self.narrow(self.vector(w.sinks))
+        y, key, value = self.g.several(
+            "GroupQueryAttention", 3, *(self.merge_heads(t) for t in (q, k, v)), cache.key, cache.value, last, total,
+            *turned, None, None, sinks, domain=CONTRIB,
+            num_heads=a.heads, kv_num_heads=a.kv_heads, scale=a.scale, do_rotary=int(rotation is not None),
+            local_window_size=a.window or -1, softcap=a.softcap or 0.0,
+        )  # fmt: skip
+        return self.tap(self.split_heads(y, a.head_dim), "attn.heads"), Past(key, value)
+
+    def _filled(self) -> tuple[X, X]:
+        """For each row the slot of its last token [B], and the longest row's tokens, int32."""
+        if self._lengths is None:
+            g = self.g
+            scope, g.scope = g.scope, ""
+            assert self.keys.mask is not None
+            real = g("ReduceSum", self.keys.mask, g.ints(1), keepdims=0)
+            last = self.to(g("Sub", real, g.constant(1, "i64")), "i32")
+            total = self.to(g("Squeeze", g("Shape", self.keys.mask, start=1, end=2)), "i32")
+            self._lengths = g.name(last, "last_slots"), g.name(total, "total_tokens")
+            g.scope = scope
+        return self._lengths

@@ -1,0 +1,250 @@
+"""Running a folder in ONNX Runtime. B batch, T tokens, V vocab, G kv-heads, K head dim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from backends.base import NotComparable
+from backends.onnx.kernels import Kernel, kernel
+from backends.onnx.layout import MODEL
+from backends.onnx.read import Artifact, open_artifact
+from backends.text import Text
+from spec.config import Spec
+from spec.errors import UserError
+
+CHUNK = 512
+"""Tokens a call: logits and masks of all of them are in memory at once."""
+ROOM = 256
+"""Slots that the caches have at first; they double."""
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""ONNX Runtime's execution providers by our devices."""
+
+Value = ort.OrtValue
+
+
+class Caches:
+    """Keys and values of one batch of sequences: `past_key_values.*` in, `present.*` out.
+
+    GroupQueryAttention writes into buffers that are longer than the sequence, so those layers' caches stay where they
+    are; the other layers' grow with each call.
+    """
+
+    def __init__(self, spec: Spec, profile: str, dtype: Any, device: str, batch: int) -> None:
+        self._dtype, self._device, self._batch = dtype, device, batch
+        self._shapes = [(b.attention.kv_heads or 0, b.attention.head_dim or 0) for b in spec.layers]
+        self._fixed = [kernel(b.attention, profile) is Kernel.GROUPED for b in spec.layers]
+        self.used, self._room = 0, 0
+        self._values: dict[tuple[int, str], Value] = {}
+        for i in range(spec.depth):
+            for kind in ("key", "value"):
+                self._values[i, kind] = self._empty(i, 0)
+
+    def _empty(self, i: int, slots: int) -> Value:
+        heads, dim = self._shapes[i]
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros((self._batch, heads, slots, dim), self._dtype), self._device)
+
+    def bind(self, io: Any, tokens: int) -> None:
+        """Inputs and outputs of a call with that many tokens."""
+        if self.used + tokens > self._room:
+            self._room = max(ROOM, 2 * self._room, self.used + tokens)
+            for (i, kind), old in self._values.items():
+                if self._fixed[i]:
+                    grown = np.zeros((self._batch, self._shapes[i][0], self._room, self._shapes[i][1]), self._dtype)
+                    grown[:, :, : self.used] = old.numpy()[:, :, : self.used]
+                    self._values[i, kind] = ort.OrtValue.ortvalue_from_numpy(grown, self._device)
+        for (i, kind), value in self._values.items():
+            io.bind_ortvalue_input(f"past_key_values.{i}.{kind}", value)
+            if self._fixed[i]:
+                io.bind_ortvalue_output(f"present.{i}.{kind}", value)
+            else:
+                io.bind_output(f"present.{i}.{kind}", self._device)
+
+    def take(self, presents: Sequence[Value], tokens: int) -> None:
+        """What the call returned, in the order of `bind`."""
+        self.used += tokens
+        for (i, kind), value in zip(list(self._values), presents, strict=True):
+            if not self._fixed[i]:
+                self._values[i, kind] = value
+
+
+class OnnxRuntime:
+    """A graph in ONNX Runtime with one sequence in progress; see `backends.base.Runtime`."""
+
+    def __init__(
+        self, artifact: Artifact, session: Any, context: int, device: str, exact: bool, threads: int | None
+    ) -> None:
+        self.artifact, self.spec, self.exact, self.threads = artifact, artifact.spec, exact, threads
+        self._session: Any = session
+        self._context, self._device = context, device
+        self.compute = "f32" if exact else artifact.compute
+        self.text = Text.read(artifact.path)
+        self._caches: Caches | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.spec.vocab_size
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    def _check(self, ids: NDArray[np.integer], dims: int, used: int) -> NDArray[np.int64]:
+        array = np.asarray(ids)
+        if array.ndim != dims or not array.size:
+            raise UserError(f"ids: shape {list(array.shape)}, and {'[B, T]' if dims == 2 else '[T]'} is needed")
+        if array.min() < 0 or array.max() >= self.vocab_size:
+            raise UserError(f"ids: {array.min()}..{array.max()} reach beyond the vocabulary of {self.vocab_size}")
+        if used + array.shape[-1] > self._context:
+            raise UserError(
+                f"{used + array.shape[-1]} tokens exceed the session's context of {self._context} "
+                "(ask for a longer context)"
+            )
+        return array.astype(np.int64)
+
+    def _new(self, batch: int) -> Caches:
+        dtype = np.float32 if self.compute == "f32" else np.float16
+        return Caches(self.spec, self.artifact.profile, dtype, self._device, batch)
+
+    def _call(self, ids: NDArray[np.int64], caches: Caches) -> NDArray[np.float32]:
+        """[B, T] that continue the caches -> [B, T, V]."""
+        io = self._session.io_binding()
+        io.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
+        io.bind_cpu_input("attention_mask", np.ones((len(ids), caches.used + ids.shape[1]), np.int64))
+        io.bind_output("logits", "cpu")
+        caches.bind(io, ids.shape[1])
+        try:
+            self._session.run_with_iobinding(io)
+        except Exception as e:  # ONNX Runtime's exceptions derive from nothing narrower
+            raise UserError(f"{self.artifact.path}: ONNX Runtime: {_first_line(e)}") from None
+        logits, *presents = io.get_outputs()
+        caches.take(presents, ids.shape[1])
+        return logits.numpy()
+
+    def _chunked(self, ids: NDArray[np.int64], caches: Caches) -> Iterator[NDArray[np.float32]]:
+        for i in range(0, ids.shape[1], CHUNK):
+            yield self._call(ids[:, i : i + CHUNK], caches)
+
+    def logits(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """[B, T] -> [B, T, V], no cache kept. GroupQueryAttention continues one sequence only, so long batches run
+        row by row."""
+        checked = self._check(ids, 2, 0)
+        whole = [checked] if checked.shape[1] <= CHUNK else list(checked[:, None])
+        rows = [np.concatenate(list(self._chunked(part, self._new(len(part)))), 1) for part in whole]
+        return np.concatenate(rows)
+
+    def prefill(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Start a new sequence: [T] -> [V] logits after the last token."""
+        checked = self._check(ids, 1, 0)
+        self._caches = self._new(1)
+        last = np.empty(0, np.float32)
+        for chunk in self._chunked(checked[None], self._caches):
+            last = chunk[0, -1].copy()
+        return last
+
+    def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Continue it: [T] -> [T, V]."""
+        if self._caches is None:
+            raise UserError("step: there is no sequence to continue (call prefill first)")
+        checked = self._check(ids, 1, self._caches.used)
+        return np.concatenate(list(self._chunked(checked[None], self._caches)), 1)[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids, special tokens and BOS policy included."""
+        return self._words.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """Ids to bytes, special tokens left out."""
+        return self._words.decode(ids)
+
+    @property
+    def _words(self) -> Text:
+        if self.text is None:
+            raise UserError(f"{self.artifact.path}: has no tokenizer.json, so it can neither read nor write text")
+        return self.text
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self.text.eos_ids if self.text is not None else frozenset()
+
+    def info(self) -> dict[str, Any]:
+        """What runs, where, and how."""
+        return {
+            "backend": "onnx",
+            "runtime": f"onnxruntime {ort.__version__}",
+            "device": self._device,
+            "precision": f"{self.artifact.level} weights, {self.compute} compute",
+            "profile": self.artifact.profile,
+            "threads": self.threads,
+            "context": self._context,
+            "exact": self.exact,
+        }
+
+    def close(self) -> None:
+        """Let go of the session and the caches."""
+        self._caches = self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+
+
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    exact: bool = False,
+    device: str | None = None,
+) -> OnnxRuntime:
+    """Open a folder in ONNX Runtime.
+
+    context: tokens of the longest sequence (default: the spec's). exact: the same graph and data in float32 throughout,
+    on the CPU. device: `cpu` or `cuda` (default: CUDA for a graph that computes in 16 bits, where there is one).
+    Raises `UserError`; `NotComparable` for a bfloat16 graph without CUDA, since ONNX Runtime's CPU has no kernels.
+    """
+    artifact = open_artifact(path)
+    longest = artifact.spec.context
+    if context is not None and not 1 <= context <= longest:
+        raise UserError(f"context={context}: must be between 1 and the model's {longest}")
+    if threads is not None and threads < 1:
+        raise UserError(f"threads={threads}: must be at least 1")
+    where = _device(device, "f32" if exact else artifact.compute)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # its warnings are about its own choices
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    providers = [PROVIDERS["cpu"]] if where == "cpu" else [PROVIDERS[where], PROVIDERS["cpu"]]
+    source: Any = str(artifact.path / MODEL)
+    if exact:
+        from backends.onnx.exact import exact_model
+
+        source = exact_model(artifact.path, artifact.compute)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
+    try:
+        session = ort.InferenceSession(source, options, providers=providers)
+    except Exception as e:  # ONNX Runtime's exceptions derive from nothing narrower
+        raise UserError(f"{artifact.path}: ONNX Runtime cannot load it: {_first_line(e)}") from None
+    return OnnxRuntime(artifact, session, context or longest, where, exact, threads)
+
+
+def _device(name: str | None, compute: str) -> str:
+    present = [d for d, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
+    if name is not None and name not in present:
+        raise UserError(f"device={name!r}: ONNX Runtime has no such device here (there are: {', '.join(present)})")
+    where = name or ("cuda" if "cuda" in present and compute != "f32" else "cpu")
+    if where == "cpu" and compute == "bf16":
+        raise NotComparable("a graph that computes in bf16 needs CUDA: ONNX Runtime has no bf16 kernels for CPUs")
+    return where
