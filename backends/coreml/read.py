@@ -1,0 +1,204 @@
+"""Reading a package back in canonical names and rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Arithmetic, Floats, Planned, QuantizedTensor, Values
+from backends.coreml import package
+from backends.coreml.mil.program import Function, Instruction, default_function, functions
+from backends.coreml.mil.weights import Blob
+from backends.coreml.names import by_name, in_linear, mil_name
+from backends.coreml.palettes import BITS, Palette, group_rows, table_of
+from backends.coreml.program import constants
+from spec.config import Spec
+from spec.errors import UserError
+from spec.load import parse, read_yaml
+
+SCALED, TABLE, HALF = "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense", "constexpr_cast"
+
+
+class CoreMLArtifact:
+    """A package that this program wrote; see `backends.base.Artifact`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise UserError(f"{path}: no such package")
+        self._model = package.read_model(path)
+        self.source: Spec = parse(read_yaml(self._held("spec"), str(path)), str(path))
+        self.spec = self.source
+        self._params = by_name(self.source)
+
+    def _held(self, name: str) -> str:
+        return package.metadata(self._model, self.path, name)
+
+    @property
+    def level(self) -> str:
+        return self._held("level")
+
+    @property
+    def compute(self) -> str:
+        """Dtype of activations, `f16` or `f32`."""
+        return self._held("compute")
+
+    @property
+    def receipt(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._held("receipt"))
+        except ValueError as e:
+            raise UserError(f"{self.path}: its receipt is not JSON ({e})") from None
+
+    @property
+    def session(self) -> int:
+        """Rotary tables are constants of the program, as long as the context."""
+        return self.source.context
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic(compute=self.compute, cache="f16", emulated=sys.platform != "darwin")
+
+    @cached_property
+    def functions(self) -> dict[str, Function]:
+        """Every function of the program."""
+        return functions(self._model, self.path / package.WEIGHTS)
+
+    @property
+    def default(self) -> str:
+        """The function that runs where a client names none."""
+        return default_function(self._model)
+
+    @cached_property
+    def _constants(self) -> dict[str, Instruction]:
+        body = self.functions[self.default].body
+        return {i.outputs[0].name: i for i in body if i.type == "const" or i.type.startswith("constexpr_")}
+
+    def rows(self, name: str, start: int, stop: int) -> Values:
+        """Rows of a canonical tensor: codes and scales where it is on the portable grid, else float32."""
+        i = self._find(name)
+        if len(self._params[name].shape) == 1:
+            return _rows(i.args["val"], None).reshape(-1)[start:stop].astype(np.float32)
+        at = (start, stop)
+        match i.type:
+            case "const":
+                return _rows(i.args["val"], at).astype(np.float32)
+            case "constexpr_cast":
+                return _rows(i.args["source_val"], at).astype(np.float32)
+            case "constexpr_lut_to_dense":
+                return self._palette(i, start, stop)
+            case _:
+                scales = _rows(i.args["scale"], at).astype(np.float32)
+                bits = 4 if _dtype(i.args["data"]) == "INT4" else 8
+                return QuantizedTensor(_rows(i.args["data"], at), scales, bits, self._params[name].shape[1] // len(scales.T))
+
+    def _palette(self, i: Instruction, start: int, stop: int) -> Floats:
+        tables = _rows(i.args["lut"], None).astype(np.float32)
+        tables = tables.reshape(len(tables), -1)
+        group = i.outputs[0].shape[0] or 1
+        table = tables[np.arange(start, stop) // (group // len(tables))]
+        return np.take_along_axis(table, _rows(i.args["indices"], (start, stop)).astype(np.intp), axis=1)
+
+    def _find(self, name: str) -> Instruction:
+        i = self._constants.get(mil_name(name))
+        if name not in self._params or i is None:
+            raise UserError(f"{self.path}: has no tensor {name}")
+        return i
+
+    def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
+        """Tensors that are missing or of another type or shape than planned, and constants with other values."""
+        out = {}
+        for p in planned:
+            i = self._constants.get(mil_name(p.name))
+            how = "is missing" if i is None else self._difference(p, i)
+            if how:
+                out[p.name] = how
+        for name, value in constants(self.source).items():
+            i = self._constants.get(name)
+            if i is None:
+                out[name] = "is missing"
+            elif not np.array_equal(_rows(i.args["val"], None).reshape(value.shape), value):
+                out[name] = "differs from what the spec gives"
+        return out
+
+    def _difference(self, p: Planned, i: Instruction) -> str:
+        shape = list(i.outputs[0].shape)
+        if shape != list(p.shape) and self._params[p.name].role != "sinks":
+            return f"has shape {shape}, not {list(p.shape)}"
+        want, dtype = _type(p, self.compute, in_linear(self._params[p.name]))
+        kinds = {"const": "val", HALF: "source_val", SCALED: "data", TABLE: "indices"}
+        got = i.type, _dtype(i.args[kinds[i.type]])
+        return "" if got == (want, dtype) else f"is stored as {got[0]} of {got[1]}, not {want} of {dtype}"
+
+    def expected(self, name: str, level: str, values: Floats) -> Floats:
+        """Rows of the source as the package must hold them: rounded to float16 where that is the stored type."""
+        half = level == "f16" or (self.compute == "f16" and in_linear(self._params[name]))
+        return values.astype(np.float16).astype(np.float32) if half else values
+
+    spanning = tuple(BITS)
+    """Levels whose groups span rows: `expected_at` needs to know where a block begins."""
+
+    def expected_at(self, name: str, level: str, start: int, values: Floats) -> Floats:
+        """Rows `start...` of the source at a palette level. Groups that are whole in the block are palettized again;
+        the rows of others must have the nearest entry of the table that the package has."""
+        rows = self._params[name].shape[0]
+        i, group = self._find(name), group_rows(rows)
+        tables = _rows(i.args["lut"], None).astype(np.float32).reshape(rows // group, -1)
+        out = np.empty(values.shape, np.float32)
+        for n in range(start // group, -(-(start + len(values)) // group)):
+            lo, hi = max(n * group - start, 0), min((n + 1) * group - start, len(values))
+            part = values[lo:hi]
+            if hi - lo == group:
+                out[lo:hi] = Palette(*_one(table_of(part, BITS[level])), BITS[level]).dequantize()
+            else:
+                out[lo:hi] = _nearest(part, tables[n], self.rows(name, start + lo, start + hi))
+        return out
+
+
+def _one(made: tuple[Any, Any]) -> tuple[Any, Any]:
+    return made[0], made[1][None]
+
+
+def _nearest(values: Floats, table: Floats, held: Values) -> Floats:
+    """The nearest entries; of two that are equally near either is."""
+    assert not isinstance(held, QuantizedTensor)
+    half = values.astype(np.float16).astype(np.float64)
+    distance = np.abs(half[..., None] - table)
+    best = table[distance.argmin(-1)]
+    tie = np.abs(half - held) <= distance.min(-1)
+    return np.where(tie & np.isin(held, table), held, best)
+
+
+def _type(p: Planned, compute: str, in_product: bool) -> tuple[str, str]:
+    """The operation and data type that hold a planned tensor."""
+    if len(p.shape) == 1:
+        return "const", "FLOAT16" if in_product and compute == "f16" else "FLOAT32"
+    if p.level in BITS:
+        return TABLE, f"UINT{BITS[p.level]}"
+    if p.level == "f16":
+        return ("const" if compute == "f16" else HALF), "FLOAT16"
+    return {"q8": (SCALED, "INT8"), "q4": (SCALED, "INT4"), "f32": ("const", "FLOAT32")}[p.level]
+
+
+def _rows(value: Any, at: tuple[int, int] | None) -> NDArray[Any]:
+    if isinstance(value, Blob):
+        return value.read() if at is None else value.rows(*at)
+    return value if at is None else value[at[0] : at[1]]
+
+
+def _dtype(value: Any) -> str:
+    if isinstance(value, Blob):
+        return value.dtype
+    return {"float32": "FLOAT32", "float16": "FLOAT16", "int8": "INT8", "uint8": "UINT8"}[str(value.dtype)]
+
+
+def open_artifact(path: str | Path) -> CoreMLArtifact:
+    """Open a package for its weights. Raises `UserError` where it is none of ours."""
+    return CoreMLArtifact(Path(path))
