@@ -1,0 +1,237 @@
+"""What each transformers architecture computes, as data: one row an architecture, read from its modeling code.
+
+transformers owns its graphs, so a spec is carried by choosing the architecture whose forward pass computes it. A field
+of `Carrier` says what the code has (`optional`, `required`) or lacks (`no`), what config.json tells it under which key,
+and what is hard-coded. Whatever is required and missing in a spec is filled with its neutral value (a zero bias, a gain
+of one, a sink of -32768).
+
+Read from transformers 5.23. Where an architecture has an option that would change the function beyond what the spec
+language says (rotation after QK-norm, bfloat16 ALiBi slopes in Falcon), it has no row or the option is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from backends.hf import names
+from spec.layout import Rule
+
+Need = Literal["no", "optional", "required"]
+
+KEYS: Mapping[str, str] = {
+    "width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "hidden": "intermediate_size",
+    "context": "max_position_embeddings", "activation": "hidden_act", "eps": "rms_norm_eps",
+    "std": "initializer_range", "attention_dropout": "attention_dropout",
+}  # fmt: skip
+"""config.json's usual names; an empty one is not written."""
+
+SCALINGS = frozenset({"linear", "dynamic", "llama3", "yarn", "longrope"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carrier:
+    """One architecture. Defaults are those of Llama without its options."""
+
+    arch: str
+    """config.json's model_type."""
+    model: str
+    """The class that config.json names."""
+    rules: tuple[Rule, ...] = field(default=names.LLAMA, repr=False)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Where config.json's names differ from `KEYS`."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that choose this variant of the code; dots lead into nested objects."""
+
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """All norms but QK-norms; one epsilon for all norms."""
+    norm_weight: bool = True
+    norm_bias: bool = False
+    """Norms of a kind that has a bias always have one."""
+    offset: float = 0.0
+    """Added to stored gains, QK-norms' too."""
+    eps: float | None = None
+    """An epsilon that is hard-coded."""
+    placement: Literal["pre", "post", "sandwich"] = "pre"
+    flow: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"sequential": {}})
+    """`sequential`, `parallel` (two norms), `shared` (one norm feeds attention and MLP), and the keys that choose it."""
+    embed_norm: bool = False
+    """Whether there is a norm after the embedding (then it is required)."""
+
+    rope: Literal["half", "neighbours", "none"] = "half"
+    """Which pairs rotate: (i, i + rotary / 2), or (2i, 2i + 1)."""
+    partial: bool = False
+    """Whether fewer dimensions than head_dim may rotate."""
+    scaling: frozenset[str] = SCALINGS
+    """Kinds of scaling that are computed as the spec means them."""
+    rope_by: Literal["", "window", "layer"] = ""
+    """Settings for layers with and without a window each, or a base for every layer."""
+    no_position: Literal["no", "list", "theta", "global", "windowed"] = "no"
+    """Layers without rotation: none; any, by a list; any, by a base of 0; exactly those without a window; the same but
+    only where some layer has a window."""
+    alibi: bool = False
+    """Whether attention has ALiBi with max_bias 8 (then it is required)."""
+    positions: int | None = None
+    """The offset of learned positions, where there are any (then they are required)."""
+
+    square: bool = False
+    """Whether heads * head_dim must equal the width."""
+    divisible: bool = False
+    """Whether loading insists that the number of heads divides the width."""
+    gqa: bool = True
+    biases: tuple[tuple[str, str], ...] = (("attention_bias", "q k v o"), ("mlp_bias", "gate up down"))
+    """Groups of biases that are there together, by a key; an empty key: always."""
+    qk_norm: Need = "no"
+    qk_kind: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    qk_over: Literal["head", "width"] = "head"
+    qk_bias: bool = False
+    qk_key: str = ""
+    scale: Literal["", "value", "inverse_square"] = ""
+    """How the attention scale is told, under `scale_key`; else it is head_dim^-0.5. An inverse square is an integer."""
+    scale_key: str = ""
+    softcap: str = ""
+    """Key of a soft cap on attention scores."""
+    clip: str = ""
+    sinks: Need = "no"
+    window: Literal["no", "all", "layers"] = "no"
+    """One window in all layers, or in those that `layer_types` names."""
+    window_required: bool = False
+    """Whether a window's size must be given though no layer uses it."""
+    window_switch: bool = False
+    """Whether `use_sliding_window` turns windows on."""
+
+    gated: bool = True
+    activation: str = ""
+    """A hard-coded one; else config.json names it."""
+    hidden_times: int = 0
+    """MLP width in multiples of the model's, where it is hard-coded."""
+
+    embed_scale: str = ""
+    """`sqrt_width`, or a key."""
+    residual_scale: str = ""
+    logit_scale: str = ""
+    logit_divides: bool = False
+    logit_softcap: str = ""
+    wide_scores: bool = False
+    """Whether 16-bit levels round the ALiBi biases, which grow with the position."""
+
+
+ACTIVATIONS = {
+    "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "relu": "relu",
+    "relu2": "relu2",
+}  # fmt: skip
+"""The spec's names to transformers'."""
+
+Fields = dict[str, Any]
+
+NO_BIAS: Fields = {"biases": ()}
+ATTENTION_BIAS: Fields = {"biases": (("attention_bias", "q k v o"),)}
+LAYER_WINDOWS: Fields = {"window": "layers", "window_required": True}
+SWITCHED: Fields = {"window": "layers", "window_switch": True}
+GEMMA: Fields = {**ATTENTION_BIAS, "offset": 1.0, "embed_scale": "sqrt_width"}
+GEMMA2: Fields = {
+    **GEMMA, **LAYER_WINDOWS, "keys": {"activation": "hidden_activation"}, "divisible": True,
+    "scale": "inverse_square", "scale_key": "query_pre_attn_scalar", "logit_softcap": "final_logit_softcapping",
+}  # fmt: skip
+GRANITE: Fields = {
+    "scale": "value", "scale_key": "attention_multiplier", "embed_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling", "logit_divides": True,
+}  # fmt: skip
+LAYERNORM: Fields = {"norm": "layernorm", "norm_bias": True, "keys": {"eps": "layer_norm_eps"}}
+PLAIN: Fields = {"gated": False}
+MHA: Fields = {"square": True, "gqa": False}
+EVERY_BIAS: Fields = {"biases": (("", "q k v o up down"),)}
+GPT2_KEYS = {
+    "width": "n_embd", "depth": "n_layer", "heads": "n_head", "kv_heads": "", "head_dim": "", "hidden": "n_inner",
+    "context": "n_positions", "activation": "activation_function", "eps": "layer_norm_epsilon",
+    "attention_dropout": "attn_pdrop", "residual_dropout": "resid_pdrop", "embedding_dropout": "embd_pdrop",
+}  # fmt: skip
+
+
+def _row(arch: str, model: str, *shared: Fields, **fields: Any) -> Carrier:
+    merged: Fields = {}
+    for s in (*shared, fields):
+        keys = {**merged.get("keys", {}), **s.get("keys", {})}
+        merged |= {**s, **({"keys": keys} if keys else {})}
+    return Carrier(arch=arch, model=f"{model}ForCausalLM", **merged)
+
+
+CARRIERS: tuple[Carrier, ...] = (
+    _row("llama", "Llama", divisible=True),
+    _row("mistral", "Mistral", NO_BIAS, window="all"),
+    _row("ministral", "Ministral", NO_BIAS, LAYER_WINDOWS),
+    _row("qwen2", "Qwen2", SWITCHED, biases=(("", "q k v"),)),
+    _row("qwen3", "Qwen3", ATTENTION_BIAS, SWITCHED, qk_norm="required"),
+    _row("smollm3", "SmolLM3", SWITCHED, no_position="list"),
+    _row("granite", "Granite", GRANITE),
+    _row("granite_swa", "GraniteSWA", GRANITE, LAYER_WINDOWS, sinks="required", rope_by="layer", no_position="theta"),
+    _row("arcee", "Arcee", PLAIN, divisible=True, biases=(("attention_bias", "q k v o"), ("mlp_bias", "up down"))),
+    _row("phi3", "Phi3", NO_BIAS, rules=names.PHI3, square=True, partial=True, scaling=frozenset({"longrope"}),
+         window="all"),
+    _row("glm", "Glm", rules=names.GLM, rope="neighbours", partial=True, biases=(("attention_bias", "q k v"),)),
+    _row("gemma", "Gemma", GEMMA),
+    _row("vaultgemma", "VaultGemma", GEMMA2, rules=names.VAULTGEMMA, softcap="attn_logit_softcapping"),
+    _row("gemma2", "Gemma2", GEMMA2, rules=names.GEMMA2, placement="sandwich", softcap="attn_logit_softcapping"),
+    _row("gemma3_text", "Gemma3", GEMMA2, rules=names.GEMMA2, placement="sandwich", qk_norm="required",
+         rope_by="window", scaling=frozenset({"linear", "llama3", "yarn"})),
+    _row("glm4", "Glm4", rules=names.GLM4, placement="sandwich", rope="neighbours", partial=True,
+         biases=(("attention_bias", "q k v"),)),
+    _row("olmo2", "Olmo2", ATTENTION_BIAS, rules=names.OLMO2, placement="post", qk_norm="required", qk_over="width"),
+    _row("olmo3", "Olmo3", ATTENTION_BIAS, LAYER_WINDOWS, rules=names.OLMO2, placement="post", qk_norm="required",
+         qk_over="width", rope_by="window", scaling=frozenset({"linear", "llama3", "yarn"})),
+    _row("exaone4", "Exaone4", NO_BIAS, rules=names.OLMO2, placement="post", qk_norm="required", window="layers",
+         no_position="windowed"),
+    _row("gpt2", "GPT2", LAYERNORM, PLAIN, MHA, EVERY_BIAS, rules=names.GPT2, keys=GPT2_KEYS, rope="none",
+         positions=0),
+    _row("opt", "OPT", LAYERNORM, PLAIN, MHA, rules=names.OPT, rope="none", positions=2, eps=1e-5,
+         biases=(("enable_bias", "q k v o up down"),),
+         keys={"kv_heads": "", "head_dim": "", "hidden": "ffn_dim", "activation": "activation_function", "eps": "",
+               "std": "init_std", "residual_dropout": "dropout"},
+         constants={"do_layer_norm_before": True, "layer_norm_elementwise_affine": True}),
+    _row("stablelm", "StableLm", LAYERNORM, partial=True, square=True, biases=(("use_qkv_bias", "q k v"),),
+         keys={"head_dim": ""}, constants={"qk_layernorm": False},
+         flow={"sequential": {"use_parallel_residual": False}, "shared": {"use_parallel_residual": True}}),
+    _row("olmo", "Olmo", ATTENTION_BIAS, norm="layernorm", norm_weight=False, eps=1e-5, keys={"eps": ""},
+         clip="clip_qkv"),
+    _row("starcoder2", "Starcoder2", LAYERNORM, PLAIN, rules=names.STARCODER2, keys={"eps": "norm_epsilon"},
+         biases=(("use_bias", "q k v o up down"),), window="all"),
+    _row("gpt_neox", "GPTNeoX", LAYERNORM, PLAIN, MHA, rules=names.GPT_NEOX, partial=True,
+         biases=(("attention_bias", "q k v o"), ("", "up down")), keys={"kv_heads": "", "head_dim": ""},
+         flow={"sequential": {"use_parallel_residual": False}, "parallel": {"use_parallel_residual": True}}),
+    _row("phi", "Phi", LAYERNORM, PLAIN, rules=names.PHI, flow={"shared": {}}, partial=True, square=True,
+         keys={"head_dim": ""}, biases=(("", "q k v o up down head"),), qk_norm="optional", qk_kind="layernorm",
+         qk_bias=True, qk_key="qk_layernorm"),
+    _row("persimmon", "Persimmon", LAYERNORM, PLAIN, MHA, EVERY_BIAS, rules=names.PERSIMMON, partial=True,
+         keys={"kv_heads": "", "head_dim": ""}, qk_norm="optional", qk_kind="layernorm", qk_bias=True,
+         qk_key="qk_layernorm"),
+    _row("nemotron", "Nemotron", LAYERNORM, PLAIN, offset=1.0, partial=True, keys={"eps": "norm_eps"},
+         biases=(("attention_bias", "q k v o"), ("mlp_bias", "up down"))),
+    _row("cohere", "Cohere", ATTENTION_BIAS, norm="layernorm", rules=names.COHERE, flow={"shared": {}},
+         rope="neighbours", keys={"eps": "layer_norm_eps"}, logit_scale="logit_scale",
+         constants={"use_qk_norm": False}),
+    _row("cohere2", "Cohere2", ATTENTION_BIAS, LAYER_WINDOWS, norm="layernorm", rules=names.COHERE,
+         flow={"shared": {}}, rope="neighbours", square=True, no_position="global",
+         keys={"eps": "layer_norm_eps", "head_dim": ""}, logit_scale="logit_scale"),
+    _row("falcon", "Falcon", LAYERNORM, PLAIN, rules=names.FALCON, square=True,
+         biases=(("bias", "q k v o up down"),), flow={"parallel": {"num_ln_in_parallel_attn": 2}},
+         keys={"kv_heads": "num_kv_heads", "head_dim": "", "hidden": "ffn_hidden_size", "activation": "activation",
+               "eps": "layer_norm_epsilon"},
+         constants={"new_decoder_architecture": True, "parallel_attn": True, "multi_query": False, "alibi": False}),
+    _row("mpt", "Mpt", PLAIN, MHA, NO_BIAS, norm="layernorm", rules=names.MPT, rope="none", alibi=True,
+         activation="gelu", hidden_times=4, clip="attn_config.clip_qkv", scale="value",
+         scale_key="attn_config.softmax_scale",
+         keys={"width": "d_model", "depth": "n_layers", "heads": "n_heads", "kv_heads": "", "head_dim": "",
+               "hidden": "", "context": "max_seq_len", "activation": "", "eps": "layer_norm_epsilon",
+               "attention_dropout": ""},
+         constants={"attn_config.alibi": True, "attn_config.alibi_bias_max": 8, "expansion_ratio": 4,
+                    "no_bias": True}),
+    _row("bloom", "Bloom", LAYERNORM, PLAIN, MHA, EVERY_BIAS, rules=names.BLOOM, rope="none", alibi=True,
+         embed_norm=True, activation="gelu_tanh", hidden_times=4, wide_scores=True,
+         keys={"depth": "n_layer", "heads": "n_head", "kv_heads": "", "head_dim": "", "hidden": "", "activation": "",
+               "context": "seq_length", "eps": "layer_norm_epsilon"}),
+)  # fmt: skip
+"""In order of preference: of two that carry a spec with as few rewrites, the earlier one is taken."""
+
+BY_ARCH = {c.arch: c for c in CARRIERS}

@@ -1,0 +1,189 @@
+"""Safetensors files: laid out before the first row arrives, written and read at their final places.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spec.errors import UserError
+
+WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
+STORED: Mapping[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<u4", "I64": "<i8"}
+"""How the bytes of a dtype are handled in NumPy."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step along the first axis."""
+        return prod(self.shape[1:]) * WIDTHS[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * WIDTHS[self.dtype]
+
+
+def narrow(x: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Values rounded to nearest even at a float dtype, as it is stored. Raises `UserError` where one is too large."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        out = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
+        finite = bool(np.isfinite(widen(out, dtype)).all())
+    else:
+        with np.errstate(over="ignore"):
+            out = x.astype(STORED[dtype])
+        finite = bool(np.isfinite(out).all())
+    if not finite:
+        raise UserError(f"a value of {np.abs(x).max():.6g} is beyond {dtype.lower()}: use --quant f32")
+    return out
+
+
+def widen(x: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Stored values as float32, exactly."""
+    if dtype == "BF16":
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    return x.astype(np.float32, copy=False)
+
+
+def header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """A file's first bytes, and where each tensor begins. Wide dtypes come first, so that all are aligned."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    at, starts = 0, {}
+    for t in sorted(tensors, key=lambda t: -WIDTHS[t.dtype]):
+        entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        starts[t.name] = at
+        at += t.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {n: first + s for n, s in starts.items()}
+
+
+class FileWriter:
+    """One file, its space claimed at once so that a full disk shows before an hour of work."""
+
+    def __init__(self, path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        lead, self._at = header(tensors, metadata)
+        self.tensors = {t.name: t for t in tensors}
+        self._fd = -1
+        total = len(lead) + sum(t.nbytes for t in tensors)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, total)
+            else:
+                os.ftruncate(self._fd, total)
+            self._pwrite(memoryview(lead), 0)
+        except OSError as e:
+            self.abort()
+            raise UserError(f"{path}: {e.strerror}: needs {total / 1e6:,.1f} MB") from None
+
+    def _pwrite(self, view: memoryview, at: int) -> None:
+        try:
+            while view:
+                n = os.pwrite(self._fd, view, at)
+                view, at = view[n:], at + n
+        except OSError as e:
+            raise UserError(f"{self.path}: {e.strerror}") from None
+
+    def rows(self, name: str, start: int, data: NDArray[Any]) -> None:
+        """Rows start... of a tensor, in its stored dtype."""
+        t = self.tensors[name]
+        view = memoryview(np.ascontiguousarray(data).view(np.uint8).reshape(-1).data)
+        self._pwrite(view, self._at[name] + start * t.row_bytes)
+
+    def columns(self, name: str, start: int, data: NDArray[Any]) -> None:
+        """Columns start... of a matrix, given as rows: one write for each row of the file, nothing kept."""
+        t = self.tensors[name]
+        width, at = WIDTHS[t.dtype], self._at[name]
+        across = np.ascontiguousarray(data.T)
+        for i, row in enumerate(across):
+            self._pwrite(memoryview(row.view(np.uint8).data), at + (i * t.shape[1] + start) * width)
+
+    def close(self) -> None:
+        """Flush to disk."""
+        try:
+            os.fsync(self._fd)
+        except OSError as e:
+            raise UserError(f"{self.path}: {e.strerror}") from None
+        finally:
+            os.close(self._fd)
+            self._fd = -1
+
+    def abort(self) -> None:
+        """Close and delete."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+class FileReader:
+    """Rows of a file's tensors by positioned reads. Raises `UserError` for a file that is not whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as f:
+                length = int.from_bytes(f.read(8), "little")
+                if 8 + length > size:
+                    raise UserError(f"{path}: truncated: its header needs {8 + length} bytes, it has {size}")
+                entries = json.loads(f.read(length))
+            self.metadata: dict[str, str] = entries.pop("__metadata__", {})
+            self.tensors = {n: Tensor(n, str(e["dtype"]), tuple(e["shape"])) for n, e in entries.items()}
+            self._at = {n: 8 + length + int(e["data_offsets"][0]) for n, e in entries.items()}
+            end = max((8 + length + int(e["data_offsets"][1]) for e in entries.values()), default=8 + length)
+        except OSError as e:
+            raise UserError(f"{path}: {e.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+            raise UserError(f"{path}: no safetensors file ({type(e).__name__})") from None
+        if end != size:
+            raise UserError(f"{path}: truncated or padded: its header needs {end} bytes, it has {size}")
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows start..stop as stored."""
+        t = self.tensors[name]
+        out = np.empty((stop - start, *t.shape[1:]), STORED[t.dtype])
+        with self.path.open("rb", buffering=0) as f:
+            self._fill(f.fileno(), memoryview(out.view(np.uint8).reshape(-1).data), self._at[name] + start * t.row_bytes)
+        return out
+
+    def columns(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Columns start..stop of a matrix, as rows."""
+        t = self.tensors[name]
+        width, out = WIDTHS[t.dtype], np.empty((t.shape[0], stop - start), STORED[t.dtype])
+        with self.path.open("rb", buffering=0) as f:
+            for i, row in enumerate(out):
+                at = self._at[name] + (i * t.shape[1] + start) * width
+                self._fill(f.fileno(), memoryview(row.view(np.uint8).data), at)
+        return np.ascontiguousarray(out.T)
+
+    def _fill(self, fd: int, into: memoryview, at: int) -> None:
+        done = 0
+        while done < len(into):
+            got = os.preadv(fd, [into[done:]], at + done)
+            if not got:
+                raise UserError(f"{self.path}: became shorter while it was read")
+            done += got

@@ -1,0 +1,188 @@
+"""Reading a folder back in canonical names and rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Arithmetic, Planned, QuantizedTensor, Values
+from backends.folder import marked_spec, read_mark
+from backends.hf.build import INDEX, LEVELS_KEY, SCALES
+from backends.hf.carriers import BY_ARCH
+from backends.hf.config import config
+from backends.hf.container import FileReader, narrow, widen
+from backends.hf.fit import examine
+from backends.hf.store import BITS, GROUP, TORCH, Slot, Store, codes_of, unpack
+from spec.config import Spec
+from spec.errors import UserError
+from spec.layout import Run
+from spec.params import params
+
+Floats = NDArray[np.float32]
+
+
+class Artifact:
+    """A folder that this program wrote; see `backends.base.Artifact`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        mark = read_mark(path)
+        self.source = marked_spec(mark, path)
+        self.level = str(mark.get("level", ""))
+        self.receipt: dict[str, Any] = mark.get("receipt") or {}
+        self.config = _json(path / "config.json")
+        self._files = [FileReader(path / name) for name in _weight_files(path)]
+        self._of = {name: f for f in self._files for name in f.tensors}
+        carrier = BY_ARCH.get(str(self.config.get("model_type")))
+        if carrier is None:
+            raise UserError(f"{path}: config.json: model_type: {self.config.get('model_type')!r} is none of the carriers")
+        self._fit = examine(self.source, carrier)
+        self.levels = self._levels()
+        self.store = Store(self._fit, [Planned(p.name, p.shape, self.levels[p.name]) for p in params(self.source)])
+        self._scales = FileReader(path / SCALES) if self.store.dense else None
+        self._shapes = {p.name: p.shape for p in (*params(self.source), *params(self.spec))}
+
+    def _levels(self) -> dict[str, str]:
+        try:
+            said: dict[str, list[str]] = json.loads(self._files[0].metadata[LEVELS_KEY])
+            levels = {name: level for level, names in said.items() for name in names}
+        except (KeyError, ValueError, AttributeError):
+            raise UserError(f"{self._files[0].path}: its header does not say the levels: not written by us") from None
+        missing = [p.name for p in params(self.source) if p.name not in levels]
+        if missing:
+            raise UserError(f"{self._files[0].path}: its header does not say the level of {missing[0]}")
+        return levels
+
+    @cached_property
+    def spec(self) -> Spec:
+        """What the shipped graph computes."""
+        return self._fit.spec
+
+    @property
+    def carrier(self) -> str:
+        """transformers' architecture."""
+        return self._fit.carrier.arch
+
+    @property
+    def session(self) -> int | None:
+        return self._fit.session
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        kind = {"F32": "f32", "F16": "f16", "BF16": "bf16"}[self.store.dtype]
+        return Arithmetic(compute=kind, cache=kind)
+
+    def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
+        """What is missing, too much or otherwise than planned; config.json and constant tensors too."""
+        want = Store(self._fit, planned)
+        expected = {t.name: t for s in want.slots.values() for t in s.tensors()}
+        out: dict[str, str] = {}
+        for name, t in expected.items():
+            found = self._of[name].tensors[name] if name in self._of else None
+            if found is None:
+                out[name] = "is missing"
+            elif (found.dtype, found.shape) != (t.dtype, t.shape):
+                out[name] = f"is {found.dtype} {list(found.shape)}, not {t.dtype} {list(t.shape)}"
+        out |= {name: "is no tensor of this model" for name in self._of if name not in expected}
+        if {t.name for t in want.scales()} != set(self._scales.tensors if self._scales else ()):
+            out[SCALES] = "does not hold the scales of what is stored as floats"
+        return out or self._constants(want)
+
+    def _constants(self, want: Store) -> dict[str, str]:
+        out: dict[str, str] = {}
+        told = config(self.source, self._fit.carrier, TORCH[want.dtype], None) | want.quantization()
+        for key, value in told.items():
+            if not key.endswith("_token_id") and self.config.get(key) != json.loads(json.dumps(value)):
+                out[f"config.json: {key}"] = f"is {self.config.get(key)!r}, not {value!r}"
+        for name, origin in self._fit.origins.items():
+            if origin.name is None:
+                found = self.rows(name, 0, self._shapes[name][0])
+                if isinstance(found, QuantizedTensor) or not (found == np.float32(origin.fill)).all():
+                    out[name] = f"is not {origin.fill:g} throughout"
+        for s in want.slots.values():
+            if s.bits is not None and tuple(self._raw(f"{s.name}_shape", 0, 2)) != s.shape:
+                out[f"{s.name}_shape"] = f"is not {list(s.shape)}"
+        return out
+
+    def rows(self, name: str, start: int, stop: int) -> Values:
+        """Rows start..stop of a canonical tensor of the source or of `spec`."""
+        shipped = name if name in self._fit.origins else self._stands_in(name)
+        runs = self.store.layout.runs(shipped, start, stop)
+        origin, cols = self._fit.origins[shipped].name, self._shapes[shipped][1:]
+        slot = self.store.slots[runs[0].tensor]
+        if slot.bits is not None:
+            codes = np.empty((stop - start, *cols), np.int8)
+            scales = np.empty((stop - start, cols[0] // GROUP), np.float32)
+            for r in runs:
+                end = r.start + len(r.take)
+                codes[r.take] = unpack(self._raw(f"{r.tensor}_packed", r.start, end), slot.bits)
+                scales[r.take] = self._raw(f"{r.tensor}_scale", r.start, end)
+            return QuantizedTensor(codes, scales, BITS[self.levels[str(origin)]], GROUP)
+        out = np.empty((stop - start, *cols), np.float32)
+        for r in runs:
+            out[r.take] = self._floats(self.store.slots[r.tensor], r)
+        if origin in self.store.dense and self._scales is not None:
+            scales = self._scales.rows(origin, start, stop).astype(np.float32)
+            return codes_of(out, scales, BITS[self.levels[origin]])
+        return out
+
+    def _stands_in(self, name: str) -> str:
+        """A tensor of the shipped spec that holds one of the source."""
+        for shipped, origin in self._fit.origins.items():
+            if origin.name == name:
+                return shipped
+        raise UserError(f"{self.path}: {name} is no tensor of this model")
+
+    def _floats(self, slot: Slot, r: Run) -> Floats:
+        end = r.start + len(r.take)
+        if not slot.bound.transposed:
+            return widen(self._raw(slot.name, r.start, end), slot.dtype)
+        return widen(self._file(slot.name).columns(slot.name, r.start, end), slot.dtype)
+
+    def _raw(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        return self._file(name).rows(name, start, stop)
+
+    def _file(self, name: str) -> FileReader:
+        if name not in self._of:
+            raise UserError(f"{self.path}: tensor {name} is missing")
+        return self._of[name]
+
+    def expected(self, name: str, level: str, values: Floats) -> Floats:
+        """These rows of the source as the file must hold them: offsets folded, rounded once to the slot's dtype."""
+        shipped = name if name in self._fit.origins else self._stands_in(name)
+        slot = self.store.slots[self.store.layout.runs(shipped, 0, 1)[0].tensor]
+        add = self._fit.origins[shipped].add
+        x = values.astype(np.float64) + add if add else values
+        if len(self._shapes[name]) > 1:  # a matrix is rounded to its level, which its dtype holds
+            x = widen(narrow(x, {"f16": "F16", "bf16": "BF16"}.get(level, "F32")), {"f16": "F16", "bf16": "BF16"}.get(level, "F32"))
+        return widen(narrow(x, slot.dtype), slot.dtype)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file}: cannot be read ({e})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: not a JSON object")
+    return data
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if not (folder / INDEX).is_file():
+        return ["model.safetensors"]
+    weight_map = _json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX}: has no weight_map")
+    return sorted({str(v) for v in weight_map.values()})
+
+
+def open_artifact(path: Path) -> Artifact:
+    """The folder, for its weights. Raises `UserError` where it is not whole or not ours."""
+    return Artifact(Path(path))

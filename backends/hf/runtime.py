@@ -1,0 +1,216 @@
+"""Running a folder in transformers. B batch, T tokens, V vocab."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.folder import marked_spec, read_mark
+from backends.hf.rotary import chosen_by_length
+from backends.text import Text
+from spec.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""Where config.json says the context."""
+
+
+class HuggingFaceRuntime:
+    """One model with one sequence in progress; see `backends.base.Runtime`."""
+
+    def __init__(self, path: Path, model: Any, context: int, exact: bool, pinned: str) -> None:
+        self.path, self.model, self.exact, self._pinned = path, model, exact, pinned
+        self._context, self._device = context, model.device
+        self._text = Text.read(path)
+        self._cache: Any = None
+        self._used = 0
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.vocab_size)
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    def _ids(self, ids: NDArray[np.integer], dims: int, used: int) -> Any:
+        import torch
+
+        array = np.asarray(ids)
+        if array.ndim != dims or not array.size:
+            raise UserError(f"ids: shape {list(array.shape)}, and {'[B, T]' if dims == 2 else '[T]'} is needed")
+        if array.min() < 0 or array.max() >= self.vocab_size:
+            raise UserError(f"ids: {array.min()}..{array.max()} reach beyond the vocabulary of {self.vocab_size}")
+        if used + array.shape[-1] > self._context:
+            raise UserError(f"ids: {used + array.shape[-1]} tokens exceed the session's context of {self._context}")
+        return torch.from_numpy(array.astype(np.int64)).to(self._device)
+
+    def _forward(self, ids: Any, **options: Any) -> NDArray[np.float32]:
+        import torch
+
+        with torch.inference_mode():
+            return self.model(ids, **options).logits.float().cpu().numpy()
+
+    def logits(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """[B, T] -> [B, T, V], no cache kept."""
+        return self._forward(self._ids(ids, 2, 0), use_cache=False)
+
+    def prefill(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Start a new sequence: [T] -> [V] logits after the last token."""
+        from transformers import DynamicCache
+
+        first = self._ids(ids, 1, 0)
+        self._cache = DynamicCache(config=self.model.config)
+        self._used = 0
+        return self._continue(first, keep=1)[0]
+
+    def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Continue it: [T] -> [T, V]."""
+        if self._cache is None:
+            raise UserError("step: there is no sequence to continue (call prefill first)")
+        return self._continue(self._ids(ids, 1, self._used), keep=0)
+
+    def _continue(self, ids: Any, keep: int) -> NDArray[np.float32]:
+        out = self._forward(ids[None], past_key_values=self._cache, use_cache=True, logits_to_keep=keep)[0]
+        self._used += len(ids)
+        return out
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids, special tokens and BOS policy included."""
+        return self._needs_text.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """Ids to bytes, special tokens left out."""
+        return self._needs_text.decode(ids)
+
+    @property
+    def _needs_text(self) -> Text:
+        if self._text is None:
+            raise UserError(f"{self.path}: has no tokenizer.json, so it can neither read nor write text")
+        return self._text
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self._text.eos_ids if self._text is not None else frozenset()
+
+    def info(self) -> dict[str, Any]:
+        """What runs, where, and how."""
+        import torch
+        import transformers
+
+        config = self.model.config
+        out = {
+            "backend": "hf",
+            "runtime": f"transformers {transformers.__version__}, torch {torch.__version__}",
+            "device": str(self._device),
+            "precision": str(self.model.dtype).removeprefix("torch."),
+            "carrier": config.model_type,
+            "attention": config._attn_implementation,
+            "threads": torch.get_num_threads(),
+            "context": self._context,
+            "exact": self.exact,
+        }
+        return {**out, "rope": self._pinned} if self._pinned else out
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._cache = self.model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' and compressed-tensors' progress bars to the log."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    finally:
+        if said.getvalue().strip():
+            log.debug("%s", said.getvalue().strip())
+
+
+def _limit(path: Path, config: Any) -> tuple[int, int | None]:
+    """Tokens that the model is meant for, and the length at which LongRoPE changes its list."""
+    mark = read_mark(path)
+    if mark.get("backend") == "hf":
+        spec = marked_spec(mark, path)
+        return spec.context, chosen_by_length(spec)
+    found = (getattr(config, name, None) for name in LENGTHS)
+    return next((int(n) for n in found if isinstance(n, int)), 2048), None
+
+
+def _pin(config: Any, boundary: int | None, context: int) -> str:
+    """LongRoPE's long list at every length, for a session that reaches beyond the original context: transformers would
+    change lists in the middle of a cached sequence."""
+    if boundary is None or context <= boundary:
+        return ""
+    rope = config.rope_parameters
+    rope["short_factor"] = list(rope["long_factor"])
+    return f"long factors (a session of {context} tokens)"
+
+
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    exact: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+) -> HuggingFaceRuntime:
+    """Open a folder in transformers.
+
+    context: tokens of a session (default: the model's); it also chooses LongRoPE's list. exact: float32 throughout.
+    device: torch's name (default: a CUDA device where there is one). dtype: `f32`, `bf16`, `f16`, `f64` (default: what
+    config.json says). attention: transformers' implementation by its name (default: transformers' choice). Raises
+    `UserError`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no folder with a config.json")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r}: no such precision ({nearest(dtype, DTYPES)})")
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"threads={threads}: must be at least 1")
+        torch.set_num_threads(threads)
+    chosen = "float32" if exact else DTYPES[dtype] if dtype else "auto"
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            limit, boundary = _limit(path, config)
+            if context is not None and not 1 <= context <= limit:
+                raise UserError(f"context={context}: must be between 1 and the model's {limit} tokens")
+            pinned = _pin(config, boundary, context or limit)
+            more = {"attn_implementation": attention} if attention else {}
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=chosen, local_files_only=True, use_safetensors=True, **more
+            )
+            model = model.to(where).eval()
+            with torch.inference_mode():  # packed weights are unpacked by the first pass
+                model(torch.zeros((1, 1), dtype=torch.int64, device=model.device), use_cache=False)
+    except UserError:
+        raise
+    except Exception as e:  # transformers raises whatever its parts do
+        raise UserError(f"{path}: transformers cannot load it: {' '.join(str(e).split())[:300]}") from e
+    return HuggingFaceRuntime(path, model, context or limit, exact, pinned)

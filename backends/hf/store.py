@@ -1,0 +1,197 @@
+"""What a folder's weight files hold: every tensor's dtype and place, packed codes, and config.json's word on them.
+
+Quantized products are stored as compressed-tensors' `pack-quantized`: codes + 2^(bits-1), low bits first in 32-bit
+words, and float16 scales. transformers packs neither embeddings nor GPT-2's transposed products; those hold code *
+scale in the narrowest float that is exact (float16 for q4, float32 for q8), and their scales lie beside them in a file
+that no client opens, so that codes and scales are read back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Planned, QuantizedTensor
+from backends.hf.container import Tensor
+from backends.hf.fit import Fit
+from backends.hf.names import FUSED_BY_SERVERS, RENAMED
+from spec.layout import Bound, Layout
+
+BITS = {"q8": 8, "q4": 4}
+GROUP = 32
+DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SHARD = 5_000_000_000
+"""Bytes of a shard at most (a larger tensor has one of its own)."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One external tensor: `name` ends in `.weight` or `.bias`, or is whole (sinks)."""
+
+    name: str
+    shape: tuple[int, ...]
+    bound: Bound
+    dtype: str
+    """Of floats; of a packed one, that of its scales."""
+    bits: int | None = None
+    """Of packed codes; none for floats."""
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    def tensors(self) -> list[Tensor]:
+        """What is stored of it."""
+        if self.bits is None:
+            return [Tensor(self.name, self.dtype, self.shape)]
+        rows, cols = self.shape
+        return [
+            Tensor(f"{self.name}_packed", "I32", (rows, cols * self.bits // 32)),
+            Tensor(f"{self.name}_scale", self.dtype, (rows, cols // GROUP)),
+            Tensor(f"{self.name}_shape", "I64", (2,)),
+        ]
+
+
+class Store:
+    """Every tensor of a folder, for a fit and the levels of the source's tensors."""
+
+    def __init__(self, fit: Fit, planned: Sequence[Planned]) -> None:
+        self.fit = fit
+        self.levels = {p.name: p.level for p in planned}
+        self.layout = Layout(fit.carrier.rules, fit.spec)
+        quantized = any(level in BITS for level in self.levels.values())
+        matrices = {p.level for p in planned if len(p.shape) > 1}
+        self.dtype = "F32" if quantized or len(matrices) > 1 else DTYPES[next(iter(matrices))]
+        """Of vectors, and what config.json asks to load as."""
+        self.slots = {s.name: s for b in self.layout.rules for s in self._slots(b)}
+
+    def level(self, shipped: str) -> str | None:
+        """The level of a tensor of the shipped spec; none where the source lacks it."""
+        origin = self.fit.origins[shipped].name
+        return None if origin is None else self.levels[origin]
+
+    def _slots(self, bound: Bound) -> list[Slot]:
+        parts = [p.name for p in bound.canonical]
+        levels = [self.level(p) for p in parts]
+        bits = [BITS[level] for level in levels if level in BITS]
+        dtype = self.dtype
+        packed: int | None = None
+        if len(bound.canonical[0].shape) > 1:
+            if bits and not bound.transposed and bound.canonical[0].role == "linear":
+                packed, dtype = max(self._beside(n) for n in parts), "F16"
+            elif bits:
+                dtype = "F16" if max(bits) == 4 else "F32"
+            else:
+                dtype = DTYPES[str(levels[0])]
+        return [Slot(name, shape, bound, dtype, packed) for name, shape in bound.shapes().items()]
+
+    def _beside(self, name: str) -> int:
+        """The most bits among the products that servers compute together with this one."""
+        for group in FUSED_BY_SERVERS:
+            for stem in group:
+                if f".{stem}." in name:
+                    peers = [name.replace(f".{stem}.", f".{peer}.") for peer in group]
+                    return max(BITS.get(str(self.level(p)), 0) for p in peers if p in self.layout.of)
+        return BITS[str(self.level(name))]
+
+    @cached_property
+    def dense(self) -> dict[str, tuple[int, int]]:
+        """Quantized tensors of the source that are stored as floats, and their shapes: their scales go beside."""
+        out = {}
+        for s in self.slots.values():
+            for p in s.bound.canonical:
+                origin = self.fit.origins[p.name].name
+                if s.bits is None and origin is not None and self.levels[origin] in BITS:
+                    out[origin] = (p.shape[0], p.shape[1])
+        return out
+
+    def shards(self) -> dict[str, list[Tensor]]:
+        """Weight files by name. A module's tensors stay together."""
+        groups: list[list[Tensor]] = [[]]
+        filled = 0
+        for s in self.slots.values():
+            tensors = s.tensors()
+            size = sum(t.nbytes for t in tensors)
+            if groups[-1] and filled + size > SHARD:
+                groups.append([])
+                filled = 0
+            groups[-1] += tensors
+            filled += size
+        if len(groups) == 1:
+            return {"model.safetensors": groups[0]}
+        return {f"model-{n:05}-of-{len(groups):05}.safetensors": g for n, g in enumerate(groups, 1)}
+
+    def scales(self) -> list[Tensor]:
+        """Scales of what is stored as floats."""
+        return [Tensor(n, "F16", (rows, cols // GROUP)) for n, (rows, cols) in self.dense.items()]
+
+    def quantization(self) -> dict[str, Any]:
+        """config.json's `quantization_config`; empty without packed tensors. Modules are named one by one: a class
+        would also match what servers fuse."""
+        packed = [s for s in self.slots.values() if s.bits is not None]
+        if not packed:
+            return {}
+        groups = {}
+        for bits in sorted({s.bits for s in packed if s.bits is not None}):
+            weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP,
+                       "dynamic": False}  # fmt: skip
+            targets = [_module(s) for s in packed if s.bits == bits]
+            groups[f"group_{len(groups)}"] = {
+                "targets": targets, "weights": weights, "input_activations": None, "output_activations": None,
+                "format": "pack-quantized",
+            }  # fmt: skip
+        linear = (s for s in self.slots.values() if s.bits is None and s.bound.canonical[0].role == "linear")
+        ignored = [_module(s) for s in linear]
+        if self.fit.spec.head.tied:
+            ignored.append("lm_head")
+        return {
+            "quantization_config": {
+                "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+                "config_groups": groups, "ignore": ignored, "kv_cache_scheme": None, "global_compression_ratio": None,
+            }
+        }  # fmt: skip
+
+
+def _module(s: Slot) -> str:
+    return RENAMED.get(s.module, s.module)
+
+
+def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint32]:
+    """Codes [r, c] to words [r, c * bits / 32]; c is a multiple of 32 / bits."""
+    if bits == 8:
+        data = np.ascontiguousarray(codes).view(np.uint8) ^ np.uint8(0x80)
+    else:
+        nibbles = (codes + np.int8(8)).view(np.uint8)
+        data = nibbles[:, 0::2] | (nibbles[:, 1::2] << np.uint8(4))
+    return np.ascontiguousarray(data).view("<u4")
+
+
+def unpack(words: NDArray[np.uint32], bits: int) -> NDArray[np.int8]:
+    """The inverse of `pack`."""
+    data = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return (data ^ np.uint8(0x80)).view(np.int8)
+    out = np.empty((data.shape[0], 2 * data.shape[1]), np.int8)
+    out[:, 0::2] = (data & np.uint8(15)).view(np.int8) - np.int8(8)
+    out[:, 1::2] = (data >> np.uint8(4)).view(np.int8) - np.int8(8)
+    return out
+
+
+def codes_of(values: NDArray[np.float32], scales: NDArray[np.float32], bits: int) -> QuantizedTensor:
+    """Codes from code * scale: the quotient is a whole number."""
+    rows, cols = values.shape
+    quotients = values.reshape(rows, cols // GROUP, GROUP) / scales[..., None]
+    return QuantizedTensor(np.rint(quotients).astype(np.int8).reshape(rows, cols), scales, bits, GROUP)
+
+
+def describe(levels: Mapping[str, str]) -> str:
+    """The levels of all tensors, for a file's metadata: their names by level."""
+    import json
+
+    return json.dumps({level: [n for n, v in levels.items() if v == level] for level in sorted(set(levels.values()))})

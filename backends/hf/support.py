@@ -1,0 +1,89 @@
+"""What transformers carries: pure data, answered without torch or transformers."""
+
+from __future__ import annotations
+
+from backends.base import Support
+from backends.hf import rotary
+from backends.hf.carriers import CARRIERS
+from backends.hf.fit import Fit, choose, examine
+from backends.hf.store import BITS, GROUP
+from spec.config import Spec
+from spec.errors import nearest
+from spec.params import params
+
+LEVELS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8": 8.5, "q4": 4.5}
+
+
+def levels() -> tuple[str, ...]:
+    """The portable precision levels."""
+    return tuple(LEVELS)
+
+
+def bits(level: str) -> float:
+    """Bits that a weight takes at a level, scales counted."""
+    return LEVELS[level]
+
+
+def support(spec: Spec, level: str) -> Support:
+    """Whether and how transformers carries `spec` at `level`."""
+    if level not in LEVELS:
+        return Support("hf", refusals=(f"level: {level} is none of Hugging Face's ({nearest(level, LEVELS)})",))
+    fit = choose(spec)
+    once = {_field(_path(r)): r for r in reversed(fit.refusals)}  # a field refused in several layers, the first
+    refusals = [_with_alternative(spec, r) for r in reversed(once.values())]
+    if fit.carrier.wide_scores and level in ("f16", "bf16"):
+        refusals.append(f"level: {level}, at which transformers' {fit.carrier.arch} rounds ALiBi biases (try f32 or q8)")
+    if refusals:
+        return Support("hf", fit.carrier.arch, refusals=tuple(refusals))
+    return Support("hf", fit.carrier.arch, tuple(f.text for f in fit.folds), (), tuple(_notes(fit, level)))
+
+
+def _path(refusal: str) -> str:
+    return refusal.split(":", 1)[0]
+
+
+def _field(path: str) -> str:
+    """A refusal's path without the layer, to compare carriers by."""
+    return path.split("]", 1)[-1].removeprefix("block").strip(".")
+
+
+def _with_alternative(spec: Spec, refusal: str) -> str:
+    """A refusal, and which carrier has this field and what it would refuse instead."""
+    field = _field(_path(refusal))
+    others = []
+    for c in CARRIERS:
+        other = examine(spec, c)
+        if field not in {_field(_path(r)) for r in other.refusals}:
+            others.append((len(other.refusals), c.arch, other))
+    if not others:
+        return f"{refusal} (no transformers architecture has it: change this field)"
+    _, arch, other = min(others, key=lambda x: x[0])
+    against = ", ".join({_field(_path(r)): _path(r) for r in reversed(other.refusals)}.values())
+    return f"{refusal} (nearest: {arch} has it, but not this {against})"
+
+
+def _notes(fit: Fit, level: str) -> list[str]:
+    spec, out = fit.source, []
+    if fit.session is not None:
+        out.append(f"rotary tables are those of a session of {fit.session} tokens, at every length")
+    boundary = rotary.chosen_by_length(spec) if fit.carrier.rope != "none" else None
+    if boundary is not None:
+        out.append(f"transformers takes LongRoPE's long factors for sequences of more than {boundary} tokens and the "
+                   "short ones up to there: a text that grows beyond it in the cache mixes both")  # fmt: skip
+    if level not in BITS:
+        return out
+    narrow = sorted({p.shape[-1] for p in params(spec) if p.matrix and p.shape[-1] % GROUP})
+    if narrow:
+        out.append(f"matrices of width {', '.join(map(str, narrow))} stay f16: no multiples of {GROUP}")
+    out.append("transformers unpacks no embeddings: code * scale is stored, as float16 (q4) or float32 (q8)")
+    if any("transposed" for rule in fit.carrier.rules if _transposed(rule)):
+        out.append(f"transformers packs no products of {fit.carrier.arch}, which are transposed: stored like embeddings")
+    if level == "q4":
+        out.append("q, k and v (and gate and up) are stored with 8 bits where one of them is int8, as vLLM computes them together")
+    return out
+
+
+def _transposed(rule: object) -> bool:
+    from spec.layout import Rule, Transpose
+
+    return isinstance(rule, Rule) and any(isinstance(op, Transpose) for op in rule.ops)
