@@ -1,0 +1,52 @@
+"""The one door to `backends.onnx`: the portable graph that engines are built from, with caches of fixed length.
+
+It lies in a folder of the artifact, beside the engine: the weights can be read back from it, and an engine for another
+GPU can be built from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from backends.base import Floats, Planned
+from backends.onnx.layout import MODEL, decode, encode, layout
+from backends.onnx.support import HOLDS, session
+from spec.config import Spec
+
+__all__ = ["FOLDER", "HOLDS", "MODEL", "exact", "nbytes", "reader", "rounded", "session", "writer"]
+
+FOLDER = "onnx"
+"""Where the graph lies in the artifact."""
+
+
+def writer(spec: Spec, planned: Sequence[Planned], out: Path, compute: str):
+    """A writer of the graph and its weights into folder `out`: `write`, `close()`, `abort()`."""
+    from backends.onnx.build import GraphWriter
+
+    # the look-up of a dequantized table folds into one kernel in TensorRT, and it has no uint8 operators for codes
+    return GraphWriter(spec, planned, out, profile="portable", compute=compute, cache="static", rows_first=False)
+
+
+def reader(artifact: Path, spec: Spec):
+    """The graph of an artifact, for its weights: `rows`, `problems(planned, compute)`."""
+    from backends.onnx.read import GraphReader
+
+    return GraphReader(artifact / FOLDER, spec, "portable")
+
+
+def nbytes(spec: Spec, planned: Sequence[Planned], compute: str) -> int:
+    """Bytes of the weights and constants."""
+    return layout(spec, planned, "portable", compute).nbytes
+
+
+def exact(artifact: Path, compute: str) -> bytes:
+    """The serialized graph of an artifact, its 16-bit arithmetic widened to float32, on the same weights."""
+    from backends.onnx.exact import exact_model
+
+    return exact_model(artifact / FOLDER, compute)
+
+
+def rounded(values: Floats, level: str) -> Floats:
+    """Float32 values as a float level holds them."""
+    return decode(encode(values, level), level).reshape(values.shape)

@@ -1,0 +1,81 @@
+"""What TensorRT carries, answered without TensorRT: what its parser and builder were measured to take.
+
+`parity_tests/test_tensorrt.py` parses and builds every feature at every level with TensorRT-RTX, which needs no GPU.
+"""
+
+from __future__ import annotations
+
+from backends.base import Option, Support
+from backends.tensorrt.engine import limits, needs_scores
+from backends.tensorrt.graph import HOLDS, session
+from spec.config import Spec
+from spec.errors import nearest
+from spec.params import params
+
+LEVELS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8": 8.5, "q4": 4.5}
+"""Portable levels and the bits that they store a weight in."""
+
+COMPUTE = {"f32": "f32", "bf16": "bf16", "f16": "f16", "q8": "f16", "q4": "f16"}
+"""The type of activations and caches where none is asked for: what holds the level's weights."""
+
+OPTIONS = (
+    Option("compute", ("f16", "bf16", "f32"), "", "type of activations and caches; f16 for quantized weights"),
+)  # fmt: skip
+
+
+def levels() -> tuple[str, ...]:
+    """Every precision level."""
+    return tuple(LEVELS)
+
+
+def bits(level: str) -> float:
+    """Bits that a weight takes at a level, scales counted."""
+    return LEVELS[level]
+
+
+def computed_in(level: str, compute: str) -> str:
+    """The compute type that a choice, or none, stands for."""
+    return compute or COMPUTE[level]
+
+
+def support(spec: Spec, level: str, *, compute: str = "") -> Support:
+    """Whether and how TensorRT carries `spec` at `level`."""
+    refusals = []
+    if level not in LEVELS:
+        refusals.append(f"level: {level} is none of TensorRT's ({nearest(level, LEVELS)})")
+    if compute not in ("", *HOLDS):
+        refusals.append(f"compute: {compute} is no choice ({nearest(compute, HOLDS)})")
+    if not refusals and level not in HOLDS[computed_in(level, compute)]:
+        refusals.append(
+            f"compute: {compute} would round the weights of level {level} again "
+            f"(try --compute {COMPUTE[level]}, or --quant {compute})"
+        )
+    if refusals:
+        return Support("tensorrt", refusals=tuple(refusals))
+    kind = computed_in(level, compute)
+    return Support("tensorrt", f"strongly typed, {kind}", (), (), tuple(_notes(spec, level, kind)))
+
+
+def _notes(spec: Spec, level: str, compute: str) -> list[str]:
+    out = ["the graph's operators are known to parse and to build (TensorRT-RTX); the engine itself is built on the GPU "
+           "that it is for, with tensorrt 10.15 or later"]  # fmt: skip
+    bounds = limits(spec, compute)
+    slot = sum(2 * (b.attention.kv_heads or 0) * (b.attention.head_dim or 0) for b in spec.layers)
+    cache = slot * spec.context * (4 if compute == "f32" else 2)
+    out.append(
+        f"a sequence's cache of {spec.context:,} tokens takes {cache / 1e6:,.1f} MB; "
+        f"prompts go in pieces of {bounds.chunk} tokens"
+    )
+    if (fixed := session(spec)) is not None:
+        out.append(f"rotary tables are those of a session of {fixed} tokens, at every length")
+    if level in ("q8", "q4"):
+        narrow = [p for p in params(spec) if p.matrix and p.shape[-1] % 32 and p.name != "positions.weight"]
+        if narrow:
+            widths = sorted({p.shape[-1] for p in narrow})
+            out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of 32")
+    if level == "q4":
+        out.append("int4 in groups of 32: TensorRT-RTX's builder takes them, TensorRT's documents name 64 and 128")
+    odd = {b.attention.head_dim for b in spec.layers if (b.attention.head_dim or 0) % 8}
+    if any(needs_scores(b.attention) for b in spec.layers) or (odd and compute != "f32"):
+        out.append("some layers' attention is no fused kernel's: softcap, sinks, ALiBi or head_dim % 8")
+    return out
