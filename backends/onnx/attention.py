@@ -48,8 +48,12 @@ def visible(ops: PortableOps, slots: X, window: int | None) -> X:
 
 
 def operator(ops: PortableOps, q: X, k: X, v: X, seen: X, slots: X, a: Attention, w: Any) -> X:
-    """The Attention operator: q [B, H, T, K], k and v [B, G, S, K] -> [B, H, T, K]."""
-    return ops.g("Attention", q, k, v, seen, scale=a.scale, softmax_precision=1)
+    """The Attention operator: q [B, H, T, K], k and v [B, G, S, K] -> [B, H, T, K].
+
+    TensorRT, which the caches of fixed length are for, takes no precision for the softmax; it uses float32.
+    """
+    fixed = ops.keys.write_indices is not None
+    return ops.g("Attention", q, k, v, seen, scale=a.scale, softmax_precision=None if fixed else 1)
 
 
 def decomposed(ops: PortableOps, q: X, k: X, v: X, seen: X, slots: X, a: Attention, w: Any) -> X:

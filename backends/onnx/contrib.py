@@ -18,8 +18,8 @@ from spec.ops import Step
 
 X = ir.Value
 
-ACCURACY = 4
-"""MatMulNBits' `accuracy_level` as shipped: 4 quantizes the inputs to int8 on a CPU, 1 computes in float32."""
+ACCURACY = {"f32": 4, "f16": 0, "bf16": 0}
+"""MatMulNBits' `accuracy_level` as shipped: 4 quantizes the inputs to int8 on a CPU, 0 computes in their own type."""
 
 SLOPES: dict[Activation, float] = {"silu": 1.0, "quick_gelu": 1.702}
 """Activations x * sigmoid(slope * x)."""
@@ -33,6 +33,7 @@ class OrtOps(PortableOps):
         super().__init__(g, layout, keys, rows_first)
         self._beside: dict[X, X] = {}
         self._lengths: tuple[X, X] | None = None
+        self._narrowed: dict[X, X] = {}
 
     def fused(self, kind: str, *inputs: X | None, **attributes: Any) -> X:
         """A contributed operator with one output."""
@@ -60,7 +61,7 @@ class OrtOps(PortableOps):
         bias = None if w.bias is None else self.narrow(self.vector(w.bias))
         return self.fused(
             "MatMulNBits", x, self.g.stored(codes), self.g.stored(scales), None, None, bias,
-            K=groups * GROUP, N=n, bits=CODES[level], block_size=GROUP, accuracy_level=ACCURACY,
+            K=groups * GROUP, N=n, bits=CODES[level], block_size=GROUP, accuracy_level=ACCURACY[self.compute],
         )  # fmt: skip
 
     # Norms and activations
@@ -111,7 +112,7 @@ class OrtOps(PortableOps):
             return super().attend(q, k, v, step, cache, rotation, a, w)
         assert cache is not None and a.head_dim is not None
         last, total = self._filled()
-        turned = (None, None) if rotation is None else (rotation.cos, rotation.sin)
+        turned = (None, None) if rotation is None else tuple(self._table(t) for t in (rotation.cos, rotation.sin))
         sinks = None if w.sinks is None else self.narrow(self.vector(w.sinks))
         y, key, value = self.g.several(
             "GroupQueryAttention", 3, *(self.merge_heads(t) for t in (q, k, v)), cache.key, cache.value, last, total,
@@ -120,6 +121,14 @@ class OrtOps(PortableOps):
             local_window_size=a.window or -1, softcap=a.softcap or 0.0,
         )  # fmt: skip
         return self.tap(self.split_heads(y, a.head_dim), "attn.heads"), Past(key, value)
+
+    def _table(self, x: X) -> X:
+        """A table of cosines or sines in the compute type, which the fused rotation wants."""
+        if x not in self._narrowed:
+            scope, self.g.scope = self.g.scope, ""
+            self._narrowed[x] = self.narrow(x)
+            self.g.scope = scope
+        return self._narrowed[x]
 
     def _filled(self) -> tuple[X, X]:
         """For each row the slot of its last token [B], and the longest row's tokens, int32."""

@@ -7,11 +7,15 @@ from typing import Any
 
 from backends.base import Tokenizer
 from backends.folder import end_ids, token_id, write_json
+from backends.onnx.kernels import Kernel, kernel
 from backends.onnx.layout import MODEL
 from spec.config import Spec
 
-TYPE = "llama"
-"""The model type: any of onnxruntime-genai's decoders takes the same path, which the graph's inputs decide."""
+TYPE = "decoder"
+"""The model type: all of onnxruntime-genai's decoders take one path, which the graph's inputs decide."""
+
+LENGTH = 4096
+"""Tokens of a session that does not ask for more: shared caches are allocated at once."""
 
 
 def write_config(folder: Path, spec: Spec, tokenizer: Tokenizer | None, *, profile: str, compute: str) -> None:
@@ -22,6 +26,7 @@ def write_config(folder: Path, spec: Spec, tokenizer: Tokenizer | None, *, profi
 def config(spec: Spec, tokenizer: Tokenizer | None, profile: str, compute: str) -> dict[str, Any]:
     """Its content."""
     a = spec.layers[0].attention
+    kinds = [kernel(b.attention, profile) for b in spec.layers]
     ends = end_ids(tokenizer)
     bos, pad = (token_id(tokenizer, getattr(tokenizer, r)) if tokenizer else None for r in ("bos", "pad"))
     provider = [] if compute == "f32" else [{"cuda": {}}]
@@ -58,8 +63,8 @@ def config(spec: Spec, tokenizer: Tokenizer | None, profile: str, compute: str) 
         "search": {
             "do_sample": False,
             "num_beams": 1,
-            "max_length": spec.context,
+            "max_length": min(spec.context, LENGTH),
             "min_length": 0,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": all(k is Kernel.GROUPED for k in kinds),
         },
     }

@@ -192,17 +192,24 @@ class PortableOps(Ops[X, Weight, Past]):
         return self.g("Mul", x, y)
 
     def scale(self, x: X, factor: float) -> X:
-        return self.mul(x, self.number(factor))
+        return self.with_numbers(lambda y, f: self.g("Mul", y, f), x, factor)
 
     def softcap(self, x: X, cap: float) -> X:
-        return self.capped(x, self.number(cap))
+        return self.with_numbers(self.capped, x, cap)
 
     def capped(self, x: X, cap: X) -> X:
         """`cap * tanh(x / cap)` in any type."""
         return self.mul(self.g("Tanh", self.g("Div", x, cap)), cap)
 
     def clip(self, x: X, low: float | None, high: float | None) -> X:
-        return self.g("Clip", x, *(None if v is None else self.number(v) for v in (low, high)))
+        return self.with_numbers(lambda y, *ends: self.g("Clip", y, *ends), x, low, high)
+
+    def with_numbers(self, f: Callable[..., X], x: X, *values: float | None) -> X:
+        """`f(x, *values)` in the compute type where it holds these numbers exactly, else in float32."""
+        exact = all(v is None or self.number(v).const_value.numpy() == np.float32(v) for v in values)  # type: ignore[union-attr]
+        dtype = self.compute if exact else "f32"
+        numbers = [None if v is None else self.number(v, dtype) for v in values]
+        return f(x, *numbers) if exact else self.narrow(f(self.widen(x), *numbers))
 
     def cast(self, x: X) -> X:
         return x  # looking rows up has brought them to the compute type
@@ -260,8 +267,7 @@ class PortableOps(Ops[X, Weight, Past]):
 
 
 def _sigmoid_gated(ops: PortableOps, x: X, slope: float) -> X:
-    inner = x if slope == 1 else ops.scale(x, slope)
-    return ops.mul(x, ops.g("Sigmoid", inner))
+    return ops.mul(x, ops.g("Sigmoid", x if slope == 1 else ops.scale(x, slope)))
 
 
 def _squared_relu(ops: PortableOps, x: X) -> X:

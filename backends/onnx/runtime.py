@@ -122,7 +122,7 @@ class OnnxRuntime:
         try:
             self._session.run_with_iobinding(io)
         except Exception as e:  # ONNX Runtime's exceptions derive from nothing narrower
-            raise UserError(f"{self.artifact.path}: ONNX Runtime: {_first_line(e)}") from None
+            raise UserError(f"{self.artifact.path}: ONNX Runtime: {_message(e)}") from None
         logits, *presents = io.get_outputs()
         caches.take(presents, ids.shape[1])
         return logits.numpy()
@@ -197,8 +197,8 @@ class OnnxRuntime:
         self.close()
 
 
-def _first_line(e: Exception) -> str:
-    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+def _message(e: Exception) -> str:
+    return " ".join(str(e).split())[:300] or type(e).__name__
 
 
 def load(
@@ -236,7 +236,7 @@ def load(
     try:
         session = ort.InferenceSession(source, options, providers=providers)
     except Exception as e:  # ONNX Runtime's exceptions derive from nothing narrower
-        raise UserError(f"{artifact.path}: ONNX Runtime cannot load it: {_first_line(e)}") from None
+        raise UserError(f"{artifact.path}: ONNX Runtime cannot load it: {_message(e)}") from None
     return OnnxRuntime(artifact, session, context or longest, where, exact, threads)
 
 
