@@ -38,9 +38,14 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_what_fails_leaves_the_old_folder(tmp_path: Path) -> None:
     out = artifact(tmp_path / "out")
-    with pytest.raises(RuntimeError), output.reserved(out) as partial:
-        artifact(partial, "new")
-        raise RuntimeError
+
+    def fail() -> None:
+        with output.reserved(out) as partial:
+            artifact(partial, "new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert content(out) == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -53,10 +58,11 @@ def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path: Path, monkeypa
             raise OSError(28, os.strerror(28))
         return rename(self, target)
 
-    with pytest.raises(UserError, match="No space left"), output.reserved(out) as partial:
+    with output.reserved(out) as partial:
         artifact(partial, "new")
         monkeypatch.setattr(Path, "rename", failing)
-        output.publish(partial, out)
+        with pytest.raises(UserError, match="No space left"):
+            output.publish(partial, out)
     assert content(out) == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
