@@ -21,6 +21,9 @@ X = ir.Value
 ACCURACY = {"f32": 4, "f16": 0, "bf16": 0}
 """MatMulNBits' `accuracy_level` as shipped: 4 quantizes the inputs to int8 on a CPU, 0 computes in their own type."""
 
+NEVER = 2**31 - 1
+"""More tokens than any cache holds."""
+
 SLOPES: dict[Activation, float] = {"silu": 1.0, "quick_gelu": 1.702}
 """Activations x * sigmoid(slope * x)."""
 
@@ -131,14 +134,20 @@ class OrtOps(PortableOps):
         return self._narrowed[x]
 
     def _filled(self) -> tuple[X, X]:
-        """For each row the slot of its last token [B], and the longest row's tokens, int32."""
+        """For each row the slot of its last token [B], and the longest row's tokens, int32.
+
+        GroupQueryAttention takes padding on the right only, and no mask to see that by. Padding on the left makes the
+        total impossible, so that it refuses.
+        """
         if self._lengths is None:
             g = self.g
             scope, g.scope = g.scope, ""
             assert self.keys.mask is not None
-            real = g("ReduceSum", self.keys.mask, g.ints(1), keepdims=0)
-            last = self.to(g("Sub", real, g.constant(1, "i64")), "i32")
-            total = self.to(g("Squeeze", g("Shape", self.keys.mask, start=1, end=2)), "i32")
+            last = g("Sub", g("ReduceSum", self.keys.mask, g.ints(1), keepdims=0), g.constant(1, "i64"))
+            begun = g("ReduceMin", g("Slice", self.keys.mask, g.ints(0), g.ints(1), g.ints(1)), keepdims=0)
+            total = g("Squeeze", g("Shape", self.keys.mask, start=1, end=2))
+            total = g("Where", g("Greater", begun, g.constant(0, "i64")), total, g.constant(NEVER, "i64"))
+            last, total = self.to(last, "i32"), self.to(total, "i32")
             self._lengths = g.name(last, "last_slots"), g.name(total, "total_tokens")
             g.scope = scope
         return self._lengths
