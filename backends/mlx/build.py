@@ -16,7 +16,7 @@ from backends import folder
 from backends.base import Floats, Planned, QuantizedTensor, Tokenizer, Values
 from backends.mlx import pack as packs
 from backends.mlx.bundle import source
-from backends.mlx.carriers import choose
+from backends.mlx.choose import choose
 from backends.mlx.container import Output, sharded
 from backends.mlx.layout import BUNDLED, Fit, Piece, Stored, arrange, quantization
 from backends.mlx.levels import FLOATS, NATIVE, computes, recipe

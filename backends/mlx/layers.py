@@ -28,11 +28,33 @@ def floats(x: mx.array) -> mx.array:
     return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
 
 
+BLOCK = 256
+"""Columns that a CPU product sums at once in float32. MLX's kernels there add one term after the other, whose rounding
+grows with the width (at 4096 ten times that of a blocked sum)."""
+
+
+def product(x: mx.array, weight: mx.array) -> mx.array:
+    """`x @ weight.T`: [..., in] and [out, in] to [..., out], in the wider of both dtypes."""
+    width = weight.shape[1]
+    if width <= BLOCK or x.dtype != mx.float32 or not wide():
+        return x @ weight.T
+    parts = (slice(i, i + BLOCK) for i in range(0, width, BLOCK))
+    return total(x[..., part] @ weight[:, part].T for part in parts)
+
+
+def total(parts: Any) -> mx.array:
+    """The sum of arrays."""
+    first, *rest = parts
+    for x in rest:
+        first = first + x
+    return first
+
+
 class Linear(nn.Linear):
     """[..., in] -> [..., out] in the dtype of x, whatever the weight's is."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = x @ self["weight"].T
+        y = product(x, self["weight"])
         return (y + self["bias"] if "bias" in self else y).astype(x.dtype)
 
     def to_quantized(self, group_size: Any = None, bits: Any = None, mode: str = "affine", **_: Any) -> nn.Module:
@@ -51,7 +73,7 @@ class Embedding(nn.Embedding):
     """Token ids to rows; as a tied head, a product with the rows."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return (x @ self["weight"].T).astype(x.dtype)
+        return product(x, self["weight"]).astype(x.dtype)
 
     def to_quantized(self, group_size: Any = None, bits: Any = None, mode: str = "affine", **_: Any) -> nn.Module:
         return QuantizedEmbedding.from_embedding(self, group_size, bits, mode=mode)
@@ -77,14 +99,24 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
 
 def quantized_product(w: Any, x: mx.array) -> mx.array:
-    """`x @ weight.T` of a quantized layer; float32 on devices that need it."""
-    scales, biases = w["scales"], w.get("biases")
-    if wide():
-        x, scales = x.astype(mx.float32), floats(scales)
-        biases = None if biases is None else floats(biases)
-    return mx.quantized_matmul(
-        x, w["weight"], scales, biases, transpose=True, group_size=w.group_size, bits=w.bits, mode=w.mode
-    )
+    """`x @ weight.T` of a quantized layer; in float32 on devices that need it."""
+    weight, scales, biases = w["weight"], w["scales"], w.get("biases")
+
+    def part(first: int, last: int) -> mx.array:
+        packed = slice(first * w.bits // 32, last * w.bits // 32)
+        groups = slice(first // w.group_size, last // w.group_size)
+        return mx.quantized_matmul(
+            x[..., first:last], weight[:, packed], scales[:, groups], None if biases is None else biases[:, groups],
+            transpose=True, group_size=w.group_size, bits=w.bits, mode=w.mode,
+        )  # fmt: skip
+
+    width = x.shape[-1]
+    if not wide():
+        return part(0, width)
+    step = BLOCK if x.dtype == mx.float32 else width
+    x, scales = x.astype(mx.float32), floats(scales)
+    biases = None if biases is None else floats(biases)
+    return total(part(i, min(i + step, width)) for i in range(0, width, step))
 
 
 class Norm(nn.Module):

@@ -178,8 +178,7 @@ def bundled(spec: Spec, compute: str) -> Fit:
     slots = tuple(whole(p, p.name, add.get(p.name, 0.0)) for p in params(spec))
     heads = spec.layers[0].attention
     config = {
-        "model_type": "allotrope",
-        "model_file": BUNDLED,
+        "model_file": BUNDLED,  # and no model_type: transformers would look for it
         # what tools ask of any model
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.width,

@@ -49,8 +49,11 @@ def known() -> tuple[str, ...]:
 
 
 def computes(level: str) -> tuple[str, ...]:
-    """Dtypes of activations that a level goes with, the default first. float16 is a default of quantized levels: it
-    has eight times bfloat16's precision, and every Apple GPU computes in it."""
+    """Dtypes of activations that a level goes with, the default first. float16 is the default of affine levels: it has
+    eight times bfloat16's precision, and every Apple GPU computes in it. mlx-lm reads embeddings of float modes in
+    bfloat16."""
+    if level in NATIVE and NATIVE[level].mode != "affine":
+        return ("bf16", "f16", "f32")
     return COMPUTE.get(level, ("f16", "bf16", "f32"))
 
 

@@ -14,7 +14,7 @@ from backends.folder import MARK, marked_spec, read_mark
 from backends.mlx import pack as packs
 from backends.mlx.build import encoded
 from backends.mlx.bundle import source
-from backends.mlx.carriers import named
+from backends.mlx.choose import named
 from backends.mlx.container import Input
 from backends.mlx.layout import BUNDLED, Piece, Slot, Stored, arrange, fixed, quantization
 from backends.mlx.levels import FLOATS, GRID, NATIVE, Packing, known
@@ -39,7 +39,7 @@ class MLXArtifact:
             raise UserError(f"{path / MARK}: level {self.level}, compute {self.compute}: not known to this version")
         self.config = _config(path)
         carrier = BUNDLED if "model_file" in self.config else str(self.config.get("model_type"))
-        self.fit = named(carrier, self.source, self.level, self.compute, path)
+        self.fit = named(carrier, self.source, self.compute, path)
         self.spec: Spec = self.fit.spec
         self.session: int | None = self.source.context if fixed(self.source) else None
         self.input = Input(path)
@@ -99,8 +99,7 @@ class MLXArtifact:
         cols = slot.shape[1]
         group, bits = cols // scales.shape[1], t.shape[1] * 32 // cols
         mode = NATIVE[self.level].mode if self.level in NATIVE else "affine"
-        return Stored(slot, self.input.tensors[f"{slot.path}.scales"].dtype if mode == "affine" else "F32",
-                      Packing(bits, group, mode), self.level)  # fmt: skip
+        return Stored(slot, FLOATS[self.compute], Packing(bits, group, mode), self.level)
 
     def _place(self, name: str) -> tuple[Stored, Piece]:
         if name not in self._places:

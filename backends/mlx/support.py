@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from backends.base import Option, Support
 from backends.mlx import levels as kinds
-from backends.mlx.carriers import choose, obstacle
+from backends.mlx.choose import choose, nearest as closest
 from backends.mlx.layout import BUNDLED, fixed
 from spec.config import Spec
 from spec.errors import nearest
@@ -38,9 +38,10 @@ def support(spec: Spec, level: str, *, compute: str = "") -> Support:
 def _notes(spec: Spec, level: str, compute: str, carrier: str) -> list[str]:
     out = []
     if carrier == BUNDLED:
+        arch, lacks = closest(spec, level, compute)
         out.append(
-            f"no architecture of mlx-lm computes this ({obstacle(spec, level, compute)}), so the folder brings its "
-            "model.py, which mlx-lm runs only when told to trust it: mlx_lm.generate --trust-remote-code, "
+            f"no architecture of mlx-lm computes this (nearest: {arch}, which lacks {', '.join(lacks)}), so the folder "
+            "brings its model.py, which mlx-lm runs only when told to trust it: mlx_lm.generate --trust-remote-code, "
             "mlx_lm.server --trust-remote-code, mlx_lm.load(path, trust_remote_code=True)"
         )
     stays = kinds.unpacked(spec, level)
