@@ -15,8 +15,8 @@ import numpy as np
 
 from backends.base import Floats, Planned, QuantizedTensor, Tokenizer, Values
 from backends.coreml import package
+from backends.coreml.emitter import Half, Tensor
 from backends.coreml.names import in_linear
-from backends.coreml.ops import Half, Tensor
 from backends.coreml.palettes import BITS, Palette, group_rows, palettize, table_of
 from backends.coreml.program import constants, save
 from backends.coreml.support import compute_dtype
@@ -171,8 +171,8 @@ def writer(
     temporary = Path(tempfile.gettempdir())
     free = shutil.disk_usage(temporary).free
     if need > free:
-        raise UserError(f"{temporary}: coremltools needs {need / 1e6:,.1f} MB there (or in TMPDIR), and {free / 1e6:,.1f} "
-                        "MB are free")  # fmt: skip
+        raise UserError(f"{temporary}: coremltools needs {need / 1e6:,.1f} MB there (or where TMPDIR says), and "
+                        f"{free / 1e6:,.1f} MB are free")  # fmt: skip
     about = {**{k: str(v) for k, v in metadata.items()}, "level": level, "compute": compute_dtype(compute, planned)}
     options = {"compute": compute, "functions": functions}
     return CoreMLWriter(spec, planned, tokenizer, out, about, options, threads)

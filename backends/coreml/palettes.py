@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Floats
+from backends.coreml.library import coremltools
 from spec.errors import UserError
 
 BITS = {"lut4": 4, "lut6": 6, "lut8": 8}
@@ -56,18 +57,19 @@ def palettize(block: Floats, bits: int) -> Palette:
 
 def table_of(block: Floats, bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """Indices of a group of rows and its table [2^bits]."""
+    coremltools()
     from coremltools._deps import kmeans1d
 
     with np.errstate(over="ignore"):
         half = block.astype(np.float16)
     if not np.isfinite(half).all():
-        raise UserError(f"a weight of {float(np.abs(block).max()):.6g} is beyond float16 (at most 65504): use --quant f32")
+        raise UserError(f"a weight of {float(np.abs(block).max()):.6g} is beyond float16: use --quant f32")
     half = half + np.float16(0)  # -0 and 0 are one value
     values, where, counts = np.unique(half.astype(np.float32), return_inverse=True, return_counts=True)
     if len(values) <= 1 << bits:
         centres, labels = values, np.arange(len(values))
     else:
-        found = kmeans1d.cluster(values, 1 << bits, weights=counts)
+        found = kmeans1d.cluster(values.tolist(), 1 << bits, weights=counts.tolist())
         centres, labels = np.asarray(found.centroids), np.asarray(found.clusters)
     table = np.full(1 << bits, centres[-1], np.float16)
     table[: len(centres)] = centres

@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 
 from backends.coreml import names
+from backends.coreml.clock import Clock
+from backends.coreml.emitter import Emitter, Tensor
 from backends.coreml.library import coremltools
-from backends.coreml.ops import Cache, Handle, MILOps, Tensor
+from backends.coreml.ops import Cache, Handle, MILOps
 from backends.coreml.package import DATE, WEIGHTS, read_model, write_model
 from backends.coreml.support import cache_shape, counters
 from spec.config import Alibi, Spec
 from spec.forward import hidden, logits
+from spec.ops import Step
 from spec.params import params
 from spec.rope import alibi_slopes, rope_tables
 
@@ -70,26 +73,28 @@ def handles(spec: Spec) -> SimpleNamespace:
 def build(spec: Spec, tensors: Mapping[str, Tensor], compute: str, length: int | None, fused: bool = True) -> Any:
     """A MIL program of one function; `length` is the fixed number of tokens of a call, or none for any."""
     ct = coremltools()
-    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil import Builder
     from coremltools.converters.mil.mil import get_new_symbol, types
 
-    ops = MILOps({**tensors, **constants(spec)}, compute, fused)
+    emit = Emitter({**tensors, **constants(spec)}, compute)
     cache = cache_shape(spec)
     specs = [
-        mb.TensorSpec((1, length or get_new_symbol()), dtype=types.int32),
-        mb.StateTensorSpec(cache, dtype=types.fp16),
-        mb.StateTensorSpec(cache, dtype=types.fp16),
-        mb.StateTensorSpec((counters(spec),), dtype=types.fp16),
+        Builder.TensorSpec((1, length or get_new_symbol()), dtype=types.int32),
+        Builder.StateTensorSpec(cache, dtype=types.fp16),
+        Builder.StateTensorSpec(cache, dtype=types.fp16),
+        Builder.StateTensorSpec((counters(spec),), dtype=types.fp16),
     ]
 
     def forward(inputIds: Any, keyCache: Any, valueCache: Any, position: Any) -> Any:
-        step = ops.start(inputIds, position)
+        clock = Clock(emit, inputIds, position)
+        ops = MILOps(emit, clock, fused)
+        step = Step("cached", clock.queries, clock.queries)
         caches = [Cache(i, keyCache, valueCache) for i in range(spec.depth)]
         tree = handles(spec)
         x, _ = hidden(ops, spec, tree, inputIds, step, rope_tables(spec, spec.context), caches)
         return logits(ops, spec, tree, x)
 
-    return mb.program(input_specs=specs, opset_version=ct.target.iOS18)(forward)
+    return Builder.program(input_specs=specs, opset_version=ct.target.iOS18)(forward)
 
 
 def save(spec: Spec, tensors: Mapping[str, Tensor], compute: str, functions: str, out: Path) -> None:

@@ -95,9 +95,9 @@ class CoreMLArtifact:
             case "constexpr_lut_to_dense":
                 return self._palette(i, start, stop)
             case _:
-                scales = _rows(i.args["scale"], at).astype(np.float32)
+                codes, scales = _rows(i.args["data"], at), _rows(i.args["scale"], at).astype(np.float32)
                 bits = 4 if _dtype(i.args["data"]) == "INT4" else 8
-                return QuantizedTensor(_rows(i.args["data"], at), scales, bits, self._params[name].shape[1] // len(scales.T))
+                return QuantizedTensor(codes, scales, bits, codes.shape[1] // scales.shape[1])
 
     def _palette(self, i: Instruction, start: int, stop: int) -> Floats:
         tables = _rows(i.args["lut"], None).astype(np.float32)
@@ -142,12 +142,11 @@ class CoreMLArtifact:
         half = level == "f16" or (self.compute == "f16" and in_linear(self._params[name]))
         return values.astype(np.float16).astype(np.float32) if half else values
 
-    spanning = tuple(BITS)
-    """Levels whose groups span rows: `expected_at` needs to know where a block begins."""
-
     def expected_at(self, name: str, level: str, start: int, values: Floats) -> Floats:
-        """Rows `start...` of the source at a palette level. Groups that are whole in the block are palettized again;
-        the rows of others must have the nearest entry of the table that the package has."""
+        """`expected` for rows that begin at `start`, since a palette's groups span rows. Groups that are whole in the
+        block are palettized again; the rows of others must have the nearest entry of the table that the package has."""
+        if level not in BITS:
+            return self.expected(name, level, values)
         rows = self._params[name].shape[0]
         i, group = self._find(name), group_rows(rows)
         tables = _rows(i.args["lut"], None).astype(np.float32).reshape(rows // group, -1)

@@ -122,9 +122,9 @@ class CoreMLRuntime:
         """[B, T] -> [B, T, V]: rows one after the other, each from empty states; no sequence is kept."""
         rows = self._ids(ids, 2)
         out = np.empty((*rows.shape, self.vocab_size), np.float32)
-        for row, to in zip(rows, out, strict=True):
+        for n, row in enumerate(rows):
             self.engine.reset()
-            to[:] = self._continue(row, 0)
+            out[n] = self._continue(row, 0)
         self._used = None
         return out
 

@@ -50,7 +50,7 @@ class Machine:
         self._plans = {name: Plan(f) for name, f in self.functions.items()}
         self._constants: dict[Any, Array] = {}
         self._held = 0
-        unknown = {i.type for f in functions.values() for i in f.body} - set(OPS) - {"const", "read_state", "write_state"}
+        unknown = {i.type for f in functions.values() for i in f.body} - {*OPS, "const", "read_state", "write_state"}
         if unknown:
             raise UserError(f"the program uses operations that the interpreter lacks: {', '.join(sorted(unknown))}")
 
@@ -109,9 +109,8 @@ class Machine:
 
     def _constant(self, i: Instruction) -> Any:
         # functions share tensors of the weight file, not names
-        key = (i.type, *(v for v in i.args.values() if isinstance(v, Blob))) or None
-        if len(key) == 1:
-            key = (i.outputs[0].name, id(i))
+        blobs = tuple(v for v in i.args.values() if isinstance(v, Blob))
+        key = (i.type, *blobs) if blobs else id(i)
         if key in self._constants:
             return self._constants[key]
         args = {k: self._loaded(v) for k, v in i.args.items()}
