@@ -111,7 +111,7 @@ class OrtOps(PortableOps):
     def attend(
         self, q: X, k: X, v: X, step: Step[X], cache: Past | None, rotation: Rotation | None, a: Attention, w: Any
     ) -> tuple[X, Past | None]:
-        if kernel(a, "ort") is not Kernel.GROUPED:
+        if kernel(a, "ort", self.compute) is not Kernel.GROUPED:
             return super().attend(q, k, v, step, cache, rotation, a, w)
         assert cache is not None and a.head_dim is not None
         last, total = self._filled()

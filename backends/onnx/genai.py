@@ -26,7 +26,7 @@ def write_config(folder: Path, spec: Spec, tokenizer: Tokenizer | None, *, profi
 def config(spec: Spec, tokenizer: Tokenizer | None, profile: str, compute: str) -> dict[str, Any]:
     """Its content."""
     a = spec.layers[0].attention
-    kinds = [kernel(b.attention, profile) for b in spec.layers]
+    kinds = [kernel(b.attention, profile, compute) for b in spec.layers]
     ends = end_ids(tokenizer)
     bos, pad = (token_id(tokenizer, getattr(tokenizer, r)) if tokenizer else None for r in ("bos", "pad"))
     provider = [] if compute == "f32" else [{"cuda": {}}]
@@ -37,7 +37,7 @@ def config(spec: Spec, tokenizer: Tokenizer | None, profile: str, compute: str) 
             "vocab_size": spec.vocab_size,
             "context_length": spec.context,
             "bos_token_id": bos if bos is not None else 0,
-            "eos_token_id": (ends if len(ends) > 1 else ends[0]) if ends else spec.vocab_size,
+            "eos_token_id": (ends if len(ends) > 1 else ends[0]) if ends else [],
             "pad_token_id": pad if pad is not None else (ends[0] if ends else 0),
             "decoder": {
                 "filename": MODEL,

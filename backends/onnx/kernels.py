@@ -17,11 +17,17 @@ class Kernel(Enum):
     DECOMPOSED = "MatMul and Softmax"
 
 
-def kernel(a: Attention, profile: str) -> Kernel:
-    """The operator for a resolved layer."""
+def kernel(a: Attention, profile: str, compute: str = "f32") -> Kernel:
+    """The operator for a resolved layer.
+
+    Measured: GroupQueryAttention takes heads of a multiple of 8 dimensions and rotates multiples of 16; in 16 bits
+    TensorRT builds Attention for multiples of 8 only.
+    """
     assert a.head_dim is not None, "a resolved layer"
     alibi = isinstance(a.position, Alibi)
     rotated = a.position.rotary_dim(a.head_dim) if isinstance(a.position, Rope) else 0
-    if profile == "ort" and not alibi and a.head_dim % 8 == 0 and rotated % 16 == 0:
+    whole = a.head_dim % 8 == 0
+    if profile == "ort" and whole and not alibi and rotated % 16 == 0:
         return Kernel.GROUPED
-    return Kernel.DECOMPOSED if alibi or a.sinks or a.softcap is not None else Kernel.ATTENTION
+    plain = not alibi and not a.sinks and a.softcap is None
+    return Kernel.ATTENTION if plain and (whole or compute == "f32") else Kernel.DECOMPOSED

@@ -248,8 +248,9 @@ class PortableOps(Ops[X, Weight, Past]):
 
     def mix(self, q: X, k: X, v: X, step: Step[X], key_slots: Keys, a: Attention, w: Any) -> X:
         visible = attention.visible(self, step.slots, a.window)
-        compute = attention.operator if kernel(a, "portable") is Kernel.ATTENTION else attention.decomposed
-        return self.tap(compute(self, q, k, v, visible, step.slots, a, w), "attn.heads")
+        whole = kernel(a, "portable", self.compute) is Kernel.ATTENTION
+        run = attention.operator if whole else attention.decomposed
+        return self.tap(run(self, q, k, v, visible, step.slots, a, w), "attn.heads")
 
     # Structure
 

@@ -15,7 +15,6 @@ from backends.onnx.kernels import Kernel, kernel
 from backends.onnx.layout import MODEL
 from backends.onnx.read import Artifact, open_artifact
 from backends.text import Text
-from spec.config import Spec
 from spec.errors import UserError
 
 CHUNK = 512
@@ -26,6 +25,10 @@ ROOM = 256
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's execution providers by our devices."""
 
+NUMPY = {"f32": np.float32, "f16": np.float16}
+ELEMENTS = {"f32": 1, "f16": 10, "bf16": 16}
+"""Element types as NumPy's and by ONNX's numbers."""
+
 Value = ort.OrtValue
 
 
@@ -33,32 +36,38 @@ class Caches:
     """Keys and values of one batch of sequences: `past_key_values.*` in, `present.*` out.
 
     GroupQueryAttention writes into buffers that are longer than the sequence, so those layers' caches stay where they
-    are; the other layers' grow with each call.
+    are (on a CPU they double when they are full, elsewhere they hold the whole session); the others grow with each
+    call.
     """
 
-    def __init__(self, spec: Spec, profile: str, dtype: Any, device: str, batch: int) -> None:
-        self._dtype, self._device, self._batch = dtype, device, batch
-        self._shapes = [(b.attention.kv_heads or 0, b.attention.head_dim or 0) for b in spec.layers]
-        self._fixed = [kernel(b.attention, profile) is Kernel.GROUPED for b in spec.layers]
+    def __init__(self, artifact: Artifact, compute: str, device: str, batch: int, context: int) -> None:
+        self._compute, self._device, self._batch, self._context = compute, device, batch, context
+        layers = [b.attention for b in artifact.spec.layers]
+        self._shapes = [(a.kv_heads or 0, a.head_dim or 0) for a in layers]
+        self._fixed = [kernel(a, artifact.profile, artifact.compute) is Kernel.GROUPED for a in layers]
         self.used, self._room = 0, 0
-        self._values: dict[tuple[int, str], Value] = {}
-        for i in range(spec.depth):
-            for kind in ("key", "value"):
-                self._values[i, kind] = self._empty(i, 0)
+        self._values = {(i, kind): self._empty(i, 0) for i in range(len(layers)) for kind in ("key", "value")}
 
     def _empty(self, i: int, slots: int) -> Value:
-        heads, dim = self._shapes[i]
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros((self._batch, heads, slots, dim), self._dtype), self._device)
+        shape = (self._batch, self._shapes[i][0], slots, self._shapes[i][1])
+        if self._device == "cpu":
+            return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, NUMPY[self._compute]))
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, ELEMENTS[self._compute], self._device)
+
+    def _grow(self, least: int) -> None:
+        """Longer buffers, of at least so many slots, for the layers that write in place."""
+        self._room = max(ROOM, 2 * self._room, least) if self._device == "cpu" else self._context
+        for (i, kind), old in self._values.items():
+            if self._fixed[i]:
+                new = self._empty(i, self._room)
+                if self.used:  # on a CPU, where both are views
+                    new.numpy()[:, :, : self.used] = old.numpy()[:, :, : self.used]
+                self._values[i, kind] = new
 
     def bind(self, io: Any, tokens: int) -> None:
         """Inputs and outputs of a call with that many tokens."""
         if self.used + tokens > self._room:
-            self._room = max(ROOM, 2 * self._room, self.used + tokens)
-            for (i, kind), old in self._values.items():
-                if self._fixed[i]:
-                    grown = np.zeros((self._batch, self._shapes[i][0], self._room, self._shapes[i][1]), self._dtype)
-                    grown[:, :, : self.used] = old.numpy()[:, :, : self.used]
-                    self._values[i, kind] = ort.OrtValue.ortvalue_from_numpy(grown, self._device)
+            self._grow(self.used + tokens)
         for (i, kind), value in self._values.items():
             io.bind_ortvalue_input(f"past_key_values.{i}.{kind}", value)
             if self._fixed[i]:
@@ -109,8 +118,7 @@ class OnnxRuntime:
         return array.astype(np.int64)
 
     def _new(self, batch: int) -> Caches:
-        dtype = np.float32 if self.compute == "f32" else np.float16
-        return Caches(self.spec, self.artifact.profile, dtype, self._device, batch)
+        return Caches(self.artifact, self.compute, self._device, batch, self._context)
 
     def _call(self, ids: NDArray[np.int64], caches: Caches) -> NDArray[np.float32]:
         """[B, T] that continue the caches -> [B, T, V]."""
@@ -226,7 +234,8 @@ def load(
     options.log_severity_level = 3  # its warnings are about its own choices
     if threads is not None:
         options.intra_op_num_threads = threads
-    providers = [PROVIDERS["cpu"]] if where == "cpu" else [PROVIDERS[where], PROVIDERS["cpu"]]
+    full = {"use_tf32": "0"}  # float32 means float32
+    providers = [PROVIDERS["cpu"]] if where == "cpu" else [(PROVIDERS["cuda"], full), PROVIDERS["cpu"]]
     source: Any = str(artifact.path / MODEL)
     if exact:
         from backends.onnx.exact import exact_model

@@ -59,7 +59,7 @@ def support(spec: Spec, level: str, *, profile: str = "ort", compute: str = "f32
         )
     if refusals:
         return Support("onnx", refusals=tuple(refusals))
-    kinds = Counter(kernel(b.attention, profile) for b in spec.layers)
+    kinds = Counter(kernel(b.attention, profile, compute) for b in spec.layers)
     carrier = f"{profile}: " + ", ".join(f"{n} x {k.value}" for k, n in kinds.items())
     return Support("onnx", carrier, (), (), tuple(_notes(spec, level, compute)))
 
@@ -78,9 +78,4 @@ def _notes(spec: Spec, level: str, compute: str) -> list[str]:
             out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of 32")
     if compute != "f32":
         out.append(f"computes in {compute}: for CUDA")
-    shapes = {(b.attention.kv_heads, b.attention.head_dim) for b in spec.layers}
-    if len(shapes) > 1:
-        out.append(
-            "kv_heads or head_dim differ by layer: plain ONNX Runtime only, onnxruntime-genai wants one cache shape"
-        )
     return out
