@@ -1,28 +1,149 @@
-"""MLX against the oracle: every feature, every level, in our own runtime."""
+"""MLX against the oracle: every feature at every level, in our own runtime and in mlx-lm's loader."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from numpy.typing import NDArray
 
 pytest.importorskip("mlx.core")
 
 import backends
-from backends.base import Runtime
+from backends.base import QuantizedTensor, content_hash
+from backends.mlx.levels import NATIVE, computes
+from backends.mlx.support import support
 from backends.numpy.model import Oracle
 from convert import gates
 from convert.verify.numeric import emulate_dtype
-from parity_tests.artifacts import check_graph, check_packing, opened, values, write
-from parity_tests.cases import FEATURES, nmse, random_ids, random_specs, random_weights
+from parity_tests.artifacts import check_graph, check_packing, chunked, opened, values, write
+from parity_tests.cases import BASE, FEATURES, nmse, random_ids, random_specs, random_weights
+from spec import Spec, parse
+from spec.config import merge
+from spec.params import params
 
-LEVELS = ("f32", "f16", "bf16", "q8", "q4")
+OURS = {
+    "head_bias", "local_theta", "learned", "learned_offset", "alibi", "alibi_odd_heads", "rms_eps", "no_final_norm",
+    "norm_post", "norm_sandwich", "embed_norm", "qk_norm_head", "qk_norm_width", "qk_layernorm", "attn_softcap", "clip",
+    "window", "sinks", "mlp_plain", "mlp_plain_bias", "gelu", "gelu_tanh", "quick_gelu", "relu2", "clamped_swiglu",
+    "parallel", "parallel_shared", "logit_softcap", "gpt2", "gemma2", "qwen3", "neox",
+}  # fmt: skip
+"""Features that no architecture of mlx-lm computes exactly: they go with the bundled model.py."""
+
+PAIRS = [(level, compute) for level in ("f16", "bf16", "q8", "q4") for compute in computes(level)]
+QUICK = ("tied", "odd_heads", "all_bias", "rope_longrope", "alibi", "qk_norm_width", "attn_softcap", "window_pattern",
+         "sinks", "clamped_swiglu", "gpt2", "gemma2", "learned_offset", "uneven_width")  # fmt: skip
+"""A choice that meets every code path; the others at every level take a minute."""
+SLOW = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FEATURES]
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_every_feature_is_carried_in_float32(name: str, tmp_path: Path) -> None:
+def test_every_feature_is_exact_in_float32(name: str, tmp_path: Path) -> None:
     spec, weights = FEATURES[name], random_weights(FEATURES[name])
     path = write("mlx", spec, weights, tmp_path / "m")
     check_packing("mlx", path, spec, weights, "f32")
     check_graph("mlx", path)
+
+
+def test_features_keep_their_carrier() -> None:
+    assert {n for n, s in FEATURES.items() if support(s, "f32").carrier == "model.py"} == OURS
+    assert not [n for n, s in FEATURES.items() if not support(s, "q4").ok]
+
+
+@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize(("level", "compute"), PAIRS, ids="-".join)
+def test_levels_are_packed_and_computed_within_the_gates(name: str, level: str, compute: str, tmp_path: Path) -> None:
+    """Packing bit for bit, the graph in float32, and the stock arithmetic whole and in chunks."""
+    spec, weights = FEATURES[name], random_weights(FEATURES[name])
+    path = write("mlx", spec, weights, tmp_path / "m", level, compute=compute)
+    check_packing("mlx", path, spec, weights, level)
+    if compute == computes(level)[0]:
+        check_graph("mlx", path, batches=(3,))
+    check_arithmetic(path, compute)
+
+
+def check_arithmetic(path: Path, compute: str) -> None:
+    """Stock settings within the gate of verification, whole and in pieces; returns through assertions only."""
+    artifact = opened("mlx", path)
+    spec, ids = artifact.spec, random_ids(artifact.spec, 1, min(40, artifact.spec.context - 1))
+    assert artifact.arithmetic.compute == artifact.arithmetic.cache == compute
+    length = artifact.session or spec.context
+    emulation = emulate_dtype(spec, values(artifact), ids, length, artifact.arithmetic)
+    gate = gates.gate(
+        "arithmetic", compute, emulation.control(ids.size), layers=spec.depth, positions=ids.size
+    )  # fmt: skip
+    assert gate.usable
+    with backends.load(path) as runtime:
+        assert nmse(runtime.logits(ids), emulation.exact) <= gate.limit
+        pieces, at = chunked(runtime, ids[0], [9, 1, 5, 1, ids.size - 16])
+        assert nmse(pieces, emulation.exact[0, at]) <= gate.limit
+
+
+@pytest.mark.parametrize("level", NATIVE)
+@pytest.mark.parametrize("name", ["tied", "window_pattern", "gpt2", "uneven_width"])
+def test_mlx_levels_are_what_mlx_quantizes(name: str, level: str, tmp_path: Path) -> None:
+    spec, weights = FEATURES[name], random_weights(FEATURES[name])
+    path = write("mlx", spec, weights, tmp_path / "m", level)
+    check_packing("mlx", path, spec, weights, level)
+    check_graph("mlx", path, batches=(1,))
+    check_arithmetic(path, computes(level)[0])
+
+
+@pytest.mark.parametrize("level", ["q8", "q4"])
+def test_one_hash_whatever_the_compute_dtype_and_the_carrier(level: str, tmp_path: Path) -> None:
+    """Codes and scales are the portable ones in every folder: native rows in another order too."""
+    hashes = set()
+    for name in ("rope_partial", "rope_partial_bundled"):
+        spec = FEATURES["rope_partial"]
+        if name.endswith("bundled"):
+            spec = parse(merge(spec.model_dump(exclude_unset=True), {"head": {"softcap": 1e9}}))
+        weights = random_weights(spec)
+        for compute in computes(level):
+            path = write("mlx", spec, weights, tmp_path / f"{name}-{compute}", level, compute=compute)
+            artifact = opened("mlx", path)
+            found = {p.name: artifact.rows(p.name, 0, p.shape[0]) for p in params(spec) if p.matrix}
+            assert all(isinstance(x, QuantizedTensor) for x in found.values())
+            hashes.add(tuple(content_hash([x]) for x in found.values()))
+    assert len(hashes) == 1
+
+
+def long_spec(**attention: Any) -> Spec:
+    return parse(merge(BASE, {
+        "context": 640, "depth": 3, "pattern": [{"attention": {"window": 64}}, {}],
+        "block": {"attention": {**attention, "position": {"kind": "rope", "scaling": {
+            "kind": "yarn", "factor": 4.0, "original_context": 160}}}},
+    }))  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", [{}, {"softcap": 5.0, "sinks": True}], ids=["native", "bundled"])
+def test_five_hundred_tokens_stay_exact(attention: dict[str, Any], tmp_path: Path) -> None:
+    """Past windows, past the rope scaling's boundary, and past the runtime's own chunks."""
+    spec = long_spec(**attention)
+    path = write("mlx", spec, random_weights(spec), tmp_path / "m")
+    artifact = opened("mlx", path)
+    ids = random_ids(spec, 1, 600)
+    exact = Oracle(artifact.spec, values(artifact)).logits(ids)
+    with backends.load(path, exact=True) as runtime:
+        got = runtime.logits(ids)
+        assert nmse(got[:, :512], exact[:, :512]) <= 1e-11
+        assert nmse(got[:, 512:], exact[:, 512:]) <= 1e-11
+        pieces, at = chunked(runtime, ids[0], [63, 1, 1, 63, 64, 65, 255, 1, 87])
+        assert nmse(pieces, exact[0, at]) <= 1e-11
+
+
+@pytest.mark.slow
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(spec=random_specs())
+def test_any_combination_is_exact(spec: Spec, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("m") / "m"
+    weights: dict[str, NDArray[np.float32]] = random_weights(spec)
+    write("mlx", spec, weights, path)
+    check_packing("mlx", path, spec, weights, "f32")
+    check_graph("mlx", path, length=31)
+    for level in ("q4", "bf16"):
+        quantized = write("mlx", spec, weights, path.with_name(level), level)
+        check_packing("mlx", quantized, spec, weights, level)
+        check_arithmetic(quantized, computes(level)[0])

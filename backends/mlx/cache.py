@@ -1,4 +1,7 @@
-"""Keys and values of our own runtime, with the face of mlx-lm's caches. B batch, G kv-heads, S keys, T new, K head dim."""
+"""Keys and values of our own runtime, with the face of mlx-lm's caches.
+
+B batch, G kv-heads, S keys, T new, K head dim.
+"""
 
 from __future__ import annotations
 

@@ -11,114 +11,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from backends.mlx import rotary
-from spec.config import Block, NoPosition, Norm, Rope, Spec
-
-Check = Callable[[Spec, Block], bool]
-"""Whether a field of a layer, or of the whole, has a value that a row takes."""
-
-
-def window(s: Spec, b: Block) -> int | None:
-    """A layer's window; one that no sequence of the spec leaves is none."""
-    w = b.attention.window
-    return None if w is None or w >= s.context else w
-
-
-def windows(s: Spec) -> list[int | None]:
-    """Of every layer."""
-    return [window(s, b) for b in s.layers]
-
-
-def _same_eps(s: Spec, n: Norm | None) -> bool:
-    return n is None or n.eps == s.layers[0].norm.eps
-
-
-def _qk(over: str) -> Check:
-    def check(s: Spec, b: Block) -> bool:
-        n = b.attention.qk_norm
-        return n is not None and n.over == over and n.kind == "rmsnorm" and not n.bias and _same_eps(s, n)
-
-    return check
-
-
-def _square(s: Spec, b: Block) -> bool:
-    a = b.attention
-    return a.heads * (a.head_dim or 0) == s.width
-
-
-def _one_window(s: Spec, b: Block) -> bool:
-    """mlx-lm's Llama wants a layer without a window, and one width for the others."""
-    found = set(windows(s))
-    return None in found and len(found) <= 2
-
-
-def _period(s: Spec) -> int:
-    """n where every nth layer has no window and all others have the same; 0 where it is otherwise."""
-    found = windows(s)
-    n = found.index(None) + 1 if None in found else 0
-    regular = n and all((w is None) == ((i + 1) % n == 0) for i, w in enumerate(found))
-    return n if regular and len(set(found)) <= 2 else 0
-
-
-def _local_global(s: Spec, b: Block) -> bool:
-    """Gemma 3: one plain table for windows, one that may be scaled for the others."""
-    kinds: dict[bool, set[Any]] = {True: set(), False: set()}
-    for layer in s.layers:
-        kinds[window(s, layer) is None].add(layer.attention.position)
-    local = all(rotary.plain(x.attention) for x in s.layers if window(s, x) is not None)
-    return local and all(len(k) <= 1 for k in kinds.values()) and all(_rotary(s, x) for x in s.layers)
-
-
-def _rotary(s: Spec, b: Block) -> bool:
-    return rotary.configured(s, b.attention) is not None
-
-
-def _uniform(check: Check) -> Check:
-    """All layers have one table, and it is such a one."""
-    return lambda s, b: len({x.attention.position for x in s.layers}) == 1 and check(s, b)
-
-
-def _gaps(s: Spec, b: Block) -> bool:
-    """Layers have one table or do not rotate."""
-    turning = [x for x in s.layers if not isinstance(x.attention.position, NoPosition)]
-    return bool(turning) and len({x.attention.position for x in turning}) == 1 and _rotary(s, turning[0])
-
-
-ANY: Check = lambda s, b: True  # noqa: E731
-
-PLAIN: Mapping[str, Check] = {
-    "block.norm.kind": lambda s, b: b.norm.kind == "rmsnorm",
-    "block.norm.bias": lambda s, b: not b.norm.bias,
-    "block.norm.offset": lambda s, b: not b.norm.offset,
-    "block.placement": lambda s, b: b.placement == "pre",
-    "block.parallel": lambda s, b: not b.parallel,
-    "block.residual_scale": lambda s, b: b.residual_scale == 1,
-    "block.attention.head_dim": ANY,
-    "block.attention.kv_heads": ANY,
-    "block.attention.bias": ANY,
-    "block.attention.position": _uniform(_rotary),
-    "block.attention.window": lambda s, b: set(windows(s)) == {None},
-    "block.attention.scale": lambda s, b: math.isclose(b.attention.scale or 0, (b.attention.head_dim or 1) ** -0.5),
-    "block.attention.softcap": lambda s, b: b.attention.softcap is None,
-    "block.attention.clip": lambda s, b: b.attention.clip is None,
-    "block.attention.sinks": lambda s, b: not b.attention.sinks,
-    "block.attention.qk_norm": lambda s, b: b.attention.qk_norm is None,
-    "block.mlp.gated": lambda s, b: b.mlp.gated,
-    "block.mlp.hidden": ANY,
-    "block.mlp.activation": lambda s, b: b.mlp.activation == "silu",
-    "block.mlp.bias": lambda s, b: not any(b.mlp.bias.model_dump().values()),
-    "embedding.scale": lambda s, b: s.embedding.scale is None,
-    "embedding.positions": lambda s, b: s.embedding.positions is None,
-    "embedding.norm": lambda s, b: s.embedding.norm is None,
-    "final_norm": lambda s, b: (n := s.final_norm) is not None and n.kind == b.norm.kind and _same_eps(s, n)
-    and not (n.bias and n.kind == "rmsnorm") and n.offset == b.norm.offset,
-    "head.tied": ANY,
-    "head.bias": lambda s, b: not s.head.bias,
-    "head.scale": lambda s, b: s.head.scale is None,
-    "head.softcap": lambda s, b: s.head.softcap is None,
-}  # fmt: skip
+from backends.mlx.checks import (
+    ANY,
+    GEMMA,
+    LAYERNORM,
+    LLAMA,
+    Check,
+    attention_biases,
+    bfloat16,
+    gaps,
+    layernorm,
+    local_global,
+    mha,
+    mlp_biases,
+    no_bias,
+    one_window,
+    period,
+    qk_norm,
+    qkv_bias,
+    square,
+    uniform,
+    window,
+    windows,
+)
+from spec.config import NoPosition, Rope, Spec
 
 HF: Mapping[str, str] = {
     "embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
@@ -187,14 +104,6 @@ def _plain_rope(s: Spec) -> dict[str, Any]:
     return {"rope_theta": p.theta, "partial_rotary_factor": p.fraction}
 
 
-def _attention_biases(s: Spec) -> bool:
-    return any(any(b.attention.bias.model_dump().values()) for b in s.layers)
-
-
-def _mlp_biases(s: Spec) -> bool:
-    return any(any(b.mlp.bias.model_dump().values()) for b in s.layers)
-
-
 def _llama_config(s: Spec) -> dict[str, Any]:
     found = windows(s)
     width = next((w for w in found if w is not None), None)
@@ -202,7 +111,7 @@ def _llama_config(s: Spec) -> dict[str, Any]:
         "sliding_window": width,
         "layer_types": ["full_attention" if w is None else "sliding_attention" for w in found],
     }  # fmt: skip
-    return {**_rms(s), "attention_bias": _attention_biases(s), "mlp_bias": _mlp_biases(s), **local}
+    return {**_rms(s), "attention_bias": attention_biases(s), "mlp_bias": mlp_biases(s), **local}
 
 
 QKVO = frozenset({"attn.q", "attn.k", "attn.v", "attn.o"})
@@ -212,39 +121,7 @@ NORM = frozenset({"norm"})
 
 
 def _llama_biases(s: Spec) -> frozenset[str]:
-    return (QKVO if _attention_biases(s) else frozenset()) | (GLU if _mlp_biases(s) else frozenset())
-
-
-def _no_bias(s: Spec, b: Block) -> bool:
-    return not _attention_biases(s)
-
-
-def _qkv_bias(s: Spec, b: Block) -> bool:
-    return not b.attention.bias.o
-
-
-def _layernorm(s: Spec, b: Block) -> bool:
-    return b.norm.kind == "layernorm"
-
-
-def _mha(s: Spec, b: Block) -> bool:
-    return b.attention.kv_heads == b.attention.heads
-
-
-LLAMA: Mapping[str, Check] = {"block.attention.window": _one_window, "block.mlp.bias": ANY}
-GEMMA: Mapping[str, Check] = {
-    "block.norm.offset": lambda s, b: b.norm.offset == 1 and b.norm.weight,
-    "block.placement": lambda s, b: b.placement == "sandwich",
-    "block.attention.bias": _no_bias, "block.attention.scale": ANY,
-    "block.mlp.activation": lambda s, b: b.mlp.activation == "gelu_tanh",
-}  # fmt: skip
-LAYERNORM: Mapping[str, Check] = {
-    "block.norm.kind": _layernorm, "block.norm.bias": ANY, "block.attention.head_dim": _square,
-}  # fmt: skip
-
-def _bfloat16(x: float) -> float:
-    bits = np.array([x], np.float32).view(np.uint32)
-    return float(((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)[0])
+    return (QKVO if attention_biases(s) else frozenset()) | (GLU if mlp_biases(s) else frozenset())
 
 
 def _gemma3(s: Spec) -> dict[str, Any]:
@@ -253,7 +130,7 @@ def _gemma3(s: Spec) -> dict[str, Any]:
     assert isinstance(local.position, Rope)
     return {
         **_rms(s), **(rotary.configured(s, whole) or {}), "rope_local_base_freq": local.position.theta,
-        "query_pre_attn_scalar": (whole.scale or 1.0) ** -2, "sliding_window_pattern": _period(s),
+        "query_pre_attn_scalar": (whole.scale or 1.0) ** -2, "sliding_window_pattern": period(s),
         "sliding_window": next((w for w in windows(s) if w is not None), s.context),
     }  # fmt: skip
 
@@ -261,48 +138,48 @@ def _gemma3(s: Spec) -> dict[str, Any]:
 CARRIERS: tuple[Carrier, ...] = (
     Carrier(
         "qwen2", {
-            "block.attention.head_dim": _square,
-            "block.attention.bias": lambda s, b: _qkv_bias(s, b) and _attention_biases(s),
+            "block.attention.head_dim": square,
+            "block.attention.bias": lambda s, b: qkv_bias(s, b) and attention_biases(s),
         }, _rms, lambda s: QKV,
     ),
     Carrier("llama", LLAMA, _llama_config, _llama_biases),
     Carrier(
-        "smollm3", {**LLAMA, "block.attention.position": _gaps},
+        "smollm3", {**LLAMA, "block.attention.position": gaps},
         lambda s: {
             **_llama_config(s), "no_rope_layers": [int(isinstance(b.attention.position, Rope)) for b in s.layers],
         }, _llama_biases,
     ),
-    Carrier("qwen3", {"block.attention.qk_norm": _qk("head"), "block.attention.bias": _no_bias}, _rms),
+    Carrier("qwen3", {"block.attention.qk_norm": qk_norm("head"), "block.attention.bias": no_bias}, _rms),
     Carrier(
         "granite", {
-            "block.attention.head_dim": _square, "block.mlp.bias": ANY, "block.attention.scale": ANY,
+            "block.attention.head_dim": square, "block.mlp.bias": ANY, "block.attention.scale": ANY,
             "block.residual_scale": ANY, "embedding.scale": ANY, "head.scale": ANY,
         },
         lambda s: {
-            **_rms(s), "attention_bias": _attention_biases(s), "mlp_bias": _mlp_biases(s),
+            **_rms(s), "attention_bias": attention_biases(s), "mlp_bias": mlp_biases(s),
             "attention_multiplier": s.layers[0].attention.scale, "embedding_multiplier": s.embedding.scale or 1.0,
             "residual_multiplier": s.layers[0].residual_scale, "logits_scaling": 1 / (s.head.scale or 1.0),
         }, _llama_biases,
     ),
     Carrier(
         "olmo2", {
-            "block.placement": lambda s, b: b.placement == "post", "block.attention.qk_norm": _qk("width"),
+            "block.placement": lambda s, b: b.placement == "post", "block.attention.qk_norm": qk_norm("width"),
             "block.mlp.bias": ANY,
         },
-        lambda s: {**_rms(s), "attention_bias": _attention_biases(s), "mlp_bias": _mlp_biases(s)}, _llama_biases, POST,
+        lambda s: {**_rms(s), "attention_bias": attention_biases(s), "mlp_bias": mlp_biases(s)}, _llama_biases, POST,
     ),
     Carrier(
         "olmo3", {
-            "block.placement": lambda s, b: b.placement == "post", "block.attention.qk_norm": _qk("width"),
-            "block.attention.window": lambda s, b: _one_window(s, b) and len(set(windows(s))) == 2,
-            "block.attention.position": _uniform(lambda s, b: rotary.plain(b.attention)),
+            "block.placement": lambda s, b: b.placement == "post", "block.attention.qk_norm": qk_norm("width"),
+            "block.attention.window": lambda s, b: one_window(s, b) and len(set(windows(s))) == 2,
+            "block.attention.position": uniform(lambda s, b: rotary.plain(b.attention)),
         },
         _llama_config, _llama_biases, POST,
     ),
     Carrier(
         "gemma2", {
             **GEMMA, "block.attention.softcap": lambda s, b: b.attention.softcap is not None,
-            "block.attention.position": _uniform(lambda s, b: rotary.plain(b.attention)),
+            "block.attention.position": uniform(lambda s, b: rotary.plain(b.attention)),
             "embedding.scale": lambda s, b: math.isclose(s.embedding.scale or 0, s.width**0.5, rel_tol=1e-7),
             "head.tied": lambda s, b: s.head.tied, "head.softcap": lambda s, b: s.head.softcap is not None,
         },
@@ -313,40 +190,40 @@ CARRIERS: tuple[Carrier, ...] = (
     ),
     Carrier(
         "gemma3_text", {
-            **GEMMA, "block.attention.qk_norm": lambda s, b: _qk("head")(s, b)
+            **GEMMA, "block.attention.qk_norm": lambda s, b: qk_norm("head")(s, b)
             and b.attention.qk_norm is not None and b.attention.qk_norm.offset == 1,
-            "block.attention.position": _local_global, "block.attention.window": lambda s, b: _period(s) > 0,
-            "embedding.scale": lambda s, b: s.embedding.scale == _bfloat16(s.width**0.5),
+            "block.attention.position": local_global, "block.attention.window": lambda s, b: period(s) > 0,
+            "embedding.scale": lambda s, b: s.embedding.scale == bfloat16(s.width**0.5),
         },
         _gemma3, names=SANDWICH, offset=1.0,
     ),
     Carrier(
         "cohere", {
             **LAYERNORM, "block.parallel": lambda s, b: b.parallel and b.shared_norm,
-            "block.attention.position": _uniform(lambda s, b: rotary.plain(b.attention)),
+            "block.attention.position": uniform(lambda s, b: rotary.plain(b.attention)),
             "head.tied": lambda s, b: s.head.tied, "head.scale": ANY,
         },
         lambda s: {
             **_base(s), **_plain_rope(s), "layer_norm_eps": s.layers[0].norm.eps, "logit_scale": s.head.scale or 1.0,
-            "attention_bias": _attention_biases(s), "layer_norm_bias": True, "use_qk_norm": False,
+            "attention_bias": attention_biases(s), "layer_norm_bias": True, "use_qk_norm": False,
         },
-        lambda s: (QKVO if _attention_biases(s) else frozenset()) | NORM, traditional=True,
+        lambda s: (QKVO if attention_biases(s) else frozenset()) | NORM, traditional=True,
     ),
     Carrier(
         "stablelm", {
-            **LAYERNORM, "block.parallel": lambda s, b: b.parallel == b.shared_norm, "block.attention.bias": _qkv_bias,
-            "block.attention.position": _uniform(lambda s, b: rotary.plain(b.attention, partial=True)),
+            **LAYERNORM, "block.parallel": lambda s, b: b.parallel == b.shared_norm, "block.attention.bias": qkv_bias,
+            "block.attention.position": uniform(lambda s, b: rotary.plain(b.attention, partial=True)),
             "head.tied": lambda s, b: not s.head.tied,
         },
         lambda s: {
-            **_base(s), **_plain_rope(s), "layer_norm_eps": s.layers[0].norm.eps, "use_qkv_bias": _attention_biases(s),
+            **_base(s), **_plain_rope(s), "layer_norm_eps": s.layers[0].norm.eps, "use_qkv_bias": attention_biases(s),
             "use_parallel_residual": s.layers[0].parallel, "qk_layernorm": False,
         },
-        lambda s: (QKV if _attention_biases(s) else frozenset()) | NORM, proportional=False,
+        lambda s: (QKV if attention_biases(s) else frozenset()) | NORM, proportional=False,
     ),
     Carrier(
         "starcoder2", {
-            **LAYERNORM, "block.attention.position": _uniform(lambda s, b: rotary.plain(b.attention)),
+            **LAYERNORM, "block.attention.position": uniform(lambda s, b: rotary.plain(b.attention)),
             "block.mlp.gated": lambda s, b: not b.mlp.gated, "block.mlp.bias": ANY,
             "block.mlp.activation": lambda s, b: b.mlp.activation == "gelu",
         },
@@ -356,22 +233,22 @@ CARRIERS: tuple[Carrier, ...] = (
     ),
     Carrier(
         "nemotron", {
-            "block.norm.kind": _layernorm, "block.norm.bias": ANY,
+            "block.norm.kind": layernorm, "block.norm.bias": ANY,
             "block.norm.offset": lambda s, b: b.norm.offset == 1 and b.norm.weight,
-            "block.attention.position": _uniform(lambda s, b: rotary.plain(b.attention, partial=True)),
+            "block.attention.position": uniform(lambda s, b: rotary.plain(b.attention, partial=True)),
             "block.mlp.gated": lambda s, b: not b.mlp.gated, "block.mlp.bias": ANY,
             "block.mlp.activation": lambda s, b: b.mlp.activation == "relu2",
         },
         lambda s: {
             **_base(s), **_plain_rope(s), "norm_eps": s.layers[0].norm.eps, "hidden_act": "relu2",
-            "head_dim": s.layers[0].attention.head_dim, "attention_bias": _attention_biases(s),
-            "mlp_bias": _mlp_biases(s),
+            "head_dim": s.layers[0].attention.head_dim, "attention_bias": attention_biases(s),
+            "mlp_bias": mlp_biases(s),
         },
         lambda s: _llama_biases(s) | NORM, offset=1.0, proportional=False,
     ),
     Carrier(
         "gpt2", {
-            **LAYERNORM, "block.attention.kv_heads": _mha, "block.mlp.bias": ANY,
+            **LAYERNORM, "block.attention.kv_heads": mha, "block.mlp.bias": ANY,
             "block.attention.position": lambda s, b: all(
                 isinstance(x.attention.position, NoPosition) for x in s.layers
             ),

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.mlx import rotary
-from backends.mlx.carriers import CARRIERS, PLAIN, Carrier, windows
+from backends.mlx.carriers import CARRIERS, Carrier
+from backends.mlx.checks import PLAIN
 from backends.mlx.layout import BUNDLED, Fit, Piece, Slot, bundled, fold_text, offsets, without_offsets
 from backends.mlx.levels import FLOATS, NATIVE, unpacked
 from spec.config import Rope, Spec
@@ -148,6 +149,3 @@ def _permuted(c: Carrier, s: Spec, i: int) -> bool:
     a = s.layers[i].attention
     rows = rotary.rows(a, 1, traditional=c.traditional, proportional=c.proportional)
     return bool((np.diff(rows) != 1).any())
-
-
-__all__ = ["choose", "named", "native", "nearest", "obstacles", "windows"]

@@ -26,7 +26,8 @@ INDEX = "model.safetensors.index.json"
 SHARD = 5 * 10**9
 """Bytes of a file, as mlx-lm splits them."""
 DTYPES: Mapping[str, Any] = {
-    "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U32": np.dtype("<u4"), "U8": np.dtype("u1"),
+    "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U32": np.dtype("<u4"),
+    "U8": np.dtype("u1"),
 }  # fmt: skip
 """How the bytes of each dtype are held in NumPy."""
 
@@ -103,7 +104,7 @@ class Output:
         """Rows of a tensor, from `row` on, in its own dtype."""
         fd, path, at, t = self._places[name]
         assert data.dtype == DTYPES[t.dtype], f"{name}: {data.dtype} for {t.dtype}"
-        self._pwrite(fd, path, memoryview(np.ascontiguousarray(data)).cast("B"), at + row * t.row_bytes)
+        self._pwrite(fd, path, np.ascontiguousarray(data).data.cast("B"), at + row * t.row_bytes)
 
     def _pwrite(self, fd: int, path: Path, view: memoryview, at: int) -> None:
         try:
@@ -182,7 +183,7 @@ class Input:
         t = self.tensors[name]
         fd, path, at = self._places[name]
         out = np.empty((stop - start, *t.shape[1:]), DTYPES[t.dtype])
-        view, at = memoryview(out).cast("B"), at + start * t.row_bytes
+        view, at = out.data.cast("B"), at + start * t.row_bytes
         while view:
             n = os.preadv(fd, [view], at)
             if not n:

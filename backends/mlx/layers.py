@@ -1,8 +1,8 @@
-"""Weight handles that are layers: `linear(x, w)` is `w(x)`. They are mlx's own, with 16-bit roundings where they belong.
+"""Weight handles that are layers: `linear(x, w)` is `w(x)`. They are mlx's own, with roundings where they belong.
 
-Metal's and CUDA's kernels accumulate in float32 and round once. The CPU's do not (a product of float16 activations with
-4-bit weights loses 1e-5 of NMSE, 250 times its final rounding), so there 16-bit activations are widened first. This file
-becomes a part of the bundled model.py.
+Metal's and CUDA's kernels accumulate in float32 and round once. The CPU's do not (a product of float16 activations
+with 4-bit weights loses 1e-5 of NMSE, 250 times its final rounding), so there 16-bit activations are widened first.
+This file becomes a part of the bundled model.py.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Linear(nn.Linear):
         y = product(x, self["weight"])
         return (y + self["bias"] if "bias" in self else y).astype(x.dtype)
 
-    def to_quantized(self, group_size: Any = None, bits: Any = None, mode: str = "affine", **_: Any) -> nn.Module:
-        return QuantizedLinear.from_linear(self, group_size, bits, mode=mode)
+    def to_quantized(self, *args: Any, **kwargs: Any) -> Any:
+        return QuantizedLinear.from_linear(self, *args, **kwargs)
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -75,8 +75,8 @@ class Embedding(nn.Embedding):
     def as_linear(self, x: mx.array) -> mx.array:
         return product(x, self["weight"]).astype(x.dtype)
 
-    def to_quantized(self, group_size: Any = None, bits: Any = None, mode: str = "affine", **_: Any) -> nn.Module:
-        return QuantizedEmbedding.from_embedding(self, group_size, bits, mode=mode)
+    def to_quantized(self, *args: Any, **kwargs: Any) -> Any:
+        return QuantizedEmbedding.from_embedding(self, *args, **kwargs)
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):

@@ -109,7 +109,7 @@ class Model(nn.Module):
         self.args, self.model_type = args, "allotrope"
         self._spec = s = args.spec
         self._dtype = DTYPES[args.compute]
-        self._tables = [Table(mx.array(f, dtype=mx.float32), factor) for f, factor in args.tables]
+        self._tables: Any = [Table(mx.array(f, dtype=mx.float32), factor) for f, factor in args.tables]
         e = s.embedding
         self.embed = Embedding(s.vocab_size, s.width)
         if e.positions is not None:

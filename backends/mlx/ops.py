@@ -31,7 +31,7 @@ class Rotation(NamedTuple):
 
 
 def elementwise(f: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """`f` in float32, rounded once to the dtype of its first argument; one kernel where the device has compiled ones."""
+    """`f` in float32, rounded once to the dtype of its first argument; one kernel where the device compiles."""
 
     def rounded(x: mx.array, *rest: Any) -> mx.array:
         others = (r.astype(mx.float32) if isinstance(r, mx.array) else r for r in rest)
@@ -157,9 +157,7 @@ class MLXOps(Ops[mx.array, Any, Any]):
         turned = mx.concatenate([a * cos - b * sin, b * cos + a * sin, h[..., r.dim :]], -1)
         return turned.astype(x.dtype)
 
-    def store(
-        self, k: mx.array, v: mx.array, step: Step[mx.array], cache: Any
-    ) -> tuple[mx.array, mx.array, Any, Any]:
+    def store(self, k: mx.array, v: mx.array, step: Step[mx.array], cache: Any) -> tuple[mx.array, mx.array, Any, Any]:
         if cache is None:
             return k, v, None, None
         keys, values = cache.update_and_fetch(k, v)
@@ -193,6 +191,7 @@ def composed(
     q: mx.array, k: mx.array, v: mx.array, a: Attention, mask: Any, sinks: mx.array | None, slopes: mx.array | None
 ) -> mx.array:
     """Attention with every feature, scores in memory and in float32: q [B, H, T, K], k and v [B, G, S, K]."""
+    assert a.scale is not None
     dtype, (batch, heads, t, dim), groups, s = q.dtype, q.shape, k.shape[1], k.shape[2]
     q = q.astype(mx.float32).reshape(batch, groups, -1, t, dim)
     k, v = (x.astype(mx.float32)[:, :, None] for x in (k, v))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.base import Arithmetic, Floats, Planned, QuantizedTensor, Values
+from backends.base import Arithmetic, Floats, Planned, Values
 from backends.folder import MARK, marked_spec, read_mark
 from backends.mlx import pack as packs
 from backends.mlx.build import encoded
@@ -128,7 +128,6 @@ class MLXArtifact:
         return packs.from_floats(parts[""], t.dtype) if t.packing is None else packs.dequantize(
             parts, t.packing, t.dtype
         )  # fmt: skip
-
 
 
 def _config(path: Path) -> dict[str, Any]:

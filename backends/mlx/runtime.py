@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,14 +58,17 @@ class MLXRuntime:
     def _run(self, ids: NDArray[np.int32], cache: list[Cache], every: bool) -> NDArray[np.float32]:
         """[B, T] ids behind the cached ones to logits [B, T, V], or [B, 1, V] of the last token."""
         out = []
+        last = ids.shape[1] - 1
         with mx.stream(self.device):
             for start in range(0, ids.shape[1], CHUNK):
                 x = self.model.hidden(mx.array(ids[:, start : start + CHUNK]), cache)
                 if every:
                     out.append(_float32(self.model.logits(x)))
+                elif start + CHUNK > last:
+                    out.append(_float32(self.model.logits(x[:, -1:])))
                 else:
                     mx.eval(x)
-            return np.concatenate(out, 1) if every else _float32(self.model.logits(x[:, -1:]))
+        return np.concatenate(out, 1)
 
     def logits(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """[B, T] -> [B, T, V], no cache kept."""
@@ -107,7 +111,7 @@ class MLXRuntime:
         """Backend, runtime, device, precision, carrier."""
         return {
             "backend": "mlx",
-            "runtime": f"mlx {mx.__version__}",
+            "runtime": f"mlx {version('mlx')}",
             "device": "gpu" if self.device == mx.gpu else "cpu",
             "precision": f"{self.artifact.level}, computing in {'f32' if self.exact else self.artifact.compute}",
             "carrier": self.artifact.fit.carrier,
@@ -215,5 +219,3 @@ def _rows(x: mx.array, piece: Piece) -> mx.array:
     if (np.diff(to) == 1).all():
         return x[int(to[0]) : int(to[-1]) + 1]
     return x[mx.array(to.astype(np.int32))]
-
-

@@ -1,10 +1,11 @@
-"""What MLX carries: every spec, as one of mlx-lm's own architectures where that computes it right, else with model.py."""
+"""What MLX carries: every spec, as an architecture of mlx-lm's own where that computes it right, else with model.py."""
 
 from __future__ import annotations
 
 from backends.base import Option, Support
 from backends.mlx import levels as kinds
-from backends.mlx.choose import choose, nearest as closest
+from backends.mlx.choose import choose
+from backends.mlx.choose import nearest as closest
 from backends.mlx.layout import BUNDLED, fixed
 from spec.config import Spec
 from spec.errors import nearest

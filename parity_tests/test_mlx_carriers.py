@@ -1,0 +1,106 @@
+"""Every architecture of the table, opened by mlx-lm itself: it computes what its row says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+mx = pytest.importorskip("mlx.core")
+mlx_lm_utils = pytest.importorskip("mlx_lm.utils")
+
+from backends.mlx.carriers import CARRIERS
+from backends.mlx.levels import computes
+from backends.mlx.support import support
+from backends.numpy.model import Oracle
+from parity_tests.artifacts import EXACT, check_graph, check_packing, opened, values, write
+from parity_tests.cases import FEATURES, nmse, random_ids, random_weights
+from parity_tests.mlx_specs import CASES
+from spec import Spec, parse
+from spec.config import merge
+
+PIECES = (9, 1, 5, 1, 1, 23, 7)
+
+
+def mlx_lm_logits(path: Path, ids: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """mlx-lm's logits, whole and in pieces through its own caches: [B, T, V] both."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model, _ = mlx_lm_utils.load_model(path, trust_remote_code=(path / "model.py").exists())
+    caches = make_prompt_cache(model)
+    parts, at = [], 0
+    for n in PIECES:
+        parts.append(np.array(model(mx.array(ids[:, at : at + n]), cache=caches).astype(mx.float32)))
+        at += n
+    return np.array(model(mx.array(ids)).astype(mx.float32)), np.concatenate(parts, 1)
+
+
+def check(path: Path, limit: float = EXACT) -> None:
+    artifact = opened("mlx", path)
+    ids = random_ids(artifact.spec, 3, sum(PIECES))
+    exact = Oracle(artifact.spec, values(artifact), length=artifact.session or artifact.spec.context).logits(ids)
+    whole, pieces = mlx_lm_logits(path, ids)
+    for row in range(3):
+        assert nmse(whole[row], exact[row]) <= limit
+        assert nmse(pieces[row], exact[row]) <= limit
+    assert nmse(pieces[:, -4:], exact[:, -4:]) <= 4 * limit
+
+
+def test_every_row_has_a_case() -> None:
+    assert {arch for arch, _ in CASES.values()} == {c.model_type for c in CARRIERS}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mlx_lm_computes_what_the_row_says(name: str, tmp_path: Path) -> None:
+    arch, spec = CASES[name]
+    verdict = support(spec, "f32")
+    assert verdict.ok and verdict.carrier == arch
+    weights = random_weights(spec)
+    path = write("mlx", spec, weights, tmp_path / "m")
+    assert not (path / "model.py").exists()
+    check_packing("mlx", path, spec, weights, "f32")
+    check_graph("mlx", path)
+    check(path)
+
+
+@pytest.mark.parametrize("name", [n for n, s in FEATURES.items() if support(s, "f32").carrier == "model.py"])
+def test_mlx_lm_runs_the_bundled_model(name: str, tmp_path: Path) -> None:
+    path = write("mlx", FEATURES[name], random_weights(FEATURES[name]), tmp_path / "m")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        mlx_lm_utils.load_model(path)
+    check(path)
+
+
+@pytest.mark.parametrize("level", ["f16", "q8", "q4", "mlx-q3", "mxfp4"])
+@pytest.mark.parametrize("name", ["tied", "qkv_bias", "gemma3_text-0", "cohere-0", "alibi", "sinks"])
+def test_quantized_folders_are_what_mlx_lm_computes_in_float32(name: str, level: str, tmp_path: Path) -> None:
+    """Float32 activations on the stored codes, whatever carries them."""
+    spec = CASES[name][1] if name in CASES else FEATURES[name]
+    path = write("mlx", spec, random_weights(spec), tmp_path / "m", level, compute="f32")
+    check(path)
+
+
+@pytest.mark.parametrize("level", ["f16", "bf16", "q8", "q4", "mlx-q4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", ["llama-0", "qwen3-0", "gemma3_text-0", "granite-0", "nemotron-0", "cohere-0"])
+def test_native_folders_compute_in_their_dtype(name: str, level: str, tmp_path: Path) -> None:
+    """Activations, logits and caches all have the dtype of the folder: nothing in it makes MLX widen silently."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    spec = wide(CASES[name][1])
+    compute = computes(level)[0]
+    assert support(spec, level).carrier == CASES[name][0]
+    path = write("mlx", spec, random_weights(spec), tmp_path / "m", level)
+    model, _ = mlx_lm_utils.load_model(path)
+    caches = make_prompt_cache(model)
+    dtype = {"f16": mx.float16, "bf16": mx.bfloat16}[compute]
+    assert model(mx.array(random_ids(spec, 1, 5)), cache=caches).dtype == dtype
+    assert {c.keys.dtype for c in caches} == {dtype}
+
+
+def wide(spec: Spec) -> Spec:
+    """The same with widths that every packing takes."""
+    patch = {"width": 64, "block": {"attention": {"head_dim": 32, "heads": 2, "kv_heads": 1}}}
+    return parse(merge(spec.model_dump(exclude_unset=True), patch))
