@@ -113,7 +113,7 @@ class GraphWriter:
 
         from backends.onnx.graph import model
 
-        self.out, self._data = out, None
+        self.out, self._data, self._made = out, None, not out.exists()
         made = model(spec, planned, profile=profile, compute=compute, **graph)
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -136,10 +136,12 @@ class GraphWriter:
         self._data.close()
 
     def abort(self) -> None:
-        """Close and delete the two files, and the folder if nothing else is in it."""
+        """Close and delete the two files, and the folder with all that is in it if it was not there before."""
         if self._data is not None:
             self._data.abort()
-        shutil.rmtree(self.out, ignore_errors=True)
+        (self.out / MODEL).unlink(missing_ok=True)
+        if self._made:
+            shutil.rmtree(self.out, ignore_errors=True)
 
 
 class OnnxWriter:

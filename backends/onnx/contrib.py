@@ -71,19 +71,19 @@ class OrtOps(PortableOps):
 
     def norm(self, x: X, w: Weight, norm: Norm) -> X:
         if x in self._beside:  # over each head: the same on heads that lie side by side
-            return self._across(self.norm(self._beside[x], w, norm))
-        bias = None if w.bias is None else self.narrow(self.vector(w.bias))
-        return self.normed(x, self.narrow(self.gain(w, norm)), bias, norm)
+            return self._across(super().norm(self._beside[x], w, norm))
+        return super().norm(x, w, norm)
 
     def add_norm(self, x: X, y: X, w: Weight, norm: Norm) -> tuple[X, X]:
-        if norm.kind == "rmsnorm" and w.bias is not None:
+        if self.compute != "f32":  # gains rounded to 16 bits cost as much as all the other roundings together
             return super().add_norm(x, y, w, norm)
-        gain = self.narrow(self.gain(w, norm))
+        gain, bias = self.gain(w, norm), None if w.bias is None else self.vector(w.bias)
         if norm.kind == "layernorm":
-            bias = None if w.bias is None else self.narrow(self.vector(w.bias))
             kind, inputs = "SkipLayerNormalization", (x, y, gain, bias)
-        else:
+        elif bias is None:
             kind, inputs = "SkipSimplifiedLayerNormalization", (x, y, gain)
+        else:
+            return super().add_norm(x, y, w, norm)
         out = self.g.several(kind, 4, *inputs, domain=CONTRIB, epsilon=norm.eps)
         return out[3], out[0]
 
