@@ -141,6 +141,10 @@ class Arithmetic:
     """Dtype of keys and values in the cache."""
     activations: str | None = None
     """How the input of a product with quantized weights is rounded (a key of `convert.verify.emulate.ROUNDINGS`)."""
+    tables: bool = False
+    """Whether rotary tables are rounded to `compute` before they are used."""
+    gains: bool = False
+    """Whether a normed value is rounded to `compute` before its gain too."""
     emulated: bool = False
     """Whether an interpreter stands in for hardware that is not here: then a check that passes says EMULATED."""
 

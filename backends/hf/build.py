@@ -193,4 +193,9 @@ def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None) ->
     if tokenizer is not None:
         texts += [json.dumps(tokenizer.json, indent=1), tokenizer.chat_template or ""]
     receipt = 3000 + 120 * len(store.levels)
-    return weights + sum(len(t.encode()) for t in texts) + len(tokenizer.sentencepiece or b"" if tokenizer else b"") + receipt
+    return (
+        weights
+        + sum(len(t.encode()) for t in texts)
+        + len(tokenizer.sentencepiece or b"" if tokenizer else b"")
+        + receipt
+    )

@@ -56,7 +56,7 @@ class Carrier:
     """An epsilon that is hard-coded."""
     placement: Literal["pre", "post", "sandwich"] = "pre"
     flow: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"sequential": {}})
-    """`sequential`, `parallel` (two norms), `shared` (one norm feeds attention and MLP), and the keys that choose it."""
+    """`sequential`, `parallel` (two norms), `shared` (one norm feeds attention and MLP), each with its keys."""
     embed_norm: bool = False
     """Whether there is a norm after the embedding (then it is required)."""
 
@@ -116,6 +116,12 @@ class Carrier:
     logit_softcap: str = ""
     wide_scores: bool = False
     """Whether 16-bit levels round the ALiBi biases, which grow with the position."""
+    rounds_tables: bool = True
+    """Whether 16-bit models round cos and sin before they rotate."""
+    rounds_gains: bool = True
+    """Whether 16-bit models round what an RMSNorm multiplies its gain with."""
+    packs: bool = True
+    """Whether transformers can load this code's products packed."""
 
 
 ACTIVATIONS = {
@@ -130,7 +136,7 @@ NO_BIAS: Fields = {"biases": ()}
 ATTENTION_BIAS: Fields = {"biases": (("attention_bias", "q k v o"),)}
 LAYER_WINDOWS: Fields = {"window": "layers", "window_required": True}
 SWITCHED: Fields = {"window": "layers", "window_switch": True}
-GEMMA: Fields = {**ATTENTION_BIAS, "offset": 1.0, "embed_scale": "sqrt_width"}
+GEMMA: Fields = {**ATTENTION_BIAS, "offset": 1.0, "embed_scale": "sqrt_width", "rounds_gains": False}
 GEMMA2: Fields = {
     **GEMMA, **LAYER_WINDOWS, "keys": {"activation": "hidden_activation"}, "divisible": True,
     "scale": "inverse_square", "scale_key": "query_pre_attn_scalar", "logit_softcap": "final_logit_softcapping",
@@ -139,8 +145,9 @@ GRANITE: Fields = {
     "scale": "value", "scale_key": "attention_multiplier", "embed_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling", "logit_divides": True,
 }  # fmt: skip
-LAYERNORM: Fields = {"norm": "layernorm", "norm_bias": True, "keys": {"eps": "layer_norm_eps"}}
+LAYERNORM: Fields = {"norm": "layernorm", "norm_bias": True, "keys": {"eps": "layer_norm_eps"}, "rounds_gains": False}
 PLAIN: Fields = {"gated": False}
+OLMO: Fields = {**ATTENTION_BIAS, "rounds_tables": False, "rounds_gains": False}
 MHA: Fields = {"square": True, "gqa": False}
 EVERY_BIAS: Fields = {"biases": (("", "q k v o up down"),)}
 GPT2_KEYS = {
@@ -178,13 +185,13 @@ CARRIERS: tuple[Carrier, ...] = (
          rope_by="window", scaling=frozenset({"linear", "llama3", "yarn"})),
     _row("glm4", "Glm4", rules=names.GLM4, placement="sandwich", rope="neighbours", partial=True,
          biases=(("attention_bias", "q k v"),)),
-    _row("olmo2", "Olmo2", ATTENTION_BIAS, rules=names.OLMO2, placement="post", qk_norm="required", qk_over="width"),
-    _row("olmo3", "Olmo3", ATTENTION_BIAS, LAYER_WINDOWS, rules=names.OLMO2, placement="post", qk_norm="required",
+    _row("olmo2", "Olmo2", OLMO, rules=names.OLMO2, placement="post", qk_norm="required", qk_over="width"),
+    _row("olmo3", "Olmo3", OLMO, LAYER_WINDOWS, rules=names.OLMO2, placement="post", qk_norm="required",
          qk_over="width", rope_by="window", scaling=frozenset({"linear", "llama3", "yarn"})),
     _row("exaone4", "Exaone4", NO_BIAS, rules=names.OLMO2, placement="post", qk_norm="required", window="layers",
          no_position="windowed"),
     _row("gpt2", "GPT2", LAYERNORM, PLAIN, MHA, EVERY_BIAS, rules=names.GPT2, keys=GPT2_KEYS, rope="none",
-         positions=0),
+         positions=0, packs=False),
     _row("opt", "OPT", LAYERNORM, PLAIN, MHA, rules=names.OPT, rope="none", positions=2, eps=1e-5,
          biases=(("enable_bias", "q k v o up down"),),
          keys={"kv_heads": "", "head_dim": "", "hidden": "ffn_dim", "activation": "activation_function", "eps": "",
@@ -193,7 +200,7 @@ CARRIERS: tuple[Carrier, ...] = (
     _row("stablelm", "StableLm", LAYERNORM, partial=True, square=True, biases=(("use_qkv_bias", "q k v"),),
          keys={"head_dim": ""}, constants={"qk_layernorm": False},
          flow={"sequential": {"use_parallel_residual": False}, "shared": {"use_parallel_residual": True}}),
-    _row("olmo", "Olmo", ATTENTION_BIAS, norm="layernorm", norm_weight=False, eps=1e-5, keys={"eps": ""},
+    _row("olmo", "Olmo", OLMO, norm="layernorm", norm_weight=False, eps=1e-5, keys={"eps": ""},
          clip="clip_qkv"),
     _row("starcoder2", "Starcoder2", LAYERNORM, PLAIN, rules=names.STARCODER2, keys={"eps": "norm_epsilon"},
          biases=(("use_bias", "q k v o up down"),), window="all"),
@@ -208,19 +215,19 @@ CARRIERS: tuple[Carrier, ...] = (
          qk_key="qk_layernorm"),
     _row("nemotron", "Nemotron", LAYERNORM, PLAIN, offset=1.0, partial=True, keys={"eps": "norm_eps"},
          biases=(("attention_bias", "q k v o"), ("mlp_bias", "up down"))),
-    _row("cohere", "Cohere", ATTENTION_BIAS, norm="layernorm", rules=names.COHERE, flow={"shared": {}},
-         rope="neighbours", keys={"eps": "layer_norm_eps"}, logit_scale="logit_scale",
+    _row("cohere", "Cohere", ATTENTION_BIAS, norm="layernorm", rounds_gains=False, rules=names.COHERE,
+         flow={"shared": {}}, rope="neighbours", keys={"eps": "layer_norm_eps"}, logit_scale="logit_scale",
          constants={"use_qk_norm": False}),
-    _row("cohere2", "Cohere2", ATTENTION_BIAS, LAYER_WINDOWS, norm="layernorm", rules=names.COHERE,
+    _row("cohere2", "Cohere2", ATTENTION_BIAS, LAYER_WINDOWS, norm="layernorm", rounds_gains=False, rules=names.COHERE,
          flow={"shared": {}}, rope="neighbours", square=True, no_position="global",
          keys={"eps": "layer_norm_eps", "head_dim": ""}, logit_scale="logit_scale"),
-    _row("falcon", "Falcon", LAYERNORM, PLAIN, rules=names.FALCON, square=True,
+    _row("falcon", "Falcon", LAYERNORM, PLAIN, rules=names.FALCON, square=True, packs=False,
          biases=(("bias", "q k v o up down"),), flow={"parallel": {"num_ln_in_parallel_attn": 2}},
          keys={"kv_heads": "num_kv_heads", "head_dim": "", "hidden": "ffn_hidden_size", "activation": "activation",
                "eps": "layer_norm_epsilon"},
          constants={"new_decoder_architecture": True, "parallel_attn": True, "multi_query": False, "alibi": False}),
-    _row("mpt", "Mpt", PLAIN, MHA, NO_BIAS, norm="layernorm", rules=names.MPT, rope="none", alibi=True,
-         activation="gelu", hidden_times=4, clip="attn_config.clip_qkv", scale="value",
+    _row("mpt", "Mpt", PLAIN, MHA, NO_BIAS, norm="layernorm", rounds_gains=False, rules=names.MPT, rope="none",
+         alibi=True, activation="gelu", hidden_times=4, clip="attn_config.clip_qkv", scale="value",
          scale_key="attn_config.softmax_scale",
          keys={"width": "d_model", "depth": "n_layers", "heads": "n_heads", "kv_heads": "", "head_dim": "",
                "hidden": "", "context": "max_seq_len", "activation": "", "eps": "layer_norm_epsilon",

@@ -67,7 +67,9 @@ def _switches(spec: Spec, c: Carrier) -> dict[str, Any]:
     kind = "shared" if b.shared_norm else "parallel" if b.parallel else "sequential"
     assert a.scale
     scales = {"": None, "value": a.scale, "inverse_square": round(a.scale**-2)}
-    has = {n for n in ("q", "k", "v", "o") if getattr(a.bias, n)} | {n for n in ("gate", "up", "down") if getattr(b.mlp.bias, n)}
+    has = {n for n in ("q", "k", "v", "o") if getattr(a.bias, n)} | {
+        n for n in ("gate", "up", "down") if getattr(b.mlp.bias, n)
+    }
     out: dict[str, Any] = {
         "vocab_size": spec.vocab_size,
         "tie_word_embeddings": h.tied,

@@ -167,7 +167,9 @@ class FileReader:
         t = self.tensors[name]
         out = np.empty((stop - start, *t.shape[1:]), STORED[t.dtype])
         with self.path.open("rb", buffering=0) as f:
-            self._fill(f.fileno(), memoryview(out.view(np.uint8).reshape(-1).data), self._at[name] + start * t.row_bytes)
+            self._fill(
+                f.fileno(), memoryview(out.view(np.uint8).reshape(-1).data), self._at[name] + start * t.row_bytes
+            )
         return out
 
     def columns(self, name: str, start: int, stop: int) -> NDArray[Any]:

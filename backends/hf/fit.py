@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from backends.hf import rotary
 from backends.hf.carriers import ACTIVATIONS, CARRIERS, Carrier
 from backends.hf.shipped import Origin, origins, ship
-from spec.config import Alibi, Block, Norm, NoPosition, Rope, Spec
+from spec.config import Alibi, Block, NoPosition, Norm, Rope, Spec
 
 CLOSE = 1e-7
 """Relative difference that float32 cannot see."""
@@ -219,8 +219,9 @@ def _qk_norm(at: str, b: Block, c: Carrier) -> Found:
 def _per_layer(spec: Spec, c: Carrier) -> Iterator[tuple[str, Sequence[object]]]:
     """Fields of which transformers has one value for all layers."""
     attentions = [b.attention for b in spec.layers]
+    plain = ("heads", "kv_heads", "head_dim", "softcap", "clip")
     for name, values in [
-        *((name, [getattr(a, name) for a in attentions]) for name in ("heads", "kv_heads", "head_dim", "softcap", "clip")),
+        *((name, [getattr(a, name) for a in attentions]) for name in plain),
         ("scale", [a.scale for a in attentions] if c.scale else []),
         ("qk_norm", ["none" if a.qk_norm is None else "some" for a in attentions]),
         ("window", [a.window for a in attentions if a.window is not None] if c.window == "layers" else []),
@@ -275,7 +276,7 @@ def _still(spec: Spec, c: Carrier) -> Iterator[str]:
 
 def biases(spec: Spec, c: Carrier) -> Found:
     groups = {part: parts for _, parts in c.biases for part in parts.split()}
-    wanted = {part: False for part in groups}
+    wanted = dict.fromkeys(groups, False)
     for where, b in _distinct(spec):
         for part, path, has in _biases(where, b):
             if has and part not in groups:
@@ -287,7 +288,9 @@ def biases(spec: Spec, c: Carrier) -> Found:
     for key, parts in c.biases:
         group = parts.split()
         on = not key or any(wanted[p] for p in group)
-        absent = [p for p in group if any(not has for _, b in _distinct(spec) for n, _, has in _biases("", b) if n == p)]
+        absent = [
+            p for p in group if any(not has for _, b in _distinct(spec) for n, _, has in _biases("", b) if n == p)
+        ]
         absent += ["head"] if "head" in group and not spec.head.bias else []
         if on and absent:
             yield Fold(f"{', '.join(absent)}: zero biases are stored (exact)")

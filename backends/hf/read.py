@@ -41,7 +41,9 @@ class Artifact:
         self._of = {name: f for f in self._files for name in f.tensors}
         carrier = BY_ARCH.get(str(self.config.get("model_type")))
         if carrier is None:
-            raise UserError(f"{path}: config.json: model_type: {self.config.get('model_type')!r} is none of the carriers")
+            raise UserError(
+                f"{path}: config.json: model_type: {self.config.get('model_type')!r} is none of the carriers"
+            )
         self._fit = examine(self.source, carrier)
         self.levels = self._levels()
         self.store = Store(self._fit, [Planned(p.name, p.shape, self.levels[p.name]) for p in params(self.source)])
@@ -76,7 +78,8 @@ class Artifact:
     @property
     def arithmetic(self) -> Arithmetic:
         kind = {"F32": "f32", "F16": "f16", "BF16": "bf16"}[self.store.dtype]
-        return Arithmetic(compute=kind, cache=kind)
+        c = self._fit.carrier
+        return Arithmetic(compute=kind, cache=kind, tables=c.rounds_tables, gains=c.rounds_gains)
 
     def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
         """What is missing, too much or otherwise than planned; config.json and constant tensors too."""
@@ -160,7 +163,10 @@ class Artifact:
         add = self._fit.origins[shipped].add
         x = values.astype(np.float64) + add if add else values
         if len(self._shapes[name]) > 1:  # a matrix is rounded to its level, which its dtype holds
-            x = widen(narrow(x, {"f16": "F16", "bf16": "BF16"}.get(level, "F32")), {"f16": "F16", "bf16": "BF16"}.get(level, "F32"))
+            x = widen(
+                narrow(x, {"f16": "F16", "bf16": "BF16"}.get(level, "F32")),
+                {"f16": "F16", "bf16": "BF16"}.get(level, "F32"),
+            )
         return widen(narrow(x, slot.dtype), slot.dtype)
 
 

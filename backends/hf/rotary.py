@@ -65,13 +65,17 @@ def _fixed(r: Rope, spec: Spec) -> bool:
 def session(spec: Spec, c: Carrier) -> int | None:
     """The context, where a dynamic table was fixed for sessions of that length."""
     ropes = _ropes(spec, range(spec.depth)) if c.rope != "none" else []
-    grown = [r for r in ropes if isinstance(r.scaling, DynamicScaling) and (r.scaling.original_context or 0) < spec.context]
+    grown = [
+        r for r in ropes if isinstance(r.scaling, DynamicScaling) and (r.scaling.original_context or 0) < spec.context
+    ]
     return spec.context if grown else None
 
 
 def chosen_by_length(spec: Spec) -> int | None:
     """The length beyond which transformers takes LongRoPE's other list; none where the context does not reach it."""
-    found = [r.scaling.original_context for r in _ropes(spec, range(spec.depth)) if isinstance(r.scaling, LongRopeScaling)]
+    found = [
+        r.scaling.original_context for r in _ropes(spec, range(spec.depth)) if isinstance(r.scaling, LongRopeScaling)
+    ]
     return next((n for n in found if n < spec.context), None)
 
 
@@ -91,8 +95,10 @@ def settings(spec: Spec, c: Carrier) -> dict[str, Any]:
     if c.rope == "none":
         return {}
     first = spec.layers[0].attention
-    found = {kind: _parameters(ropes[0] if ropes else Rope(), first, spec, c) for kind, ropes in _groups(spec, c).items()}
-    out: dict[str, Any] = {"rope_parameters": found[""] if "" in found else found}
+    found = {
+        kind: _parameters(ropes[0] if ropes else Rope(), first, spec, c) for kind, ropes in _groups(spec, c).items()
+    }
+    out: dict[str, Any] = {"rope_parameters": found.get("", found)}
     longrope = [r.scaling for r in _ropes(spec, range(spec.depth)) if isinstance(r.scaling, LongRopeScaling)]
     if c.arch == "phi3":  # its own key, which wins over the one in rope_parameters
         out["original_max_position_embeddings"] = longrope[0].original_context if longrope else spec.context

@@ -28,7 +28,8 @@ class HuggingFaceRuntime:
     """One model with one sequence in progress; see `backends.base.Runtime`."""
 
     def __init__(self, path: Path, model: Any, context: int, exact: bool, pinned: str) -> None:
-        self.path, self.model, self.exact, self._pinned = path, model, exact, pinned
+        self.path, self.exact, self._pinned = path, exact, pinned
+        self.model: Any = model
         self._context, self._device = context, model.device
         self._text = Text.read(path)
         self._cache: Any = None
@@ -203,7 +204,7 @@ def load(
                 raise UserError(f"context={context}: must be between 1 and the model's {limit} tokens")
             pinned = _pin(config, boundary, context or limit)
             more = {"attn_implementation": attention} if attention else {}
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=chosen, local_files_only=True, use_safetensors=True, **more
             )
             model = model.to(where).eval()

@@ -1,9 +1,9 @@
 """What a folder's weight files hold: every tensor's dtype and place, packed codes, and config.json's word on them.
 
 Quantized products are stored as compressed-tensors' `pack-quantized`: codes + 2^(bits-1), low bits first in 32-bit
-words, and float16 scales. transformers packs neither embeddings nor GPT-2's transposed products; those hold code *
-scale in the narrowest float that is exact (float16 for q4, float32 for q8), and their scales lie beside them in a file
-that no client opens, so that codes and scales are read back bit for bit.
+words, and float16 scales. transformers loads neither embeddings nor the products of some architectures packed; those
+hold code * scale in the narrowest float that is exact (float16 for q4, float32 for q8), and their scales lie beside
+them in a file that no client opens, so that codes and scales are read back bit for bit.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Store:
         dtype = self.dtype
         packed: int | None = None
         if len(bound.canonical[0].shape) > 1:
-            if bits and not bound.transposed and bound.canonical[0].role == "linear":
+            if bits and self.fit.carrier.packs and bound.canonical[0].role == "linear":
                 packed, dtype = max(self._beside(n) for n in parts), "F16"
             elif bits:
                 dtype = "F16" if max(bits) == 4 else "F32"

@@ -32,7 +32,9 @@ def support(spec: Spec, level: str) -> Support:
     once = {_field(_path(r)): r for r in reversed(fit.refusals)}  # a field refused in several layers, the first
     refusals = [_with_alternative(spec, r) for r in reversed(once.values())]
     if fit.carrier.wide_scores and level in ("f16", "bf16"):
-        refusals.append(f"level: {level}, at which transformers' {fit.carrier.arch} rounds ALiBi biases (try f32 or q8)")
+        refusals.append(
+            f"level: {level}, at which transformers' {fit.carrier.arch} rounds ALiBi biases (try f32 or q8)"
+        )
     if refusals:
         return Support("hf", fit.carrier.arch, refusals=tuple(refusals))
     return Support("hf", fit.carrier.arch, tuple(f.text for f in fit.folds), (), tuple(_notes(fit, level)))
@@ -76,14 +78,8 @@ def _notes(fit: Fit, level: str) -> list[str]:
     if narrow:
         out.append(f"matrices of width {', '.join(map(str, narrow))} stay f16: no multiples of {GROUP}")
     out.append("transformers unpacks no embeddings: code * scale is stored, as float16 (q4) or float32 (q8)")
-    if any("transposed" for rule in fit.carrier.rules if _transposed(rule)):
-        out.append(f"transformers packs no products of {fit.carrier.arch}, which are transposed: stored like embeddings")
-    if level == "q4":
-        out.append("q, k and v (and gate and up) are stored with 8 bits where one of them is int8, as vLLM computes them together")
+    if not fit.carrier.packs:
+        out.append(f"transformers unpacks no products of {fit.carrier.arch} either: stored in the same way")
+    elif level == "q4":
+        out.append("q, k and v (gate and up) have 8 bits where one of them is int8, as vLLM computes them together")
     return out
-
-
-def _transposed(rule: object) -> bool:
-    from spec.layout import Rule, Transpose
-
-    return isinstance(rule, Rule) and any(isinstance(op, Transpose) for op in rule.ops)

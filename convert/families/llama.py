@@ -6,41 +6,15 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
+from backends.hf.names import LLAMA as RULES
 from convert.families.config import Config, Family
 from convert.families.rope import rope
 from spec.errors import nearest
-from spec.layout import Rule
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu", "relu": "relu", "relu2": "relu2",
 }  # fmt: skip
-
-# fmt: off
-RULES = (
-    Rule("embed.weight",                    "model.embed_tokens.weight"),
-    Rule("layers.{i}.attn_norm.weight",     "model.layers.{i}.input_layernorm.weight"),
-    Rule("layers.{i}.attn.q.weight",        "model.layers.{i}.self_attn.q_proj.weight"),
-    Rule("layers.{i}.attn.q.bias",          "model.layers.{i}.self_attn.q_proj.bias"),
-    Rule("layers.{i}.attn.k.weight",        "model.layers.{i}.self_attn.k_proj.weight"),
-    Rule("layers.{i}.attn.k.bias",          "model.layers.{i}.self_attn.k_proj.bias"),
-    Rule("layers.{i}.attn.v.weight",        "model.layers.{i}.self_attn.v_proj.weight"),
-    Rule("layers.{i}.attn.v.bias",          "model.layers.{i}.self_attn.v_proj.bias"),
-    Rule("layers.{i}.attn.q_norm.weight",   "model.layers.{i}.self_attn.q_norm.weight"),
-    Rule("layers.{i}.attn.k_norm.weight",   "model.layers.{i}.self_attn.k_norm.weight"),
-    Rule("layers.{i}.attn.o.weight",        "model.layers.{i}.self_attn.o_proj.weight"),
-    Rule("layers.{i}.attn.o.bias",          "model.layers.{i}.self_attn.o_proj.bias"),
-    Rule("layers.{i}.mlp_norm.weight",      "model.layers.{i}.post_attention_layernorm.weight"),
-    Rule("layers.{i}.mlp.gate.weight",      "model.layers.{i}.mlp.gate_proj.weight"),
-    Rule("layers.{i}.mlp.gate.bias",        "model.layers.{i}.mlp.gate_proj.bias"),
-    Rule("layers.{i}.mlp.up.weight",        "model.layers.{i}.mlp.up_proj.weight"),
-    Rule("layers.{i}.mlp.up.bias",          "model.layers.{i}.mlp.up_proj.bias"),
-    Rule("layers.{i}.mlp.down.weight",      "model.layers.{i}.mlp.down_proj.weight"),
-    Rule("layers.{i}.mlp.down.bias",        "model.layers.{i}.mlp.down_proj.bias"),
-    Rule("final_norm.weight",               "model.norm.weight"),
-    Rule("head.weight",                     "lm_head.weight"),
-)
-# fmt: on
 
 Extra = Callable[[Config, dict[str, Any], dict[str, Any]], None]
 """What a relative adds: reads its own keys into (attention, mlp)."""

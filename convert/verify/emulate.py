@@ -20,6 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from backends.numpy.ops import Handle, NumpyOps
 from spec.config import Activation, Attention, Norm
 from spec.ops import Step
+from spec.rope import RopeTable
 
 Array = NDArray[Any]
 Rounding = Callable[[Array], Array]
@@ -191,13 +192,21 @@ class EmulatedOps(NumpyOps):
 
 class RoundedOps(EmulatedOps):
     """The oracle with every operation's result rounded to a 16-bit dtype in the batch rows `rows`: what a runtime that
-    computes in that dtype, and accumulates inside each operation in float32, must reach."""
+    computes in that dtype, and accumulates inside each operation in float32, must reach. `rotary`: the tables are
+    rounded too. `gains`: a norm without a bias rounds before its gain as well."""
 
     def __init__(
-        self, dtype: DTypeLike = np.float64, *, compute: str = "f16", kv: str = "f32", rows: slice = slice(None)
+        self,
+        dtype: DTypeLike = np.float64,
+        *,
+        compute: str = "f16",
+        kv: str = "f32",
+        rows: slice = slice(None),
+        rotary: bool = False,
+        gains: bool = False,
     ) -> None:
         super().__init__(dtype, kv=kv, tables=False, rows=rows)
-        self.compute, self._fused = compute, False
+        self.compute, self.rotary, self.gains, self._fused = compute, rotary, gains, False
 
     def _rounded(self, x: Array) -> Array:
         return x if self.compute == "f32" or self._fused else self._round(x, ROUNDINGS[self.compute], self.rows)
@@ -209,7 +218,15 @@ class RoundedOps(EmulatedOps):
         return self._rounded(super().linear(x, w))
 
     def norm(self, x: Array, w: Handle, norm: Norm) -> Array:
+        if self.gains and w.weight is not None and w.bias is None:
+            bare = norm.model_copy(update={"weight": False, "offset": 0.0})
+            gain = np.asarray(w.weight[:], dtype=self.dtype) + self._number(norm.offset)
+            return self._rounded(self._rounded(super().norm(x, Handle(), bare)) * gain)
         return self._rounded(super().norm(x, w, norm))
+
+    def rotation(self, table: RopeTable, step: Step[Array]) -> tuple[Array, Array]:
+        cos, sin = super().rotation(table, step)
+        return (self._rounded(cos), self._rounded(sin)) if self.rotary else (cos, sin)
 
     def act(self, x: Array, kind: Activation) -> Array:
         return self._rounded(super().act(x, kind))

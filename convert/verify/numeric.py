@@ -144,7 +144,7 @@ def emulate_dtype(
         exact = Oracle(spec, weights, length=length).logits(ids)
         rounded = Oracle(spec, weights, np.float32, length).logits(ids)
     else:
-        ops = RoundedOps(np.float64, compute=a.compute, kv=a.cache, rows=slice(1, 2))
+        ops = RoundedOps(np.float64, compute=a.compute, kv=a.cache, rows=slice(1, 2), rotary=a.tables, gains=a.gains)
         both = Oracle(spec, weights, length=length, ops=ops).logits(np.concatenate([ids] * 2))
         exact, rounded = both[:1], both[1:]
     return Emulation(exact, rounded, rounded)
