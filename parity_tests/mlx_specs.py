@@ -32,8 +32,11 @@ def _scaling(**fields: Any) -> dict[str, Any]:
 
 NATIVE: dict[str, list[tuple[dict[str, Any], ...]]] = {
     "llama": [
-        ({"block": {"attention": {"bias": {"o": True}}, "mlp": {"bias": {"up": True}}}}, _scaling(kind="linear", factor=3)),
-        (_attn(heads=6, kv_heads=3, head_dim=12, position={**_HALF, "scaling": {"kind": "linear", "factor": 2.0}}),),
+        (
+            {"block": {"attention": {"bias": {"o": True}}, "mlp": {"bias": {"up": True}}}},
+            _scaling(kind="linear", factor=3),
+        ),
+        (_attn(head_dim=12, position={**_HALF, "scaling": {"kind": "linear", "factor": 2.0}}),),
         ({"depth": 5, "pattern": [{"attention": {"window": 7}}, {"attention": {"window": 7}}, {}]},),
         (_attn(window=48), {"head": {"tied": True}}),
         (_scaling(kind="dynamic", factor=2.0, original_context=16),),
@@ -42,6 +45,7 @@ NATIVE: dict[str, list[tuple[dict[str, Any], ...]]] = {
         (_scaling(kind="longrope", original_context=16, **_LONG),),
         (_scaling(kind="longrope", original_context=48, **_LONG),),
     ],
+    "mistral": [(_attn(heads=3, kv_heads=1, head_dim=16), {"pattern": [{}, {"attention": {"window": 5}}]})],
     "qwen2": [(_attn(bias={"q": True, "v": True}, position={"kind": "rope", "fraction": 0.25}),)],
     "smollm3": [(
         {"depth": 4, "pattern": [{"attention": {"window": 9}}, {"attention": {"position": {"kind": "none"}}}]},
@@ -62,13 +66,13 @@ NATIVE: dict[str, list[tuple[dict[str, Any], ...]]] = {
     "olmo3": [(_OLMO, {"depth": 4, "pattern": [*[{"attention": {"window": 6}}] * 3, {}]})],
     "gemma2": [(
         _GEMMA, {"embedding": {"scale": 32**0.5}, "head": {"tied": True, "softcap": 30.0}},
-        _attn(softcap=5.0, scale=0.3),
+        _attn(softcap=5.0, scale=0.25),
     )],
     "gemma3_text": [
         (
             _GEMMA, {"depth": 5, "width": 64, "embedding": {"scale": 8.0}},
             {"pattern": [_LOCAL, _LOCAL, {"attention": {"position": _SCALED}}]},
-            _attn(scale=0.3, head_dim=12, qk_norm=_ONE),
+            _attn(scale=0.25, head_dim=12, qk_norm=_ONE),
         ),
         (_GEMMA, {"width": 64, "embedding": {"scale": 8.0}, "head": {"tied": True}}, _attn(qk_norm=_ONE)),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,22 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-mx = pytest.importorskip("mlx.core")
-mlx_lm_utils = pytest.importorskip("mlx_lm.utils")
+pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
 
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model, load_tokenizer
+
+from backends.base import Tokenizer
 from backends.mlx.carriers import CARRIERS
 from backends.mlx.levels import computes
 from backends.mlx.support import support
 from backends.numpy.model import Oracle
+from backends.text import Text
 from parity_tests.artifacts import EXACT, check_graph, check_packing, opened, values, write
 from parity_tests.cases import FEATURES, nmse, random_ids, random_weights
+from parity_tests.checkpoints import tokenizer_json
 from parity_tests.mlx_specs import CASES
 from spec import Spec, parse
 from spec.config import merge
@@ -27,9 +35,7 @@ PIECES = (9, 1, 5, 1, 1, 23, 7)
 
 def mlx_lm_logits(path: Path, ids: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """mlx-lm's logits, whole and in pieces through its own caches: [B, T, V] both."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    model, _ = mlx_lm_utils.load_model(path, trust_remote_code=(path / "model.py").exists())
+    model, _ = load_model(path, trust_remote_code=(path / "model.py").exists())
     caches = make_prompt_cache(model)
     parts, at = [], 0
     for n in PIECES:
@@ -59,8 +65,10 @@ def test_mlx_lm_computes_what_the_row_says(name: str, tmp_path: Path) -> None:
     verdict = support(spec, "f32")
     assert verdict.ok and verdict.carrier == arch
     weights = random_weights(spec)
-    path = write("mlx", spec, weights, tmp_path / "m")
+    tokenizer = Tokenizer(json.loads(tokenizer_json()), bos="<|bos|>", eos="<|eos|>", add_bos=True)
+    path = write("mlx", spec, weights, tmp_path / "m", tokenizer=tokenizer)
     assert not (path / "model.py").exists()
+    assert load_tokenizer(path).encode("def main(") == Text.read(path).encode("def main(")  # type: ignore[union-attr]
     check_packing("mlx", path, spec, weights, "f32")
     check_graph("mlx", path)
     check(path)
@@ -70,7 +78,7 @@ def test_mlx_lm_computes_what_the_row_says(name: str, tmp_path: Path) -> None:
 def test_mlx_lm_runs_the_bundled_model(name: str, tmp_path: Path) -> None:
     path = write("mlx", FEATURES[name], random_weights(FEATURES[name]), tmp_path / "m")
     with pytest.raises(ValueError, match="trust_remote_code"):
-        mlx_lm_utils.load_model(path)
+        load_model(path)
     check(path)
 
 
@@ -87,13 +95,11 @@ def test_quantized_folders_are_what_mlx_lm_computes_in_float32(name: str, level:
 @pytest.mark.parametrize("name", ["llama-0", "qwen3-0", "gemma3_text-0", "granite-0", "nemotron-0", "cohere-0"])
 def test_native_folders_compute_in_their_dtype(name: str, level: str, tmp_path: Path) -> None:
     """Activations, logits and caches all have the dtype of the folder: nothing in it makes MLX widen silently."""
-    from mlx_lm.models.cache import make_prompt_cache
-
     spec = wide(CASES[name][1])
     compute = computes(level)[0]
     assert support(spec, level).carrier == CASES[name][0]
     path = write("mlx", spec, random_weights(spec), tmp_path / "m", level)
-    model, _ = mlx_lm_utils.load_model(path)
+    model, _ = load_model(path)
     caches = make_prompt_cache(model)
     dtype = {"f16": mx.float16, "bf16": mx.bfloat16}[compute]
     assert model(mx.array(random_ids(spec, 1, 5)), cache=caches).dtype == dtype

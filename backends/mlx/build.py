@@ -131,8 +131,11 @@ def config(fit: Fit, stored: Sequence[Stored], compute: str, tokenizer: Tokenize
     ends = folder.end_ids(tokenizer)
     if ends:
         out["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    bos = None if tokenizer is None else folder.token_id(tokenizer, tokenizer.bos)
-    return out if bos is None else {**out, "bos_token_id": bos}
+    for role in ("bos", "pad"):
+        found = None if tokenizer is None else folder.token_id(tokenizer, getattr(tokenizer, role))
+        if found is not None:
+            out[f"{role}_token_id"] = found
+    return out
 
 
 def writer(

@@ -20,7 +20,9 @@ from backends.mlx.checks import (
     Check,
     attention_biases,
     bfloat16,
+    divisible,
     gaps,
+    inverse_square,
     layernorm,
     local_global,
     mha,
@@ -130,7 +132,7 @@ def _gemma3(s: Spec) -> dict[str, Any]:
     assert isinstance(local.position, Rope)
     return {
         **_rms(s), **(rotary.configured(s, whole) or {}), "rope_local_base_freq": local.position.theta,
-        "query_pre_attn_scalar": (whole.scale or 1.0) ** -2, "sliding_window_pattern": period(s),
+        "query_pre_attn_scalar": inverse_square(s.layers[0]), "sliding_window_pattern": period(s),
         "sliding_window": next((w for w in windows(s) if w is not None), s.context),
     }  # fmt: skip
 
@@ -142,7 +144,9 @@ CARRIERS: tuple[Carrier, ...] = (
             "block.attention.bias": lambda s, b: qkv_bias(s, b) and attention_biases(s),
         }, _rms, lambda s: QKV,
     ),
-    Carrier("llama", LLAMA, _llama_config, _llama_biases),
+    Carrier("llama", {**LLAMA, "block.attention.heads": divisible}, _llama_config, _llama_biases),
+    # older transformers' tokenizers of this type get a warning and another split
+    Carrier("mistral", LLAMA, lambda s: {**_llama_config(s), "transformers_version": "5.0.0"}, _llama_biases),
     Carrier(
         "smollm3", {**LLAMA, "block.attention.position": gaps},
         lambda s: {
@@ -184,7 +188,7 @@ CARRIERS: tuple[Carrier, ...] = (
             "head.tied": lambda s, b: s.head.tied, "head.softcap": lambda s, b: s.head.softcap is not None,
         },
         lambda s: {
-            **_rms(s), "query_pre_attn_scalar": (s.layers[0].attention.scale or 1.0) ** -2,
+            **_rms(s), "query_pre_attn_scalar": inverse_square(s.layers[0]),
             "attn_logit_softcapping": s.layers[0].attention.softcap, "final_logit_softcapping": s.head.softcap,
         }, names=SANDWICH, offset=1.0,
     ),

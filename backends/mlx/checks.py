@@ -115,6 +115,17 @@ def bfloat16(x: float) -> float:
     return float(((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)[0])
 
 
+def divisible(s: Spec, b: Block) -> bool:
+    """transformers, which mlx-lm asks for the tokenizer, refuses a Llama of other sizes; mlx-lm runs Mistral's too."""
+    return s.width % b.attention.heads == 0
+
+
+def inverse_square(b: Block) -> int | None:
+    """The whole number whose inverse square root is the attention scale (transformers takes no other)."""
+    n = (b.attention.scale or 1.0) ** -2
+    return round(n) if math.isclose(n, round(n), rel_tol=1e-12) else None
+
+
 PLAIN: Mapping[str, Check] = {
     "block.norm.kind": lambda s, b: b.norm.kind == "rmsnorm",
     "block.norm.bias": lambda s, b: not b.norm.bias,
@@ -122,6 +133,7 @@ PLAIN: Mapping[str, Check] = {
     "block.placement": lambda s, b: b.placement == "pre",
     "block.parallel": lambda s, b: not b.parallel,
     "block.residual_scale": lambda s, b: b.residual_scale == 1,
+    "block.attention.heads": ANY,
     "block.attention.head_dim": ANY,
     "block.attention.kv_heads": ANY,
     "block.attention.bias": ANY,
@@ -151,7 +163,7 @@ LLAMA: Mapping[str, Check] = {"block.attention.window": one_window, "block.mlp.b
 GEMMA: Mapping[str, Check] = {
     "block.norm.offset": lambda s, b: b.norm.offset == 1 and b.norm.weight,
     "block.placement": lambda s, b: b.placement == "sandwich",
-    "block.attention.bias": no_bias, "block.attention.scale": ANY,
+    "block.attention.bias": no_bias, "block.attention.scale": lambda s, b: inverse_square(b) is not None,
     "block.mlp.activation": lambda s, b: b.mlp.activation == "gelu_tanh",
 }  # fmt: skip
 LAYERNORM: Mapping[str, Check] = {

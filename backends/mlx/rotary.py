@@ -40,9 +40,8 @@ def configured(spec: Spec, a: Attention) -> dict[str, Any] | None:
     if dim != a.head_dim:
         if a.head_dim % 2 or not (s is None or isinstance(s, LinearScaling)):
             return None
-        scaling: dict[str, Any] | None = {
-            "rope_type": "proportional", "partial_rotary_factor": p.fraction, "factor": s.factor if s else 1.0,
-        }  # fmt: skip
+        scaling: dict[str, Any] | None = {"rope_type": "proportional", "partial_rotary_factor": p.fraction}
+        scaling |= {"factor": s.factor} if s else {}
         return {"rope_theta": theta ** (a.head_dim / dim), "rope_scaling": scaling}
     match s:
         case None:
@@ -87,7 +86,7 @@ def _longrope(spec: Spec, s: LongRopeScaling) -> dict[str, Any] | None:
     chosen = list(s.long_factor if spec.context > s.original_context else s.short_factor)
     return {
         "rope_type": "longrope", "short_factor": chosen, "long_factor": chosen,
-        "original_max_position_embeddings": s.original_context,
+        "original_max_position_embeddings": s.original_context, "factor": spec.context / s.original_context,
     }  # fmt: skip
 
 

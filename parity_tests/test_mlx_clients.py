@@ -1,0 +1,196 @@
+"""The clients that people use, on folders as a conversion leaves them: mlx_lm.load, generate, batches, CLI, server."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.generate import batch_generate, generate_step
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+
+import backends
+from backends.generate import generate
+from backends.numpy.model import Oracle
+from convert.pipeline import convert
+from parity_tests.artifacts import opened, values
+from parity_tests.cases import nmse
+from parity_tests.checkpoints import llama, write_checkpoint
+from spec import Spec
+
+PROMPT = "def main(argv):\n    "
+TOKENS = 16
+
+NATIVE = {"width": 64, "block": {"attention": {"heads": 3, "kv_heads": 1, "head_dim": 32}, "mlp": {"hidden": 96}}}
+BUNDLED = {
+    **NATIVE, "depth": 3, "head": {"tied": True}, "pattern": [
+        {"attention": {"window": 8, "sinks": True}}, {"attention": {"softcap": 9.0}},
+        {"attention": {"window": 5, "position": {"kind": "alibi"}}},
+    ],
+}  # fmt: skip
+
+
+def trusting(path: Path) -> bool:
+    return (path / "model.py").exists()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Verified conversions: native and bundled, q4, in float32 so that greedy texts may be compared, and in float16."""
+    root, out = tmp_path_factory.mktemp("mlx"), {}
+    for name, patch in (("native", NATIVE), ("bundled", BUNDLED)):
+        source = write_checkpoint(root / f"{name}-source", llama(**patch))
+        for compute in ("f32", "f16"):
+            result = convert(source, "mlx", "q4", root / f"{name}-{compute}", options={"compute": compute})
+            assert result.report is not None and {c.name for c in result.report.checks} >= {"graph", "tokenizer"}
+            assert result.support.carrier == ("mistral" if name == "native" else "model.py")
+            out[f"{name}-{compute}"] = result.out
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(folders: dict[str, Path]) -> dict[str, str]:
+    """The greedy text of our own runtime."""
+    out = {}
+    for name, path in folders.items():
+        with backends.load(path) as runtime:
+            ids = runtime.encode(PROMPT)
+            out[name] = "".join(generate(runtime, ids, max_tokens=TOKENS, temperature=0))
+    return out
+
+
+@pytest.mark.parametrize("compute", ["f32", "f16"])
+@pytest.mark.parametrize("name", ["native", "bundled"])
+def test_greedy_continuation_equals_the_oracle(name: str, compute: str, folders: dict[str, Path]) -> None:
+    """A token may differ from the oracle's best only where the two logits are as close as mlx-lm's error."""
+    path = folders[f"{name}-{compute}"]
+    model, tokenizer = mlx_lm.load(str(path), trust_remote_code=trusting(path))[:2]
+    prompt = tokenizer.encode(PROMPT)
+    with backends.load(path) as runtime:
+        assert prompt == runtime.encode(PROMPT)
+    found = [int(t) for t, _ in generate_step(mx.array(prompt), model, max_tokens=40, prefill_step_size=4)]
+    artifact = opened("mlx", path)
+    ids = np.array([*prompt, *found])[None]
+    exact = Oracle(artifact.spec, values(artifact)).logits(ids[:, :-1])[0, len(prompt) - 1 :]
+    forced = np.array(model(mx.array(ids[:, :-1])).astype(mx.float32))[0, len(prompt) - 1 :]
+    assert nmse(forced, exact) <= (1e-11 if compute == "f32" else 1e-3)
+    gap = exact.max(-1) - exact[np.arange(len(found)), found]
+    assert (gap <= 2 * np.abs(forced - exact).max()).all()
+    assert set(tokenizer.eos_token_ids) == {tokenizer.convert_tokens_to_ids("<|eos|>")}
+
+
+def test_the_bundled_model_runs_in_batches(folders: dict[str, Path]) -> None:
+    """Prompts of uneven lengths, padded by mlx-lm, past windows: every row as if alone."""
+    path = folders["bundled-f32"]
+    model, tokenizer = mlx_lm.load(str(path), trust_remote_code=True)[:2]
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 300, n).tolist() for n in (3, 17, 9, 30)]
+    alone = [[int(t) for t, _ in generate_step(mx.array(p), model, max_tokens=24)] for p in prompts]
+    tokenizer.eos_token_ids = set()
+    together = batch_generate(model, tokenizer, prompts, max_tokens=24, return_token_ids=True).token_ids
+    assert [[int(t) for t in row] for row in together or []] == alone
+
+
+def test_the_bundled_model_resumes_a_saved_prompt(folders: dict[str, Path], tmp_path: Path) -> None:
+    path = folders["bundled-f32"]
+    model, tokenizer = mlx_lm.load(str(path), trust_remote_code=True)[:2]
+    prompt = tokenizer.encode(PROMPT * 4)
+    whole = [int(t) for t, _ in generate_step(mx.array(prompt), model, max_tokens=8)]
+    cache = make_prompt_cache(model)
+    model(mx.array(prompt[:-3])[None], cache=cache)
+    save_prompt_cache(str(tmp_path / "prompt.safetensors"), cache)
+    again = load_prompt_cache(str(tmp_path / "prompt.safetensors"))
+    rest = [int(t) for t, _ in generate_step(mx.array(prompt[-3:]), model, max_tokens=8, prompt_cache=again)]
+    assert rest == whole
+
+
+def test_the_bundled_model_takes_a_quantized_cache(tmp_path: Path) -> None:
+    """mlx-lm's --kv-bits: 8-bit keys and values stay near the exact ones."""
+    spec = llama(head={"softcap": 30.0}, block={"attention": {"window": None}})
+    source = write_checkpoint(tmp_path / "source", spec)
+    path = convert(source, "mlx", "q8", tmp_path / "m", options={"compute": "f32"}, verify=False).out
+    model, tokenizer = mlx_lm.load(str(path), trust_remote_code=True)[:2]
+    prompt = mx.array(tokenizer.encode(PROMPT))
+    runs = [
+        np.array([np.array(p) for _, p in generate_step(prompt, model, max_tokens=4, **more)])
+        for more in ({}, {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0})
+    ]
+    assert 0 < nmse(runs[1][:1], runs[0][:1]) < 1e-3
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+
+
+@pytest.mark.parametrize("name", [pytest.param("native", marks=pytest.mark.slow), "bundled"])
+def test_the_command_line_generates(name: str, folders: dict[str, Path], expected: dict[str, str]) -> None:
+    path = folders[f"{name}-f32"]
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(path), "--prompt", PROMPT]
+    command += ["--max-tokens", str(TOKENS), "--temp", "0", *(["--trust-remote-code"] if trusting(path) else [])]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=path.parent, env=environment(), timeout=300, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.split("==========\n")[1]
+    assert text.removesuffix("\n") == expected[f"{name}-f32"]
+
+
+@contextmanager
+def served(path: Path) -> Iterator[str]:
+    """mlx_lm.server on a free port of this machine."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(path), "--host", "127.0.0.1"]
+    command += ["--port", str(port), *(["--trust-remote-code"] if trusting(path) else [])]
+    log = path.parent / f"{path.name}.log"
+    with (
+        log.open("w") as out,
+        subprocess.Popen(command, stdout=out, stderr=out, cwd=path.parent, env=environment()) as p,
+    ):
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                try:
+                    with urllib.request.urlopen(f"{url}/health", timeout=2):  # noqa: S310
+                        break
+                except OSError:
+                    assert p.poll() is None, log.read_text()
+                    time.sleep(0.1)
+            yield url
+        finally:
+            p.terminate()
+
+
+@pytest.mark.parametrize("name", ["native", "bundled"])
+def test_the_server_answers(name: str, folders: dict[str, Path], expected: dict[str, str]) -> None:
+    path = folders[f"{name}-f32"]
+    body: dict[str, Any] = {"model": "default_model", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
+    with served(path) as url:
+        request = urllib.request.Request(  # noqa: S310
+            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
+            found = json.load(answer)
+    assert found["choices"][0]["text"] == expected[f"{name}-f32"]
+
+
+def test_specs_of_these_tests_are_what_they_say() -> None:
+    spec: Spec = llama(**BUNDLED)
+    assert [b.attention.window for b in spec.layers] == [8, None, 5]
