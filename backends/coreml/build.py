@@ -98,21 +98,16 @@ class CoreMLWriter:
         """What was collected in the form that the program stores; palettes are found here, since a table spans rows."""
         out: dict[str, Tensor] = {}
         for name, p in self._planned.items():
-            held = self._held[name]
+            held = self._held.pop(name)
             if p.level in BITS:
                 held = _palettize(held, BITS[p.level], self.threads)
-            elif isinstance(held, np.ndarray) and held.dtype == np.float16:
-                held = Half(held)
-            elif len(p.shape) == 1:
-                self._vector(p, held)
-            out[name] = held
-            self._held[name] = None
+            out[name] = Half(held) if isinstance(held, np.ndarray) and held.dtype == np.float16 else held
+        for param in params(self.spec) if self._about["compute"] == "f16" else ():
+            bias = out[param.name]
+            if in_linear(param) and isinstance(bias, np.ndarray) and np.abs(bias).max() >= 65520:
+                top = float(np.abs(bias).max())
+                raise UserError(f"{param.name}: a bias of {top:.6g} is beyond float16: use --compute f32")
         return out
-
-    def _vector(self, p: Planned, held: Floats) -> None:
-        param = next(x for x in params(self.spec) if x.name == p.name)
-        if self._about["compute"] == "f16" and in_linear(param) and np.abs(held).max(initial=0) > 65504:
-            raise UserError(f"{p.name}: a bias of {float(np.abs(held).max()):.6g} is beyond float16: use --compute f32")
 
     def _describe(self, receipt: dict[str, Any]) -> None:
         model, spec = package.read_model(self.path), self.spec
@@ -185,8 +180,8 @@ def size(
     dtype = compute_dtype(compute, planned)
     weights = sum(_stored(p, 2 if dtype == "f16" else 4) for p in planned)
     fixed = sum(x.nbytes for x in constants(spec).values()) if spec.context < 1 << 16 else _tables(spec)
-    program = (9_000 + 105_000 * spec.depth) * (2 if functions == "two" else 1)
-    text = 0 if tokenizer is None else len(json.dumps(tokenizer.json)) + 4096
+    program = (12_000 + 25_000 * spec.depth) * (2 if functions == "two" else 1)
+    text = 0 if tokenizer is None else len(json.dumps(tokenizer.json, indent=1)) + 4096
     return weights + fixed + program + text + len(dump(spec)) + 130 * len(planned)
 
 
