@@ -108,10 +108,11 @@ def convert(
         found = [r.to_dict() for r in results]
         sys.stdout.write(dumps(found[0] if len(found) == 1 else {"ok": not failed, "artifacts": found}))
     else:
-        for r in results:
-            (show_expected if check else show_result)(r)
-        if len(results) > 1:
+        if len(results) > 1 and not check:
             show_summary(results)
+        else:
+            for r in results:
+                (show_expected if check else show_result)(r)
     for r in failed:
         assert r.report is not None
         _say(f"convert: {r.out}: verification failed, it was not written: {r.report.summary}")

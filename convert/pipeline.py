@@ -301,7 +301,7 @@ def _expected(job: Job, t: Target) -> Result:
         spec=spec,
         support=t.support,
         weights=source.weights,
-        bits=recipe.bits_per_weight(job.planned, stored),
+        bits=recipe.bits_per_weight(_stored(t, job), stored),
         levels=dict(sorted(Counter(p.level for p in job.planned).items())),
         size=size,
         # float32 blocks read ahead and in work (with their codes), and the one being packed
@@ -309,6 +309,12 @@ def _expected(job: Job, t: Target) -> Result:
         options={k: v for k, v in t.options.items() if v},
         notes=list(dict.fromkeys(notes)),
     )
+
+
+def _stored(t: Target, job: Job) -> Sequence[Planned]:
+    """The plan as the target's files hold it: some containers widen a tensor (which keeps its codes and scales)."""
+    widen = getattr(t.build, "stored", None)
+    return job.planned if widen is None else widen(job.source.spec, job.planned, **t.options)
 
 
 def _estimate(job: Job) -> float:

@@ -146,21 +146,35 @@ def show_result(result: Result) -> None:
 
 
 def show_summary(results: Sequence[Result]) -> None:
-    """Several artifacts side by side, on stdout."""
+    """Several artifacts side by side, on stdout; the whole reports are in their receipts."""
     from rich.table import Table
 
-    table = Table("artifact", "carrier", "size", "bits/weight", "parity", "verified in")
-    for column in table.columns[2:4]:
-        column.justify = "right"
+    table = Table()
+    for column in ("artifact", "carrier", "size", "bits/weight", "parity", "verified in"):
+        right = column in ("size", "bits/weight", "verified in")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
     for r in results:
         verdict, took = "not verified", "-"
         if r.report is not None:
             counts = Counter(str(c.status) for c in r.report.checks)
             verdict = ", ".join(f"{n} {status}" for status, n in counts.items())
             took = _duration(r.report.seconds)
+        where = f"{r.out} (not written)" if r.failed else str(r.out)
         carrier = f"{r.backend} {r.support.carrier}".strip()
         style = "bold red" if r.failed else None
-        table.add_row(str(r.out), carrier, f"{r.size / 1e6:,.1f} MB", f"{r.bits:.2f}", verdict, took, style=style)
-    console = Console(highlight=False, file=sys.stdout)
-    console.print(table)
-    console.print(f"read, rounded and written in one pass of {_duration(results[0].seconds)}", markup=False)
+        table.add_row(where, carrier, f"{r.size / 1e6:,.1f} MB", f"{r.bits:.2f}", verdict, took, style=style)
+    console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
+    for r in results:
+        for kind, words in _remarks(r):
+            console.print(f"{r.backend}: {kind}: {words}", markup=False)
+    Console(highlight=False, file=sys.stdout).print(table)
+    levels = ", ".join(f"{n} x {level}" for level, n in results[0].levels.items())
+    seconds = _duration(results[0].seconds)
+    console.print(f"{levels}; read, rounded and written in one pass of {seconds}", markup=False)
+
+
+def _remarks(result: Result) -> Iterator[tuple[str, str]]:
+    """What a reader must know of one artifact among several."""
+    yield from (("exact rewrite", fold) for fold in result.support.folds)
+    yield from (("note", note) for note in result.notes)
+    yield from (("flag", flag) for flag in (result.report.flagged if result.report else ()))
