@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
 from numpy.typing import NDArray
 
 pytest.importorskip("mlx.core")
@@ -24,13 +25,20 @@ from backends.mlx.support import support
 from backends.numpy.model import Oracle
 from backends.text import Text
 from parity_tests.artifacts import EXACT, check_graph, check_packing, opened, values, write
-from parity_tests.cases import FEATURES, nmse, random_ids, random_weights
+from parity_tests.cases import FEATURES, PATCHES, nmse, random_ids, random_specs, random_weights
 from parity_tests.checkpoints import tokenizer_json
 from parity_tests.mlx_specs import CASES
 from spec import Spec, parse
 from spec.config import merge
+from spec.errors import SpecError
 
 PIECES = (9, 1, 5, 1, 1, 23, 7)
+
+
+def pieces(length: int) -> list[int]:
+    """`PIECES` as far as they go."""
+    starts = np.minimum(np.cumsum((0, *PIECES)), length)
+    return [int(n) for n in np.diff(starts) if n]
 
 
 def mlx_lm_logits(path: Path, ids: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -38,7 +46,7 @@ def mlx_lm_logits(path: Path, ids: NDArray[Any]) -> tuple[NDArray[Any], NDArray[
     model, _ = load_model(path, trust_remote_code=(path / "model.py").exists())
     caches = make_prompt_cache(model)
     parts, at = [], 0
-    for n in PIECES:
+    for n in pieces(ids.shape[1]):
         parts.append(np.array(model(mx.array(ids[:, at : at + n]), cache=caches).astype(mx.float32)))
         at += n
     return np.array(model(mx.array(ids)).astype(mx.float32)), np.concatenate(parts, 1)
@@ -46,13 +54,13 @@ def mlx_lm_logits(path: Path, ids: NDArray[Any]) -> tuple[NDArray[Any], NDArray[
 
 def check(path: Path, limit: float = EXACT) -> None:
     artifact = opened("mlx", path)
-    ids = random_ids(artifact.spec, 3, sum(PIECES))
+    ids = random_ids(artifact.spec, 3, min(sum(PIECES), artifact.spec.context - 1))
     exact = Oracle(artifact.spec, values(artifact), length=artifact.session or artifact.spec.context).logits(ids)
-    whole, pieces = mlx_lm_logits(path, ids)
+    whole, stepped = mlx_lm_logits(path, ids)
     for row in range(3):
         assert nmse(whole[row], exact[row]) <= limit
-        assert nmse(pieces[row], exact[row]) <= limit
-    assert nmse(pieces[:, -4:], exact[:, -4:]) <= 4 * limit
+        assert nmse(stepped[row], exact[row]) <= limit
+    assert nmse(stepped[:, -4:], exact[:, -4:]) <= 4 * limit
 
 
 def test_every_row_has_a_case() -> None:
@@ -110,3 +118,22 @@ def wide(spec: Spec) -> Spec:
     """The same with widths that every packing takes."""
     patch = {"width": 64, "block": {"attention": {"head_dim": 32, "heads": 2, "kv_heads": 1}}}
     return parse(merge(spec.model_dump(exclude_unset=True), patch))
+
+
+@pytest.mark.slow
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(spec=random_specs())
+def test_mlx_lm_runs_any_combination(spec: Spec, tmp_path_factory: pytest.TempPathFactory) -> None:
+    check(write("mlx", spec, random_weights(spec), tmp_path_factory.mktemp("m") / "m"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_random_changes_to_a_row_never_break_it(name: str, tmp_path: Path) -> None:
+    """Fields that a row takes or refuses, one at a time, from all features: whatever carries it is exact."""
+    for n, patch in enumerate(PATCHES.values()):
+        try:
+            spec = parse(merge(CASES[name][1].model_dump(exclude_unset=True), patch))
+        except SpecError:
+            continue
+        check(write("mlx", spec, random_weights(spec), tmp_path / str(n)))

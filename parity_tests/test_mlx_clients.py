@@ -127,10 +127,8 @@ def test_the_bundled_model_takes_a_quantized_cache(tmp_path: Path) -> None:
     path = convert(source, "mlx", "q8", tmp_path / "m", options={"compute": "f32"}, verify=False).out
     model, tokenizer = mlx_lm.load(str(path), trust_remote_code=True)[:2]
     prompt = mx.array(tokenizer.encode(PROMPT))
-    runs = [
-        np.array([np.array(p) for _, p in generate_step(prompt, model, max_tokens=4, **more)])
-        for more in ({}, {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0})
-    ]
+    settings: list[dict[str, Any]] = [{}, {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}]
+    runs = [np.array([np.array(p) for _, p in generate_step(prompt, model, max_tokens=4, **more)]) for more in settings]
     assert 0 < nmse(runs[1][:1], runs[0][:1]) < 1e-3
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ast
 from functools import cache
-from importlib import import_module
-from inspect import getsource
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,8 +102,9 @@ def source() -> str:
     imports: dict[str, None] = {"from types import SimpleNamespace": None}
     bodies = []
     for name in PARTS:
-        text = getsource(import_module(name))
-        found, body = _split(text)
+        module = find_spec(name)  # not imported: converting does without mlx
+        assert module is not None and module.origin is not None
+        found, body = _split(Path(module.origin).read_text(encoding="utf-8"))
         imports.update(dict.fromkeys(found))
         bodies.append(body.strip())
     plain = sorted(imports, key=lambda line: (line.startswith("import mlx"), line))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from backends.base import Floats, QuantizedTensor, Values
 from backends.mlx.levels import Packing
-from spec.errors import UserError
+from spec.errors import MissingDependency, UserError
 
 Parts = dict[str, NDArray[Any]]
 """`weight`, `scales` and (affine) `biases` of a quantized matrix."""
@@ -28,7 +28,7 @@ def to_floats(x: Floats, dtype: str, name: str = "") -> NDArray[Any]:
         out = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
         finite = (out & 0x7F80) != 0x7F80
     if not finite.all():
-        raise UserError(f"{name}: {np.abs(x).max():.6g} is beyond {dtype.lower()} (try --compute bf16 or f32)")
+        raise UserError(f"{name}: {np.abs(x).max():.6g} is beyond {dtype.lower()} (use --compute f32)")
     return out
 
 
@@ -70,8 +70,7 @@ def to_grid(parts: Parts, p: Packing, dtype: str) -> Values:
 
 def quantize(x: Floats, p: Packing, dtype: str) -> Parts:
     """`mx.quantize` of rows that were rounded to the dtype of the activations, as `mlx_lm.convert` does it."""
-    import mlx.core as mx
-
+    mx = _mlx()
     with mx.stream(mx.cpu):  # the same everywhere
         kind = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}[dtype]
         got = mx.quantize(mx.array(x).astype(kind), group_size=p.group, bits=p.bits, mode=p.mode)
@@ -81,8 +80,7 @@ def quantize(x: Floats, p: Packing, dtype: str) -> Parts:
 
 def dequantize(parts: Parts, p: Packing, dtype: str) -> Floats:
     """What MLX takes the parts for, in float32."""
-    import mlx.core as mx
-
+    mx = _mlx()
     with mx.stream(mx.cpu):
         scales, biases = parts["scales"], parts.get("biases")
         return np.array(
@@ -95,7 +93,15 @@ def dequantize(parts: Parts, p: Packing, dtype: str) -> Floats:
         )  # fmt: skip
 
 
-def _raw(a: Any) -> NDArray[Any]:
-    import mlx.core as mx
+def _mlx() -> Any:
+    """mlx.core, which only its own levels need. Raises `MissingDependency`."""
+    try:
+        import mlx.core
+    except ImportError:
+        raise MissingDependency("mlx's own levels need mlx: pip install 'allotrope[mlx]'") from None
+    return mlx.core
 
+
+def _raw(a: Any) -> NDArray[Any]:
+    mx = _mlx()
     return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
