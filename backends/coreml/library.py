@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 
@@ -18,7 +17,6 @@ def coremltools() -> Any:
     Its SWIG-era extension types lack `__module__`, which Python 3.11 and later deprecate; and it does arithmetic with
     NumPy booleans and shape-setting that NumPy 2.4 deprecates. None of that can be acted on.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")
     logger = logging.getLogger("coremltools")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -28,6 +26,8 @@ def coremltools() -> Any:
             import coremltools as ct
             from coremltools.converters.mil import Builder  # noqa: F401
             from coremltools.converters.mil.frontend.milproto import load  # noqa: F401
+            from coremltools.converters.mil.mil.passes import pass_pipeline
     finally:
         logger.setLevel(max(before, logging.ERROR))
+    pass_pipeline.tqdm = partial(pass_pipeline.tqdm, disable=True)
     return ct
