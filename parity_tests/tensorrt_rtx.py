@@ -1,6 +1,6 @@
 """TensorRT-RTX on a machine without a GPU: NVIDIA's real ONNX parser and ahead-of-time builder, in a child process.
 
-`.ci/tensorrt-rtx` fetches two wheels into .venv/trt-rtx: TensorRT-RTX's libraries, which are not linked to a driver, and
+`.ci/tensorrt-rtx` fetches two wheels into .venv/trt-rtx: TensorRT-RTX's libraries, which are linked to no driver, and
 NVIDIA's TensorRT Python API. tensorrt_rtx.c joins them. Mixing the two is our own doing: it parses and builds, which is
 what a graph's proof needs, and it cannot run an engine. The child forks once for each graph, since the mixed libraries
 crash when they are taken down.
@@ -17,9 +17,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from backends.tensorrt import engine, graph
+from spec.config import Spec
+from spec.errors import UserError
+from spec.load import dump, parse, read_yaml
 
 HERE = Path(__file__).resolve().parent
 HOME = HERE.parent / ".venv" / "trt-rtx"
@@ -38,7 +45,9 @@ class Built:
 
 def libraries() -> tuple[Path, Path] | None:
     """The builder and the parser, where `.ci/tensorrt-rtx` has put them."""
-    found = [sorted(HOME.glob(f"onnxruntime_ep*/{name}.so.*")) for name in ("libtensorrt_rtx", "libtensorrt_onnxparser_rtx")]
+    found = [
+        sorted(HOME.glob(f"onnxruntime_ep*/{name}.so.*")) for name in ("libtensorrt_rtx", "libtensorrt_onnxparser_rtx")
+    ]
     return (found[0][0], found[1][0]) if all(found) and (HOME / "tensorrt_bindings").is_dir() else None
 
 
@@ -93,9 +102,29 @@ class Workshop:
             raise RuntimeError(f"the child ended: {self._errors.read()[-2000:].decode(errors='replace')}")
         return json.loads(answer)
 
-    def build(self, graph: Path, spec: str, compute: str) -> Built:
-        """Parse the graph and build its engine as a conversion would, for a spec (as YAML text)."""
-        return Built(**self.ask("build", graph=str(graph), spec=spec, compute=compute))
+    def build(
+        self,
+        artifact: Path,
+        spec: Spec,
+        compute: str,
+        *,
+        exact: bool = False,
+        keep: Path | None = None,
+        timing: Path | None = None,
+    ) -> Built:
+        """Parse an artifact's graph and build its engine as a conversion would; `exact` as `load(exact=True)` would.
+        keep: a file for the engine. timing: as `engine.build` takes it."""
+        files = {k: None if v is None else str(v) for k, v in (("keep", keep), ("timing", timing))}
+        given = {"artifact": str(artifact), "spec": dump(spec), "compute": compute, "exact": exact, **files}
+        return Built(**self.ask("build", **given))
+
+    def layers(self, artifact: Path) -> dict[str, int]:
+        """How many layers of each kind the parser makes of an artifact's graph."""
+        return self.ask("layers", artifact=str(artifact))
+
+    def plain(self, model: Path) -> Built:
+        """Build an engine of any ONNX file whose shapes are fixed."""
+        return Built(**self.ask("plain", model=str(model)))
 
     def close(self) -> None:
         """End the child."""
@@ -112,31 +141,47 @@ class Workshop:
         self.close()
 
 
-def _build(trt: Any, graph: str, spec: str, compute: str) -> Any:
-    from backends.tensorrt.engine import build, limits
-    from spec.errors import UserError
-    from spec.load import parse, read_yaml
+def _build(trt: Any, artifact: str, spec: str, compute: str, exact: bool, keep: str | None, timing: str | None) -> Any:
+    path, parsed = Path(artifact), parse(read_yaml(spec, artifact), artifact)
+    model = graph.exact(path, compute) if exact else None
+    bounds = engine.limits(parsed, "f32" if exact else compute)
+    file, known = path / graph.FOLDER / graph.MODEL, None if timing is None else Path(timing)
+    return _timed(lambda: engine.build(trt, file, bounds, model=model, timing=known), keep)
 
-    parsed = parse(read_yaml(spec, graph), graph)
+
+def _plain(trt: Any, model: str) -> Any:
+    return _timed(lambda: engine.build(trt, Path(model), engine.Limits(1, 1, 1)))
+
+
+def _layers(trt: Any, artifact: str) -> Any:
+    network, _parser = engine.parse(trt, trt.Builder(engine.messages(trt)), Path(artifact) / graph.FOLDER / graph.MODEL)
+    return Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+
+
+def _timed(make: Callable[[], Any], keep: str | None = None) -> Any:
     start = time.perf_counter()
     try:
-        plan = build(trt, Path(graph), limits(parsed, compute))
+        plan = make()
     except UserError as e:
         return asdict(Built(error=str(e), seconds=time.perf_counter() - start))
+    if keep is not None:
+        Path(keep).write_bytes(plan)
     return asdict(Built(plan.nbytes, "", time.perf_counter() - start))
 
 
-def _missing(trt: Any, wanted: dict[str, list[str]]) -> Any:
-    """Which of these attributes NVIDIA's classes do not have (`""`: the module itself)."""
-    owners = {owner: getattr(trt, owner, None) if owner else trt for owner in wanted}
-    return [f"{owner}.{name}" for owner, names in wanted.items() for name in names if not hasattr(owners[owner], name)]
+def _signatures(trt: Any, wanted: dict[str, list[str]]) -> Any:
+    """What NVIDIA's documentation says of these attributes of its classes; none where there is no such attribute."""
+    found = {owner: getattr(trt, owner) for owner in wanted}
+    return {o: {n: getattr(getattr(found[o], n, None), "__doc__", None) for n in names} for o, names in wanted.items()}
 
 
-TASKS = {"build": _build, "missing": _missing}
+TASKS: dict[str, Callable[..., Any]] = {"build": _build, "plain": _plain, "layers": _layers, "signatures": _signatures}
 
 
 def main() -> None:
     """Read one task a line, answer it from a fork."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the libraries print is no answer
     trt = importlib.import_module("tensorrt_bindings")
     for line in sys.stdin:
         task = json.loads(line)
@@ -154,8 +199,8 @@ def main() -> None:
         if not text:
             how = signal.Signals(-code).name if code < 0 else f"status {code}"
             text = json.dumps(asdict(Built(error=f"the builder ended with {how}")))
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        answers.write(text + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Writing the folder: the portable graph first, row by row, then the engine that TensorRT builds of it.
 
-    model.engine      for one kind of GPU and one version of TensorRT (which `allotrope.json` names)
-    onnx/             the portable graph with its weights
-    tokenizer.json, ...
+`model.engine` is for one kind of GPU and one version of TensorRT, which the mark names; `onnx/` is the portable graph
+with its weights; the tokenizer's files lie beside them.
 """
 
 from __future__ import annotations
@@ -44,7 +43,11 @@ class TensorRTWriter:
     ) -> None:
         self.spec, self.tokenizer, self.out, self.level, self.compute = spec, tokenizer, out, level, compute
         self._here = here
-        self._graph = graph.writer(spec, planned, out / graph.FOLDER, compute)
+        try:
+            self._graph = graph.writer(spec, planned, out / graph.FOLDER, compute)
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
 
     def write(self, name: str, start: int, values: Values) -> None:
         """Rows `start...` of a canonical tensor."""

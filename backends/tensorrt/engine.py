@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spec.config import Alibi, Spec
+from backends.tensorrt.graph import written_out
+from spec.config import Spec
 from spec.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -50,18 +51,12 @@ class Limits:
 
 def limits(spec: Spec, compute: str) -> Limits:
     """The bounds for a spec: pieces of a prompt are as long as `ROOM` lets the largest intermediates be."""
-    written_out = compute == "f32" or any(needs_scores(b.attention) for b in spec.layers)
-    heads = max(b.attention.heads for b in spec.layers)
-    row = spec.context * (1 + 8 * heads * written_out) + 4 * spec.vocab_size  # mask, scores twice, logits of one token
+    heads = max((b.attention.heads for b in spec.layers if written_out(b.attention, compute)), default=0)
+    row = spec.context * (1 + 8 * heads) + 4 * spec.vocab_size  # bytes of a token's mask, scores (twice) and logits
     chunk = CHUNK
     while chunk > 1 and BATCH * chunk * row > ROOM:
         chunk //= 2
     return Limits(spec.context, BATCH, min(chunk, spec.context))
-
-
-def needs_scores(a: Any) -> bool:
-    """Whether attention is no fused kernel's: its scores are a tensor."""
-    return a.softcap is not None or a.sinks or isinstance(a.position, Alibi)
 
 
 SIZES: dict[str, tuple[str, ...]] = {
@@ -84,20 +79,17 @@ def messages(trt: Any) -> Any:
     One for each module: the libraries stay with the first that they are given.
     """
     if trt not in _loggers:
-        levels = {
-            trt.ILogger.Severity.INTERNAL_ERROR: logging.DEBUG, trt.ILogger.Severity.ERROR: logging.DEBUG,
-            trt.ILogger.Severity.WARNING: logging.DEBUG, trt.ILogger.Severity.INFO: logging.DEBUG,
-        }  # fmt: skip
+        severity = trt.ILogger.Severity
 
         class Messages(trt.ILogger):
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
                 self.errors: list[str] = []
 
-            def log(self, severity: Any, message: str) -> None:
-                if severity in levels:
-                    log.log(levels[severity], "%s", message)
-                if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+            def log(self, level: Any, message: str) -> None:
+                if level != severity.VERBOSE:
+                    log.debug("%s", message)
+                if level in (severity.INTERNAL_ERROR, severity.ERROR):
                     self.errors.append(" ".join(message.split()))  # they are raised too
 
         _loggers[trt] = Messages()
@@ -117,6 +109,28 @@ def build(trt: Any, graph: Path, bounds: Limits, *, model: bytes | None = None, 
     logger = messages(trt)
     logger.errors.clear()
     builder = trt.Builder(logger)
+    network, _parser = parse(trt, builder, graph, model)
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    for sizes in bounds.profiles():
+        index = config.add_optimization_profile(_profile(builder, network, sizes))
+        assert index >= 0, f"TensorRT refuses the profile {sizes}: {_told(logger)}"
+    kept = _timing(config, timing)  # must live until the engine is built
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise UserError(f"{graph}: TensorRT builds no engine of it: {_told(logger)}")
+    if timing is not None and kept is not None:
+        with suppress(OSError):  # the next build measures again
+            timing.parent.mkdir(parents=True, exist_ok=True)
+            partial = timing.with_name(f"{timing.name}.{os.getpid()}")
+            partial.write_bytes(kept.serialize())
+            partial.replace(timing)
+    return plan
+
+
+def parse(trt: Any, builder: Any, graph: Path, model: bytes | None = None) -> tuple[Any, Any]:
+    """The strongly typed network of a graph, and the parser, which holds its weights. Raises `UserError`."""
+    logger = messages(trt)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     parsed = parser.parse_from_file(str(graph)) if model is None else parser.parse(model, str(graph))
@@ -125,21 +139,7 @@ def build(trt: Any, graph: Path, bounds: Limits, *, model: bytes | None = None, 
         what = "; ".join(f"{e.node_name() or 'graph'} ({e.node_operator()}): {e.desc()}" for e in found[:3])
         raise UserError(f"{graph}: TensorRT's parser refuses it: {what or _told(logger)}")
     _decompose(trt, network)
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
-    for sizes in bounds.profiles():
-        config.add_optimization_profile(_profile(builder, network, sizes))
-    known = _timing(config, timing)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise UserError(f"{graph}: TensorRT builds no engine of it: {_told(logger)}")
-    if timing is not None and known:
-        with suppress(OSError):  # the next build measures again
-            timing.parent.mkdir(parents=True, exist_ok=True)
-            partial = timing.with_name(f"{timing.name}.{os.getpid()}")
-            partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
-            partial.replace(timing)
-    return plan
+    return network, parser
 
 
 def _told(logger: Any) -> str:
@@ -166,14 +166,12 @@ def _profile(builder: Any, network: Any, sizes: dict[str, tuple[int, int, int]])
     return profile
 
 
-def _timing(config: Any, timing: Path | None) -> bool:
-    """Attach what earlier builds measured."""
+def _timing(config: Any, timing: Path | None) -> Any:
+    """What earlier builds measured, attached; none where there is no place for it or TensorRT does not take it."""
     if timing is None:
-        return False
+        return None
     before = b""
     with suppress(OSError):
         before = timing.read_bytes()
-    cache = config.create_timing_cache(before)
-    if cache is None and before:  # another TensorRT's
-        cache = config.create_timing_cache(b"")
-    return cache is not None and bool(config.set_timing_cache(cache, False))
+    cache = config.create_timing_cache(before) or config.create_timing_cache(b"")  # another TensorRT's is none
+    return cache if cache is not None and config.set_timing_cache(cache, False) else None

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backends.base import Floats, Planned
+from backends.onnx.kernels import Kernel, kernel
 from backends.onnx.layout import MODEL, decode, encode, layout
 from backends.onnx.support import HOLDS, session
-from spec.config import Spec
+from spec.config import Attention, Spec
 
-__all__ = ["FOLDER", "HOLDS", "MODEL", "exact", "nbytes", "reader", "rounded", "session", "writer"]
+__all__ = ["FOLDER", "HOLDS", "MODEL", "exact", "nbytes", "reader", "rounded", "session", "writer", "written_out"]
 
 FOLDER = "onnx"
 """Where the graph lies in the artifact."""
@@ -33,6 +34,11 @@ def reader(artifact: Path, spec: Spec):
     from backends.onnx.read import GraphReader
 
     return GraphReader(artifact / FOLDER, spec, "portable")
+
+
+def written_out(a: Attention, compute: str) -> bool:
+    """Whether a layer's attention scores are a tensor: what no fused kernel of TensorRT's computes."""
+    return compute == "f32" or kernel(a, "portable", compute) is Kernel.DECOMPOSED
 
 
 def nbytes(spec: Spec, planned: Sequence[Planned], compute: str) -> int:

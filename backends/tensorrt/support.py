@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from backends.base import Option, Support
-from backends.tensorrt.engine import limits, needs_scores
-from backends.tensorrt.graph import HOLDS, session
+from backends.tensorrt.engine import limits
+from backends.tensorrt.graph import HOLDS, session, written_out
 from spec.config import Spec
 from spec.errors import nearest
 from spec.params import params
@@ -18,9 +18,7 @@ LEVELS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8": 8.5, "q4": 4.5}
 COMPUTE = {"f32": "f32", "bf16": "bf16", "f16": "f16", "q8": "f16", "q4": "f16"}
 """The type of activations and caches where none is asked for: what holds the level's weights."""
 
-OPTIONS = (
-    Option("compute", ("f16", "bf16", "f32"), "", "type of activations and caches; f16 for quantized weights"),
-)  # fmt: skip
+OPTIONS = (Option("compute", ("f16", "bf16", "f32"), "", "type of activations and caches; f16 for quantized weights"),)
 
 
 def levels() -> tuple[str, ...]:
@@ -57,8 +55,10 @@ def support(spec: Spec, level: str, *, compute: str = "") -> Support:
 
 
 def _notes(spec: Spec, level: str, compute: str) -> list[str]:
-    out = ["the graph's operators are known to parse and to build (TensorRT-RTX); the engine itself is built on the GPU "
-           "that it is for, with tensorrt 10.15 or later"]  # fmt: skip
+    out = [
+        "the graph is known to parse and build (TensorRT-RTX); the engine is built on the GPU that it is for, by "
+        "tensorrt 10.15 or later, which then holds about 3 to 4 times the weights in memory"
+    ]
     bounds = limits(spec, compute)
     slot = sum(2 * (b.attention.kv_heads or 0) * (b.attention.head_dim or 0) for b in spec.layers)
     cache = slot * spec.context * (4 if compute == "f32" else 2)
@@ -75,7 +75,8 @@ def _notes(spec: Spec, level: str, compute: str) -> list[str]:
             out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of 32")
     if level == "q4":
         out.append("int4 in groups of 32: TensorRT-RTX's builder takes them, TensorRT's documents name 64 and 128")
-    odd = {b.attention.head_dim for b in spec.layers if (b.attention.head_dim or 0) % 8}
-    if any(needs_scores(b.attention) for b in spec.layers) or (odd and compute != "f32"):
-        out.append("some layers' attention is no fused kernel's: softcap, sinks, ALiBi or head_dim % 8")
+    slow = sum(written_out(b.attention, compute) for b in spec.layers)
+    if slow:
+        why = "float32" if compute == "f32" else "softcap, sinks, ALiBi, or a head_dim that is no multiple of 8"
+        out.append(f"attention is not one fused kernel in {slow} of {spec.depth} layers: {why}")
     return out
