@@ -139,7 +139,8 @@ class GraphWriter:
         """Close and delete the two files, and the folder with all that is in it if it was not there before."""
         if self._data is not None:
             self._data.abort()
-        (self.out / MODEL).unlink(missing_ok=True)
+        if self.out.is_dir():
+            (self.out / MODEL).unlink(missing_ok=True)
         if self._made:
             shutil.rmtree(self.out, ignore_errors=True)
 
