@@ -1,0 +1,272 @@
+"""transformers against the oracle: every feature that it carries, every architecture of the table, every level."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+
+import backends
+from backends.base import content_hash
+from backends.hf.carriers import BY_ARCH, CARRIERS
+from backends.hf.fit import choose, examine
+from backends.hf.runtime import load
+from backends.hf.support import levels, support
+from backends.numpy.model import Oracle
+from convert import gates
+from convert.stream import rounded
+from convert.verify.artifact import planned
+from parity_tests import artifacts
+from parity_tests.cases import BASE, FEATURES, nmse, random_ids, random_specs, random_weights
+from parity_tests.hf_specs import spec_for, write_folder
+from spec import Spec, params, parse
+from spec.config import merge
+
+torch.set_num_threads(1)
+
+CARRIED = {
+    "llama": "llama", "tied": "llama", "mha": "llama", "mqa": "llama", "odd_heads": "mistral",
+    "head_dim_free": "mistral", "uneven_width": "llama", "qkv_bias": "qwen2", "all_bias": "llama",
+    "rope_theta": "llama", "rope_partial": "phi3", "rope_linear": "llama", "rope_dynamic": "llama",
+    "rope_llama3": "llama", "rope_yarn": "llama", "rope_longrope": "llama", "rope_longrope_short": "llama",
+    "local_theta": "granite_swa", "nope_per_layer": "smollm3", "rms_offset": "llama", "rms_no_weight": "llama",
+    "layernorm": "stablelm", "layernorm_bias": "stablelm", "layernorm_no_weight": "olmo", "norm_sandwich": "glm4",
+    "attn_scale": "granite", "window": "mistral", "window_pattern": "ministral", "sinks": "granite_swa",
+    "mlp_plain": "arcee", "mlp_plain_bias": "arcee", "gelu": "llama", "gelu_tanh": "llama", "quick_gelu": "llama",
+    "relu2": "arcee", "embed_scale": "granite", "residual_scale": "granite", "logit_scale": "granite", "gpt2": "gpt2",
+    "olmo2": "olmo2", "neox": "gpt_neox",
+}  # fmt: skip
+"""Features that transformers computes, and the architecture that does."""
+
+REFUSED = {
+    "head_bias": ["head.bias"],
+    "learned": ["embedding.positions"],
+    "learned_offset": ["embedding.positions"],
+    "alibi": ["block.attention.position"],
+    "alibi_odd_heads": ["block.attention.position"],
+    "rms_eps": ["final_norm.eps"],
+    "no_final_norm": ["final_norm"],
+    "norm_post": ["block.placement"],
+    "embed_norm": ["embedding.norm"],
+    "qk_norm_head": ["block.attention.qk_norm.eps"],
+    "qk_norm_width": ["block.attention.qk_norm"],
+    "qk_layernorm": ["block.attention.qk_norm"],
+    "attn_softcap": ["block.attention.softcap"],
+    "clip": ["block.attention.clip"],
+    "clamped_swiglu": ["block.mlp.activation"],
+    "parallel": ["block.parallel"],
+    "parallel_shared": ["block.shared_norm"],
+    "logit_softcap": ["head.softcap"],
+    "gemma2": ["layers[0].attention.scale", "layers[1].attention.scale"],
+    "qwen3": ["block.attention.qk_norm.eps"],
+}
+"""Features that no architecture has beside the rest of their spec, and the fields that a user is told."""
+
+
+def test_carried_features_keep_their_carrier() -> None:
+    assert {n: choose(s).carrier.arch for n, s in FEATURES.items() if not choose(s).refusals} == CARRIED
+
+
+def test_refused_features_stay_refused() -> None:
+    found = {n: sorted({r.split(":")[0] for r in choose(s).refusals}) for n, s in FEATURES.items() if n not in CARRIED}
+    assert found == REFUSED
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("name", CARRIED)
+def test_features_match_the_oracle_in_float32(name: str, level: str, tmp_path: Path) -> None:
+    spec, weights = FEATURES[name], random_weights(FEATURES[name])
+    path = artifacts.write("hf", spec, weights, tmp_path / "m", level)
+    artifacts.check_packing("hf", path, spec, weights, level)
+    artifacts.check_graph("hf", path)
+
+
+def compare(path: Path, tokens: int, **options: Any) -> None:
+    """Float32 arithmetic within the graph gate's ratio of the float32 oracle's own error: whole batches, and cached."""
+    artifact = artifacts.opened("hf", path)
+    spec, weights = artifact.spec, artifacts.values(artifact)
+    ids = random_ids(spec, 3, tokens)
+    with load(path, exact=True, threads=1, **options) as runtime:
+        length = artifact.session or runtime.context
+        exact = Oracle(spec, weights, length=length).logits(ids)
+        control = Oracle(spec, weights, np.float32, length).logits(ids)
+        got = runtime.logits(ids)
+        assert nmse(got, exact) <= gates.RATIO["graph"] * nmse(control, exact) + 1e-12
+        for chunks in ([9, 1, 5, 1, tokens - 16], [1] * tokens):
+            pieces, at = artifacts.chunked(runtime, ids[0], chunks)
+            assert nmse(pieces, exact[0, at]) <= gates.RATIO["graph"] * nmse(control[0, at], exact[0, at]) + 1e-12
+
+
+SEEDS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 16))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("carrier", CARRIERS, ids=lambda c: c.arch)
+def test_every_architecture_computes_what_its_row_says(carrier: Any, seed: int, tmp_path: Path) -> None:
+    spec = spec_for(carrier, seed)
+    fit = examine(spec, carrier)
+    assert fit.refusals == ()
+    weights = random_weights(spec, seed)
+    level = levels()[seed % 5]
+    path = write_folder(spec, weights, tmp_path / "m", level, fit)
+    artifacts.check_packing("hf", path, spec, weights, level)
+    for attention in (None, "eager"):
+        compare(path, 63, attention=attention)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(spec=random_specs(), level=st.sampled_from(levels()))
+def test_any_combination_is_carried_exactly_or_refused(spec: Spec, level: str, tmp_path_factory: Any) -> None:
+    if support(spec, level).ok:
+        weights = random_weights(spec)
+        path = artifacts.write("hf", spec, weights, tmp_path_factory.mktemp("any") / "m", level)
+        artifacts.check_packing("hf", path, spec, weights, level)
+        compare(path, 30)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_float64_leaves_nothing_but_float32_tables_and_softmax(attention: str, tmp_path: Path) -> None:
+    """transformers keeps softmax, RMSNorm and rotary tables in float32; LayerNorm and learned positions do not hide
+    behind them: there the whole error is softmax's, and sdpa has none."""
+    spec, weights = FEATURES["gpt2"], random_weights(FEATURES["gpt2"])
+    path = artifacts.write("hf", spec, weights, tmp_path / "m")
+    ids = random_ids(spec, 2, 40)
+    with load(path, dtype="f64", attention=attention) as runtime:
+        got = runtime.model(torch.from_numpy(ids)).logits.detach().numpy()
+    assert nmse(got, Oracle(spec, weights).logits(ids)) < (1e-27 if attention == "sdpa" else 1e-13)
+
+
+def test_long_sequences_stay_within_the_gate(tmp_path: Path) -> None:
+    """512 tokens, past a window and past the original context, where one unit in a rotary table begins to show."""
+    scaling = {"kind": "llama3", "factor": 8.0, "original_context": 128}
+    patch = {
+        "context": 1024, "width": 64, "depth": 3,
+        "block": {"attention": {"heads": 4, "head_dim": 16, "position": {"kind": "rope", "theta": 5e5,
+                                                                          "scaling": scaling}}},
+        "pattern": [{"attention": {"window": 100}}, {}],
+    }  # fmt: skip
+    spec = parse(merge(BASE, patch))
+    path = artifacts.write("hf", spec, random_weights(spec), tmp_path / "m")
+    assert artifacts.opened("hf", path).spec.layers[0].attention.window == 100
+    compare_whole(path, 512)
+
+
+def compare_whole(path: Path, tokens: int) -> None:
+    artifact = artifacts.opened("hf", path)
+    spec, weights = artifact.spec, artifacts.values(artifact)
+    ids = random_ids(spec, 1, tokens)
+    exact, control = (Oracle(spec, weights, t).logits(ids) for t in (np.float64, np.float32))
+    with load(path, exact=True) as runtime:
+        assert nmse(runtime.logits(ids), exact) <= gates.RATIO["graph"] * nmse(control, exact)
+        pieces, at = artifacts.chunked(runtime, ids[0], [130, 1, 1, 90, tokens - 222])
+    assert nmse(pieces, exact[0, at]) <= gates.RATIO["graph"] * nmse(control[0, at], exact[0, at])
+
+
+LONG = {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.0, 3.0, 6.0, 9.0]}
+
+
+def _scaled(scaling: dict[str, Any], context: int = 48) -> Spec:
+    attention = {"position": {"kind": "rope", "scaling": scaling}}
+    return parse(merge(BASE, {"context": context, "block": {"attention": attention}}))
+
+
+def test_longrope_is_chosen_by_the_session_and_by_stock_clients_by_the_length(tmp_path: Path) -> None:
+    spec = _scaled({"kind": "longrope", "original_context": 16, **LONG})
+    weights = random_weights(spec)
+    path = artifacts.write("hf", spec, weights, tmp_path / "m")
+    ids = random_ids(spec, 1, 40)
+    assert artifacts.opened("hf", path).session is None
+    for context, tokens in ((16, 14), (48, 14), (48, 40)):
+        with load(path, exact=True, context=context) as runtime:
+            assert ("rope" in runtime.info()) == (context > 16)
+            got = runtime.logits(ids[:, :tokens])
+        assert nmse(got, Oracle(spec, weights, length=context).logits(ids[:, :tokens])) < 1e-11
+    stock = _stock(path)
+    for tokens in (14, 40):  # as a session of its own length
+        got = stock(torch.from_numpy(ids[:, :tokens]), use_cache=False).logits.detach().numpy()
+        assert nmse(got, Oracle(spec, weights, length=tokens).logits(ids[:, :tokens])) < 1e-11
+    assert "mixes both" in " ".join(support(spec, "f32").notes)
+
+
+@pytest.mark.parametrize("original", [16, 48, 96])
+def test_dynamic_scaling_is_fixed_for_sessions_of_the_context(original: int, tmp_path: Path) -> None:
+    spec = _scaled({"kind": "dynamic", "factor": 2.0, "original_context": original})
+    weights = random_weights(spec)
+    path = artifacts.write("hf", spec, weights, tmp_path / "m")
+    artifact = artifacts.opened("hf", path)
+    assert artifact.session == (48 if original == 16 else None)
+    assert any("session of 48 tokens" in n for n in support(spec, "f32").notes) == (original == 16)
+    stock, ids = _stock(path), random_ids(spec, 1, 47)
+    for tokens in (10, 47):
+        got = stock(torch.from_numpy(ids[:, :tokens]), use_cache=False).logits.detach().numpy()
+        assert nmse(got, Oracle(spec, weights, length=48).logits(ids[:, :tokens])) < 1e-11
+
+
+def _stock(path: Path) -> Any:
+    """What a user of transformers does."""
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+@pytest.mark.parametrize("level", ["f32", "q8", "q4"])
+@pytest.mark.parametrize("name", ["llama", "tied", "window_pattern", "gpt2", "sinks", "norm_sandwich"])
+def test_stock_generation_continues_as_the_oracle_does(name: str, level: str, tmp_path: Path) -> None:
+    """transformers' own `generate`, greedy: each token is one that the oracle ranks first, ties aside."""
+    spec = FEATURES[name]
+    path = artifacts.write("hf", spec, random_weights(spec), tmp_path / "m", level)
+    artifact = artifacts.opened("hf", path)
+    prompt = torch.from_numpy(random_ids(spec, 1, 9))
+    out = _stock(path).generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False,
+                                pad_token_id=0)  # fmt: skip
+    exact = Oracle(artifact.spec, artifacts.values(artifact)).logits(out.numpy())[0]
+    for at in range(8, out.shape[1] - 1):
+        gap = exact[at].max() - exact[at, out[0, at + 1]]
+        assert gap <= 1e-4 * np.abs(exact[at]).max()
+
+
+@pytest.mark.parametrize("level", ["q8", "q4"])
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "rope_partial", "neox"])
+def test_codes_and_scales_come_back_under_one_hash(name: str, level: str, tmp_path: Path) -> None:
+    """However they are stored: packed, widened beside a wider neighbour, or as floats."""
+    spec, weights = FEATURES[name], random_weights(FEATURES[name])
+    path = artifacts.write("hf", spec, weights, tmp_path / "m", level)
+    artifact = artifacts.opened("hf", path)
+    for p in planned(backends.get("hf"), spec, level):
+        if p.level in ("q8", "q4"):
+            want = rounded(p.name, p.level, 0, weights[p.name])
+            blocks = [artifact.rows(p.name, a, min(a + 10, p.shape[0])) for a in range(0, p.shape[0], 10)]
+            assert content_hash(blocks) == content_hash([want]), p.name
+
+
+def test_softmax_windows_and_scales_of_other_layers_are_not_taken_for_these() -> None:
+    """The proof above means something: every row is distinguishable from the next by a spec that the other refuses."""
+    assert len(BY_ARCH) == len(CARRIERS) >= 30
+    alone = {c.arch for c in CARRIERS if any(choose(spec_for(c, s)).carrier is c for s in range(24))}
+    assert alone == set(BY_ARCH)
+
+
+def test_every_parameter_of_a_loaded_model_comes_from_the_folder(tmp_path: Path) -> None:
+    """Nothing is initialised afresh, nothing is left over."""
+    from transformers import AutoModelForCausalLM
+
+    for carrier in CARRIERS:
+        spec = spec_for(carrier, 1)
+        path = write_folder(spec, random_weights(spec), tmp_path / carrier.arch, "f32", examine(spec, carrier))
+        _, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+        assert not any(report.values()), carrier.arch
+        assert sum(p.size for p in params(spec)) > 0
+
+
