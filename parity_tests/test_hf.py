@@ -11,9 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
+
+import torch
 
 import backends
 from backends.base import content_hash
@@ -268,5 +270,3 @@ def test_every_parameter_of_a_loaded_model_comes_from_the_folder(tmp_path: Path)
         _, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
         assert not any(report.values()), carrier.arch
         assert sum(p.size for p in params(spec)) > 0
-
-

@@ -155,6 +155,15 @@ def _limit(path: Path, config: Any) -> tuple[int, int | None]:
     return next((int(n) for n in found if isinstance(n, int)), 2048), None
 
 
+def _whole(path: Path, report: dict[str, Any]) -> None:
+    """transformers fills in what it does not find and drops what it does not know, and only logs it."""
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds"), ("mismatched_keys", "misshapes")):
+        found = sorted(str(k) for k in report.get(kind) or ())
+        if found:
+            more = f" and {len(found) - 1} more tensors" if len(found) > 1 else ""
+            raise UserError(f"{path}: its weights are not its config.json's model: it {what} {found[0]}{more}")
+
+
 def _pin(config: Any, boundary: int | None, context: int) -> str:
     """LongRoPE's long list at every length, for a session that reaches beyond the original context: transformers would
     change lists in the middle of a cached sequence."""
@@ -204,9 +213,12 @@ def load(
                 raise UserError(f"context={context}: must be between 1 and the model's {limit} tokens")
             pinned = _pin(config, boundary, context or limit)
             more = {"attn_implementation": attention} if attention else {}
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=chosen, local_files_only=True, use_safetensors=True, **more
-            )
+            model: Any
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=chosen, local_files_only=True, use_safetensors=True,
+                output_loading_info=True, **more,
+            )  # fmt: skip
+            _whole(path, report)
             model = model.to(where).eval()
             with torch.inference_mode():  # packed weights are unpacked by the first pass
                 model(torch.zeros((1, 1), dtype=torch.int64, device=model.device), use_cache=False)
