@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backends.base import Floats, Planned
 from backends.onnx.kernels import Kernel, kernel
@@ -15,13 +16,17 @@ from backends.onnx.layout import MODEL, decode, encode, layout
 from backends.onnx.support import HOLDS, session
 from spec.config import Attention, Spec
 
+if TYPE_CHECKING:
+    from backends.onnx.build import GraphWriter
+    from backends.onnx.read import GraphReader
+
 __all__ = ["FOLDER", "HOLDS", "MODEL", "exact", "nbytes", "reader", "rounded", "session", "writer", "written_out"]
 
 FOLDER = "onnx"
 """Where the graph lies in the artifact."""
 
 
-def writer(spec: Spec, planned: Sequence[Planned], out: Path, compute: str):
+def writer(spec: Spec, planned: Sequence[Planned], out: Path, compute: str) -> GraphWriter:
     """A writer of the graph and its weights into folder `out`: `write`, `close()`, `abort()`."""
     from backends.onnx.build import GraphWriter
 
@@ -29,7 +34,7 @@ def writer(spec: Spec, planned: Sequence[Planned], out: Path, compute: str):
     return GraphWriter(spec, planned, out, profile="portable", compute=compute, cache="static", rows_first=False)
 
 
-def reader(artifact: Path, spec: Spec):
+def reader(artifact: Path, spec: Spec) -> GraphReader:
     """The graph of an artifact, for its weights: `rows`, `problems(planned, compute)`."""
     from backends.onnx.read import GraphReader
 
