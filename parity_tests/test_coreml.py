@@ -1,16 +1,43 @@
-"""Core ML against the oracle: the saved package, interpreted, for every feature and level."""
+"""Core ML against the oracle: the saved package, interpreted, for every feature, level and option."""
 
 from __future__ import annotations
 
+import gc
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-
-from backends.coreml.support import support
-from parity_tests import artifacts
-from parity_tests.cases import FEATURES, random_weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("coremltools")
+
+import backends
+from backends.base import QuantizedTensor
+from backends.coreml.mil.machine import Machine
+from backends.coreml.mil.program import functions
+from backends.coreml.package import WEIGHTS, read_model
+from backends.coreml.program import build, write
+from backends.coreml.support import levels, support
+from convert.gates import RATIO
+from convert.verify import numeric
+from parity_tests import artifacts
+from parity_tests.cases import FEATURES, nmse, random_ids, random_specs, random_weights
+from spec import Spec
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_collections() -> Iterator[None]:
+    """coremltools collects garbage in every conversion; what was imported before need not be searched each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+emulated = pytest.mark.skipif(sys.platform == "darwin", reason="Apple's kernels have other roundings")
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -22,4 +49,90 @@ def test_features_match_the_oracle_in_float32(name: str, tmp_path: Path) -> None
 
 
 def test_every_feature_is_carried() -> None:
-    assert {n: support(s, "f32").refusals for n, s in FEATURES.items() if not support(s, "f32").ok} == {}
+    refused = {(n, level): support(s, level).refusals for n, s in FEATURES.items() for level in levels()}
+    assert {key: r for key, r in refused.items() if r} == {}
+
+
+def shipped(spec: Spec, level: str, path: Path, length: int = 47, **options: Any) -> None:
+    """The artifact as it ships: bits, the exact graph, and roundings within the gate of the control."""
+    weights = random_weights(spec)
+    artifacts.write("coreml", spec, weights, path, level, **options)
+    artifacts.check_packing("coreml", path, spec, weights, level)
+    artifacts.check_graph("coreml", path, length, batches=(1,))
+    artifact = artifacts.opened("coreml", path)
+    ids = random_ids(spec, 1, min(length, spec.context - 1))
+    with backends.load(path, "coreml") as runtime:
+        whole = runtime.logits(ids)
+        pieces, at = numeric.stepwise(runtime, ids)
+    control = numeric.emulate_dtype(spec, artifacts.values(artifact), ids, artifact.session, artifact.arithmetic)
+    assert nmse(whole, control.exact) <= RATIO["arithmetic"] * control.control(ids.shape[1])
+    assert nmse(pieces, control.exact[:, at]) <= RATIO["arithmetic"] * control.control(1, at)
+
+
+SOME = ("llama", "gpt2", "gemma2", "sinks", "alibi", "clamped_swiglu", "uneven_width", "attn_scale")
+ALL = [
+    pytest.param(name, level, marks=() if name in SOME and level not in ("f32", "lut8") else pytest.mark.slow)
+    for level in levels()
+    for name in FEATURES
+]
+
+
+@emulated
+@pytest.mark.parametrize(("name", "level"), ALL)
+def test_levels_hold_their_bits_and_round_like_the_control(name: str, level: str, tmp_path: Path) -> None:
+    shipped(FEATURES[name], level, tmp_path / "m.mlpackage")
+
+
+@emulated
+@pytest.mark.parametrize("level", ["f16", "q8", "q4", "lut6"])
+def test_quantized_weights_in_float32_compute(level: str, tmp_path: Path) -> None:
+    shipped(FEATURES["qkv_bias"], level, tmp_path / "m.mlpackage", compute="f32")
+
+
+@emulated
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(random_specs(), st.sampled_from(levels()), st.booleans())
+def test_any_combination_holds(tmp_path_factory: pytest.TempPathFactory, spec: Spec, level: str, two: bool) -> None:
+    path = tmp_path_factory.mktemp("any") / "m.mlpackage"
+    shipped(spec, level, path, length=31, functions="two" if two else "one")
+
+
+@pytest.mark.parametrize("name", ["llama", "mqa", "odd_heads", "window_pattern", "attn_scale", "qk_norm_head"])
+def test_the_fused_attention_equals_its_composition(name: str, tmp_path: Path) -> None:
+    spec, weights = FEATURES[name], random_weights(FEATURES[name])
+    ids, found, kinds = random_ids(spec, 1, 40).astype(np.int32), [], []
+    for fused in (True, False):
+        path = tmp_path / f"{fused}.mlpackage"
+        write(build(spec, weights, "f32", None, fused), spec.context, path)
+        program = functions(read_model(path), path / WEIGHTS)
+        machine = Machine(program, "f64")
+        found.append(machine.run("main", {"inputIds": ids}, machine.new_states("main"))["logits"])
+        kinds.append({i.type for i in program["main"].body})
+    assert kinds[0] - kinds[1] >= {"scaled_dot_product_attention"} and "softmax" in kinds[1] - kinds[0]
+    assert nmse(*found) < 1e-14  # the attention scale is a float32 number in one of them
+
+
+def test_codes_are_the_same_in_every_container(tmp_path: Path) -> None:
+    """One content hash: GGUF's decoder and ours give the same codes and scales."""
+    pytest.importorskip("gguf")
+    from backends.base import content_hash
+    from backends.gguf.read import Artifact
+
+    spec, weights = FEATURES["head_dim_free"], random_weights(FEATURES["head_dim_free"])
+    core = artifacts.opened("coreml", artifacts.write("coreml", spec, weights, tmp_path / "m.mlpackage", "q8"))
+    gguf = Artifact(artifacts.write("gguf", spec, weights, tmp_path / "m.gguf", "q8"))
+    for name in ("embed.weight", "layers.1.attn.k.weight", "layers.0.mlp.down.weight", "head.weight"):
+        here, there = core.rows(name, 0, len(weights[name])), gguf.tensor(name)
+        if isinstance(there, QuantizedTensor):
+            assert content_hash([here]) == content_hash([there]), name
+
+
+def test_the_longest_feature_stands_up_to_512_tokens(tmp_path: Path) -> None:
+    from parity_tests.cases import BASE
+    from spec import parse
+    from spec.config import merge
+
+    spec = parse(merge(BASE, {"name": "long", "context": 520, "pattern": [{"attention": {"window": 100}}, {}]}))
+    path = artifacts.write("coreml", spec, random_weights(spec), tmp_path / "m.mlpackage")
+    artifacts.check_graph("coreml", path, length=512, batches=(1,))

@@ -100,20 +100,20 @@ def build(spec: Spec, tensors: Mapping[str, Tensor], compute: str, length: int |
 def save(spec: Spec, tensors: Mapping[str, Tensor], compute: str, functions: str, out: Path) -> None:
     """Build the program and write it to `out`, a path that does not exist and ends with .mlpackage."""
     if functions == "one":
-        _convert(build(spec, tensors, compute, None), spec.context, out)
+        write(build(spec, tensors, compute, None), spec.context, out)
         return
     with tempfile.TemporaryDirectory(dir=out.parent, prefix="decode-") as folder:
         other = Path(folder) / "decode.mlpackage"
-        _convert(build(spec, tensors, compute, 1), None, other)
-        _convert(build(spec, tensors, compute, None), spec.context, out)
+        write(build(spec, tensors, compute, 1), None, other)
+        write(build(spec, tensors, compute, None), spec.context, out)
         _join(out, other)
 
 
-def _convert(program: Any, longest: int | None, out: Path) -> None:
-    """Serialise a program as it is: none of coremltools' rewriting passes runs.
+def write(program: Any, longest: int | None, out: Path) -> None:
+    """Serialise a program of `build` as it is, for calls of one token, or of up to `longest`.
 
-    They would merge constants that are nearly equal, fold some that the artifact's reader looks for, and choose
-    dtypes, all of which the program settles itself.
+    None of coremltools' rewriting passes runs. They would merge constants that are nearly equal, fold some that the
+    artifact's reader looks for, and choose dtypes, all of which the program settles itself.
     """
     ct = coremltools()
     length = 1 if longest is None else ct.RangeDim(1, longest, default=1)

@@ -146,7 +146,7 @@ def test_written_values_do_not_change_with_a_later_update() -> None:
 
 def test_half_results_are_rounded_after_every_operation_and_others_are_not() -> None:
     f = function(add("x", "x", "a"), add("a", "x", "y"), outputs=("y",))
-    x = np.float32([1 + 2**-10, 1 / 3])
+    x = np.array([1 + 2**-10, 1 / 3], np.float32)
     rounded = (x + x).astype(np.float16).astype(np.float32)
     assert np.array_equal(run(f, 0, x)[0]["y"], (rounded + x).astype(np.float16).astype(np.float32))
     assert np.array_equal(run(f, 0, x, "f32")[0]["y"], x + x + x)

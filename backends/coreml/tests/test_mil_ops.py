@@ -1,4 +1,4 @@
-"""Every operation of the interpreter against coremltools' own value inference, or against plain NumPy where it has none."""
+"""Every operation of the interpreter against coremltools' own value inference, or plain NumPy where it has none."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def i32(*values: int) -> np.ndarray:
 
 X, Y = floats(2, 3, 4), floats(3, 4)
 P = floats(2, 3, 4, low=0.1, high=3.0)
+Q, K = floats(1, 2, 3, 4), floats(1, 2, 5, 4)
 MASKS = {"begin_mask": np.array([False, True, False]), "end_mask": np.array([True, False, False])}
 
 INFERRED: list[tuple[str, dict[str, Any]]] = [
@@ -75,11 +76,9 @@ INFERRED: list[tuple[str, dict[str, Any]]] = [
     ("linear", {"x": X, "weight": floats(5, 4), "bias": floats(5)}),
     ("matmul", {"x": floats(2, 3, 4), "y": floats(2, 4, 5)}),
     ("matmul", {"x": floats(2, 4, 3), "y": floats(1, 5, 4), "transpose_x": True, "transpose_y": True}),
-    ("scaled_dot_product_attention", {"query": floats(1, 2, 3, 4), "key": floats(1, 2, 5, 4), "value": floats(1, 2, 5, 6)}),
-    ("scaled_dot_product_attention", {"query": floats(1, 2, 3, 4), "key": floats(1, 2, 5, 4), "value": floats(1, 2, 5, 4),
-                                      "attn_mask": np.tri(3, 5, 2, dtype=bool)[None, None]}),
-    ("scaled_dot_product_attention", {"query": floats(1, 2, 3, 4), "key": floats(1, 2, 5, 4), "value": floats(1, 2, 5, 4),
-                                      "attn_mask": floats(1, 1, 3, 5)}),
+    ("scaled_dot_product_attention", {"query": Q, "key": K, "value": floats(1, 2, 5, 6)}),
+    ("scaled_dot_product_attention", {"query": Q, "key": K, "value": K, "attn_mask": np.tri(3, 5, 2, bool)[None]}),
+    ("scaled_dot_product_attention", {"query": Q, "key": K, "value": K, "attn_mask": floats(1, 1, 3, 5)}),
     ("identity", {"x": X}),
     ("gather", {"x": floats(7, 3), "indices": i32(4, 0, 6), "axis": 0}),
     ("gather", {"x": floats(2, 7), "indices": i32(1, 3).reshape(1, 2), "axis": 1}),
@@ -87,8 +86,8 @@ INFERRED: list[tuple[str, dict[str, Any]]] = [
     ("slice_by_index", {"x": X, "begin": i32(1, 7, 1), "end": i32(9, 2, 4), **MASKS}),
     ("slice_by_index", {"x": X, "begin": i32(1, 0, 0), "end": i32(2, 3, 4), "stride": i32(1, 2, 3),
                         "squeeze_mask": np.array([True, False, False])}),
-    ("slice_by_index", {"x": X, "begin": i32(0, -1, 0), "end": i32(0, 0, 0), "begin_mask": np.array([True, False, True]),
-                        "end_mask": np.array([True, True, True])}),
+    ("slice_by_index", {"x": X, "begin": i32(0, -1, 0), "end": i32(0, 0, 0),
+                        "begin_mask": np.array([True, False, True]), "end_mask": np.array([True, True, True])}),
     ("slice_update", {"x": X, "update": floats(2, 2, 2), "begin": i32(0, 1, 1), "end": i32(2, 3, 3)}),
     ("concat", {"values": [i32(1, 2), i32(3), i32(4, 5)], "axis": 0}),
     ("concat", {"values": [X, X], "axis": -1}),
@@ -112,8 +111,9 @@ INFERRED: list[tuple[str, dict[str, Any]]] = [
 def build(kind: str, args: dict[str, Any]) -> Any:
     """The operation on constants, as coremltools builds it; returns its results."""
     ct = coremltools()
-    from coremltools.converters.mil import Builder
+    from coremltools.converters.mil import Builder as Imported
 
+    Builder: Any = Imported  # its operations are attributes that are set when it is imported
     held: list[Any] = []
 
     def body(unused: Any) -> Any:

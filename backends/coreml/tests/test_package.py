@@ -56,8 +56,7 @@ def named(function: Function, name: str) -> Instruction:
 
 
 def test_the_package_keeps_the_clients_contract(tmp_path: Path) -> None:
-    """What swift-transformers asks of a stateful model: names, ranks, a range of lengths, and no mask that it would fill
-    with zeros."""
+    """What swift-transformers asks of a stateful model: names, ranks, a range of lengths; no mask, which it zeroes."""
     spec = FEATURES["llama"]
     described = package.read_model(write(tmp_path / "m.mlpackage")).description
     (ids,) = described.input
@@ -128,7 +127,11 @@ def test_the_tokenizer_is_an_item_of_the_package(tmp_path: Path) -> None:
     assert ModelPackage.isValid(str(path))
     assert ModelPackage(str(path)).findItemByNameAuthor("tokenizer", "allotrope").path().endswith("allotrope/tokenizer")
     files = {f.name for f in (path / package.TOKENIZER).iterdir()}
-    assert {"tokenizer.json", "tokenizer_config.json", "config.json"} <= files  # what AutoTokenizer.from(modelFolder:) reads
+    assert {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "config.json",
+    } <= files  # what AutoTokenizer.from(modelFolder:) reads
     config = json.loads((path / package.TOKENIZER / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (94, 95)
     with load(path) as runtime:
@@ -254,7 +257,9 @@ def test_refusals_name_the_field_and_what_works() -> None:
     assert "level: q3" in support(spec, "q3").refusals[0]
     assert "compute: f16 cannot use float32 weights" in support(spec, "f32", compute="f16").refusals[0]
     assert support(parse(merge(BASE, {"name": "s", "context": 2})), "f16").refusals[0].startswith("context: 2")
-    assert support(parse(merge(BASE, {"name": "s", "context": 1 << 22})), "f16").refusals[0].startswith("context: 4194304")
+    assert (
+        support(parse(merge(BASE, {"name": "s", "context": 1 << 22})), "f16").refusals[0].startswith("context: 4194304")
+    )
     assert support(spec, "f16", compute="f32").ok and support(spec, "q4", functions="two").ok
     assert any("session of 48 tokens" in n for n in support(FEATURES["rope_dynamic"], "f16").notes)
 
@@ -285,7 +290,7 @@ def test_a_damaged_package_is_one_clear_line(damage: str, tmp_path: Path) -> Non
             package.write_model(path, model)
         case _:
             (path / package.WEIGHTS / "weight.bin").write_bytes(b"")
-    with pytest.raises(UserError) as e, load(path) as runtime:  # noqa: PT012
+    with pytest.raises(UserError) as e, load(path) as runtime:
         runtime.prefill(np.array([1]))
     assert "\n" not in str(e.value) and str(path) in str(e.value)
 
@@ -294,7 +299,7 @@ def test_problems_are_found(tmp_path: Path) -> None:
     """A tensor of another type than planned, a changed rotary table, a missing weight."""
     spec, path = FEATURES["gemma2"], write(tmp_path / "m.mlpackage", "gemma2", "q8")
     artifact = open_artifact(path)
-    found = artifact.problems([Planned(p.name, p.shape, "q4" if p.matrix else "f32") for p in params(spec)])
+    found = artifact.problems(planned(spec, "q4"))
     assert found["layers.0.attn.q.weight"] == (
         "is stored as constexpr_blockwise_shift_scale of INT8, not constexpr_blockwise_shift_scale of INT4"
     )
@@ -307,7 +312,7 @@ def test_problems_are_found(tmp_path: Path) -> None:
     body = model.mlProgram.functions["main"].block_specializations["CoreML8"].operations
     del body[next(n for n, o in enumerate(body) if o.outputs and o.outputs[0].name == "final_norm_weight")]
     package.write_model(path, model)
-    assert open_artifact(path).problems([Planned(p.name, p.shape, "q8" if p.matrix else "f32") for p in params(spec)]) == {
+    assert open_artifact(path).problems(planned(spec, "q8")) == {
         "final_norm.weight": "is missing", "rope_0_cos": "differs from what the spec gives",
     }  # fmt: skip
 

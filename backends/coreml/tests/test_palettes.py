@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -29,12 +31,13 @@ def test_tables_are_close_to_the_optimum(bits: int, loss: float, heavy: bool) ->
     block = block.astype(np.float32)
     values, counts = np.unique(block.astype(np.float16).astype(np.float64), return_counts=True)
     best = kmeans1d.cluster(values.tolist(), 1 << bits, weights=counts.tolist())
-    optimum = float((counts * np.square(values - np.asarray(best.centroids)[best.clusters])).sum())
+    centres: Any = np.asarray(best.centroids)[np.asarray(best.clusters)]
+    optimum = float(np.sum(counts * np.square(values - centres)))
     assert error(block, bits) <= (1 + loss) * optimum
 
 
 def test_few_values_are_exact_and_repeat_the_last() -> None:
-    block = RNG.choice(np.float32([-1, 0, 0.5, 3]), (32, 8))
+    block = RNG.choice(np.array([-1, 0, 0.5, 3], np.float32), (32, 8))
     block[0, 0] = -0.0
     indices, table = table_of(block, 4)
     assert np.array_equal(table.astype(np.float32)[indices], block) and table[3:].tolist() == [3.0] * 13
