@@ -48,11 +48,14 @@ HF: Mapping[str, str] = {
     "mlp.gate": "model.layers.{i}.mlp.gate_proj", "mlp.up": "model.layers.{i}.mlp.up_proj",
     "mlp.down": "model.layers.{i}.mlp.down_proj",
 }  # fmt: skip
-POST = {
-    **HF, "attn_post_norm": "model.layers.{i}.post_attention_layernorm",
+POST: Mapping[str, str] = {
+    **{module: name for module, name in HF.items() if module not in ("attn_norm", "mlp_norm")},
+    "attn_post_norm": "model.layers.{i}.post_attention_layernorm",
     "mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
 }  # fmt: skip
-SANDWICH = {**POST, "mlp_norm": "model.layers.{i}.pre_feedforward_layernorm"}
+SANDWICH: Mapping[str, str] = {
+    **POST, "attn_norm": HF["attn_norm"], "mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
+}  # fmt: skip
 GPT2: Mapping[str, str] = {
     "embed": "model.wte", "positions": "model.wpe", "final_norm": "model.ln_f",
     "attn_norm": "model.h.{i}.ln_1", "mlp_norm": "model.h.{i}.ln_2",

@@ -163,6 +163,11 @@ def load(
     return MLXRuntime(model, artifact, Text.read(path), context or longest, where, exact)
 
 
+def devices() -> list[str]:
+    """Where MLX can run here, best first."""
+    return ["gpu", "cpu"] if mx.default_device() == mx.gpu else ["cpu"]
+
+
 def _device(name: str | None) -> Any:
     kinds = {"cpu": mx.cpu, "gpu": mx.gpu}
     if name is not None and name not in kinds:

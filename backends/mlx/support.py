@@ -45,6 +45,8 @@ def _notes(spec: Spec, level: str, compute: str, carrier: str) -> list[str]:
             "brings its model.py, which mlx-lm runs only when told to trust it: mlx_lm.generate --trust-remote-code, "
             "mlx_lm.server --trust-remote-code, mlx_lm.load(path, trust_remote_code=True)"
         )
+    if compute != "f32":
+        out.append(f"norms, biases and scales are stored in {compute}: beside wider ones MLX would compute in float32")
     stays = kinds.unpacked(spec, level)
     if stays:
         out.append(f"{len(stays)} matrices stay f16: position tables, or widths that are no multiple of the group")
