@@ -126,7 +126,7 @@ def test_every_architecture_computes_what_its_row_says(carrier: Any, seed: int, 
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(spec=random_specs(), level=st.sampled_from(levels()))
 def test_any_combination_is_carried_exactly_or_refused(spec: Spec, level: str, tmp_path_factory: Any) -> None:
     if support(spec, level).ok:
@@ -267,6 +267,7 @@ def test_every_parameter_of_a_loaded_model_comes_from_the_folder(tmp_path: Path)
     for carrier in CARRIERS:
         spec = spec_for(carrier, 1)
         path = write_folder(spec, random_weights(spec), tmp_path / carrier.arch, "f32", examine(spec, carrier))
-        _, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+        auto: Any = AutoModelForCausalLM
+        _, report = auto.from_pretrained(path, output_loading_info=True)
         assert not any(report.values()), carrier.arch
         assert sum(p.size for p in params(spec)) > 0

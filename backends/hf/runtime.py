@@ -203,6 +203,7 @@ def load(
         if threads < 1:
             raise UserError(f"threads={threads}: must be at least 1")
         torch.set_num_threads(threads)
+    auto: Any = AutoModelForCausalLM
     chosen = "float32" if exact else DTYPES[dtype] if dtype else "auto"
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -213,8 +214,7 @@ def load(
                 raise UserError(f"context={context}: must be between 1 and the model's {limit} tokens")
             pinned = _pin(config, boundary, context or limit)
             more = {"attn_implementation": attention} if attention else {}
-            model: Any
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto.from_pretrained(
                 path, config=config, dtype=chosen, local_files_only=True, use_safetensors=True,
                 output_loading_info=True, **more,
             )  # fmt: skip
