@@ -104,9 +104,9 @@ class OrtOps(PortableOps):
         return self._across(self.g("Reshape", x, self.g.ints(0, 0, -1, head_dim)))
 
     def merge_heads(self, x: X) -> X:
-        return (
-            self.g("Reshape", self._beside[x], self.g.ints(0, 0, -1)) if x in self._beside else super().merge_heads(x)
-        )
+        if x not in self._beside:
+            return super().merge_heads(x)
+        return self.g("Reshape", self._beside[x], self.g.ints(0, 0, -1))
 
     def attend(
         self, q: X, k: X, v: X, step: Step[X], cache: Past | None, rotation: Rotation | None, a: Attention, w: Any

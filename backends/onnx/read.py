@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Floats, Planned, QuantizedTensor, Values
 from backends.folder import marked_spec, read_mark
+from backends.onnx.kernels import Kernel, kernel
 from backends.onnx.layout import (
     BITS,
     CODES,
@@ -156,9 +157,12 @@ class Artifact:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """How ONNX Runtime rounds on a CPU: accuracy level 4 quantizes the inputs of products with codes."""
+        """How ONNX Runtime rounds: on a CPU accuracy level 4 quantizes the inputs of products with codes, and
+        GroupQueryAttention takes its rotary tables in the compute type."""
         quantized = self.profile == "ort" and self.level in CODES and self.compute == "f32"
-        return Arithmetic(self.compute, self.compute, "int8" if quantized else None)
+        kinds = [kernel(b.attention, self.profile, self.compute) for b in self.spec.layers]
+        tables = self.compute != "f32" and Kernel.GROUPED in kinds
+        return Arithmetic(self.compute, self.compute, "int8" if quantized else None, tables=tables)
 
     def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
         """Tensors and constants that are not as planned."""

@@ -17,7 +17,7 @@ from backends.onnx.read import Artifact, open_artifact
 from backends.text import Text
 from spec.errors import UserError
 
-CHUNK = 512
+CHUNK = 256
 """Tokens a call: logits and masks of all of them are in memory at once."""
 ROOM = 256
 """Slots that the caches have at first; they double."""
@@ -249,8 +249,14 @@ def load(
     return OnnxRuntime(artifact, session, context or longest, where, exact, threads)
 
 
+def devices() -> list[str]:
+    """Where ONNX Runtime can run here, best first."""
+    present = ort.get_available_providers()
+    return [d for d in ("cuda", "cpu") if PROVIDERS[d] in present]
+
+
 def _device(name: str | None, compute: str) -> str:
-    present = [d for d, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
+    present = devices()
     if name is not None and name not in present:
         raise UserError(f"device={name!r}: ONNX Runtime has no such device here (there are: {', '.join(present)})")
     where = name or ("cuda" if "cuda" in present and compute != "f32" else "cpu")
