@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 
 from backends.base import Backend, recognise
@@ -63,6 +64,21 @@ def check_space(out: Path, need: int) -> None:
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
+_NO_WEIGHTS = frozenset({".json", ".jinja", ".md", ".model", ".py", ".txt", ".yaml"})
+
+
+def weight_bits(path: Path, backend: str, weights: int) -> float:
+    """Bits on disk for each weight of the model; names, metadata and tokenizer are left out where the format tells."""
+    if backend == "gguf":
+        from backends.gguf.container import read_header
+        from backends.gguf.types import TYPES
+
+        tensors = read_header(path).tensors.values()
+        return 8 * sum(TYPES[t.type].nbytes(prod(t.shape)) for t in tensors) / weights
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file() and f.suffix not in _NO_WEIGHTS]
+    return 8 * sum(f.stat().st_size for f in files) / weights
 
 
 def partial(out: Path) -> Path:

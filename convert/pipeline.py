@@ -54,7 +54,7 @@ class Result:
     support: Support
     weights: int
     bits: float
-    """Bits per weight over all matrices, scales counted."""
+    """Bits per weight over all matrices, scales counted, as the level plans them."""
     levels: dict[str, int]
     """Tensors at each level."""
     size: int
@@ -63,6 +63,8 @@ class Result:
     """Bytes that row blocks take at most."""
     seconds: float = 0.0
     """Reading, rounding and writing (a dry run: expected, from one block), which all targets share."""
+    file_bits: float | None = None
+    """Bits on disk for each weight: containers that store a bias or a float32 scale with every group take more."""
     options: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     receipt: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class Result:
             "options": self.options,
             "weights": self.weights,
             "bits_per_weight": round(self.bits, 4),
+            "bits_per_weight_on_disk": None if self.file_bits is None else round(self.file_bits, 4),
             "levels": self.levels,
             "bytes": self.size,
             "block_memory_bytes": self.memory,
@@ -175,6 +178,7 @@ def convert_all(
             seconds = time.perf_counter() - started
             for t, partial, result, receipt in zip(job.targets, partials, results, receipts_, strict=True):
                 result.receipt, result.seconds, result.size = receipt, seconds, output.size_of(partial)
+                result.file_bits = output.weight_bits(partial, t.backend.name, result.weights)
                 if verify:
                     result.report = _verify(job, t, partial, text, on_check)
                 if not result.failed:
@@ -301,7 +305,7 @@ def _expected(job: Job, t: Target) -> Result:
         spec=spec,
         support=t.support,
         weights=source.weights,
-        bits=recipe.bits_per_weight(_stored(t, job), stored),
+        bits=recipe.bits_per_weight(job.planned, stored),
         levels=dict(sorted(Counter(p.level for p in job.planned).items())),
         size=size,
         # float32 blocks read ahead and in work (with their codes), and the one being packed
@@ -309,12 +313,6 @@ def _expected(job: Job, t: Target) -> Result:
         options={k: v for k, v in t.options.items() if v},
         notes=list(dict.fromkeys(notes)),
     )
-
-
-def _stored(t: Target, job: Job) -> Sequence[Planned]:
-    """The plan as the target's files hold it: some containers widen a tensor (which keeps its codes and scales)."""
-    widen = getattr(t.build, "stored", None)
-    return job.planned if widen is None else widen(job.source.spec, job.planned, **t.options)
 
 
 def _estimate(job: Job) -> float:

@@ -96,7 +96,8 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
     yield "carrier", f"{result.backend} {result.support.carrier}".strip()
     levels = ", ".join(f"{n} x {level}" for level, n in result.levels.items())
     yield "tensors", levels
-    yield "bits/weight", f"{result.bits:.2f} over all matrices ({result.weights:,} weights)"
+    disk = "" if result.file_bits is None else f", {result.file_bits:.2f} on disk"
+    yield "bits/weight", f"{result.bits:.2f} over all matrices{disk} ({result.weights:,} weights)"
     for fold in result.support.folds:
         yield "exact rewrite", fold
     for note in result.notes:
@@ -162,7 +163,7 @@ def show_summary(results: Sequence[Result]) -> None:
         where = f"{r.out} (not written)" if r.failed else str(r.out)
         carrier = f"{r.backend} {r.support.carrier}".strip()
         style = "bold red" if r.failed else None
-        table.add_row(where, carrier, f"{r.size / 1e6:,.1f} MB", f"{r.bits:.2f}", verdict, took, style=style)
+        table.add_row(where, carrier, f"{r.size / 1e6:,.1f} MB", f"{r.file_bits:.2f}", verdict, took, style=style)
     console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
     for r in results:
         for kind, words in _remarks(r):
@@ -170,6 +171,7 @@ def show_summary(results: Sequence[Result]) -> None:
     Console(highlight=False, file=sys.stdout).print(table)
     levels = ", ".join(f"{n} x {level}" for level, n in results[0].levels.items())
     seconds = _duration(results[0].seconds)
+    levels += f" ({results[0].bits:.2f} bits/weight over all matrices)"
     console.print(f"{levels}; read, rounded and written in one pass of {seconds}", markup=False)
 
 

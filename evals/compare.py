@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import backends
-from convert.output import size_of
+from convert.output import size_of, weight_bits
 from evals.reference import cut, reference_logits
 from spec.errors import UserError
 from spec.params import params
@@ -26,8 +26,6 @@ WINDOW = 512
 SESSION = 160
 """Shortest session that still times a prefill and some steps (see `evals.worker`)."""
 _LOGITS_BYTES = 128 << 20
-_NO_WEIGHTS = frozenset({".json", ".jinja", ".md", ".py", ".txt", ".yaml"})
-_TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,6 @@ class Options:
     threads: int | None = None
     repeats: int = 3
     checks: bool = True
-
-
-def weight_bits(artifact: Path, backend: str, weights: int) -> float:
-    """Bits of weight data per weight of the model: names, metadata and tokenizer left out where the format tells."""
-    if backend == "gguf":
-        from gguf import GGUFReader
-
-        return 8 * sum(int(t.n_bytes) for t in GGUFReader(artifact).tensors) / weights
-    if artifact.is_file():
-        return 8 * size_of(artifact) / weights
-    data = [f for f in artifact.rglob("*") if f.is_file() and f.suffix not in _NO_WEIGHTS and f.name != _TOKENIZER]
-    return 8 * sum(f.stat().st_size for f in data) / weights
 
 
 def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
