@@ -16,6 +16,9 @@ from spec.config import Rope, Spec
 from spec.errors import UserError
 from spec.params import Param, params
 
+NORMS = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "final_norm")
+"""Norms over the width."""
+
 
 def choose(spec: Spec, level: str, compute: str) -> Fit:
     """How a folder carries `spec` at a level, computing in a dtype."""
@@ -77,7 +80,7 @@ def native(c: Carrier, spec: Spec) -> Fit:
     add = {} if c.offset else offsets(spec)
     folds = [] if c.offset else list(fold_text(spec))
     slots = _slots(c, graph, add)
-    if any(len(p.to) < s.shape[0] for s in slots for p in s.pieces[-1:]) or any(not s.pieces for s in slots):
+    if any(sum(len(p.to) for p in s.pieces) < s.shape[0] for s in slots):
         folds.append("gains and biases that the architecture has and the spec has not are 1 and 0")
     if any(_permuted(c, graph, i) for i in range(graph.depth)):
         folds.append("rows of q and k in the order that its rotation pairs them")
@@ -95,9 +98,9 @@ def _slots(c: Carrier, s: Spec, add: dict[str, float]) -> list[Slot]:
                 groups.setdefault(file.format(i=i), []).append((-1 if i is None else i, module))
     out = []
     for file, members in groups.items():
-        norm = members[0][1].endswith("norm")
-        out.append(_slot(c, s, have, add, file, members, "weight", 1 - c.offset if norm else None))
-        if ("norm" if norm and "." not in members[0][1] else members[0][1]) in biased:
+        module = members[0][1]
+        out.append(_slot(c, s, have, add, file, members, "weight", 1 - c.offset if module.endswith("norm") else None))
+        if module in biased or ("norm" in biased and module in NORMS):
             out.append(_slot(c, s, have, add, file, members, "bias", 0.0))
     return out
 
@@ -132,7 +135,7 @@ def _slot(
 
 def _rows(c: Carrier, s: Spec, i: int, module: str, have: dict[str, Param]) -> NDArray[np.intp]:
     """Where the rows of a module go, within it."""
-    if i < 0 or module in ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm"):
+    if i < 0 or module in NORMS:
         p = have.get(f"{module}.weight")
         return np.arange(p.shape[0] if p is not None else s.width)
     a = s.layers[i].attention

@@ -21,7 +21,7 @@ class Place(NamedTuple):
     """What `spec.ops.Step` says of a call, as far as these operations ask."""
 
     positions: mx.array
-    """[B or 1, T]"""
+    """[B or 1, T]; below 0 in the padding before a batch's shorter rows."""
 
 
 class Table(NamedTuple):
@@ -133,8 +133,7 @@ class Model(nn.Module):
         t = inputs.shape[1]
         start = 0 if cache is None else cache[0].offset
         start = start[:, None] if isinstance(start, mx.array) and start.ndim else start
-        positions = mx.arange(t)[None] + start
-        step: Any = Place(mx.maximum(positions, 0) if isinstance(start, mx.array) else positions)
+        step: Any = Place(mx.arange(t)[None] + start)
         x, _ = hidden(self._ops(t, cache), self._spec, self, inputs, step, self._tables, cache)
         return x
 

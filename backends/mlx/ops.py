@@ -87,7 +87,7 @@ class MLXOps(Ops[mx.array, Any, Any]):
         self.dtype, self.masks = dtype, masks
 
     def embed(self, ids: mx.array, w: Any, offset: int = 0) -> mx.array:
-        return w(ids + offset if offset else ids)
+        return w(mx.maximum(ids + offset, 0))  # positions of padding are negative
 
     def linear(self, x: mx.array, w: Any) -> mx.array:
         return w(x)

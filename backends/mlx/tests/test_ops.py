@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +14,23 @@ pytest.importorskip("mlx.core")
 import mlx.core as mx
 
 from backends.mlx import layers, ops
-from backends.mlx.model import Place, Table, causal
+from backends.mlx.bundle import arguments
+from backends.mlx.model import DTYPES, Model, Place, Table, causal
 from backends.mlx.ops import MLXOps, composed
 from backends.numpy.ops import NumpyOps
+from parity_tests.cases import FEATURES, random_ids, random_weights
 from spec.config import MLP, Attention
 from spec.ops import Ops, Step
 from spec.rope import RopeTable
+
+
+@pytest.fixture(autouse=True)
+def interpreted() -> Iterator[None]:
+    """Compiled kernels would need a C++ compiler here."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
 
 RNG = np.random.default_rng(0)
 KIND = "kind"
@@ -144,3 +156,30 @@ def test_quantized_rows_and_products_agree(mode: str) -> None:
     assert rows.dtype == mx.float32
     x = normal(5, 64)
     assert error(packed.as_linear(x), np.array(x, np.float64) @ np.array(rows, np.float64).T) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["tied", "learned_offset", "alibi", "window_pattern", "sinks"])
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_rows_padded_on_the_left_are_as_if_alone(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm's batch caches, with the kernels of a GPU in 16 bits: positions before 0 are padding."""
+    caches = pytest.importorskip("mlx_lm.models.cache")
+    spec = FEATURES[name]
+    model = Model(arguments(spec, kind))
+    weights = {n: mx.array(x).astype(DTYPES[kind]) for n, x in random_weights(spec).items()}
+    model.load_weights(list(weights.items()))
+    if kind == "f16":
+        monkeypatch.setattr(ops, "wide", lambda: False)
+    ids = random_ids(spec, 1, 12)[0]
+    alone = model(mx.array(ids)[None])[0]
+    pads = [3, 0]
+    batch = np.stack([np.concatenate([np.zeros(3, int), ids[:9]]), ids])
+    kinds = [layer.attn.kind for layer in model.layers]
+    held = [
+        caches.BatchRotatingKVCache(w, pads) if w is not None and not alibi else caches.BatchKVCache(pads)
+        for w, _, alibi in kinds
+    ]
+    parts = [model(mx.array(batch[:, a:b]), held) for a, b in ((0, 5), (5, 6), (6, 11), (11, 12))]
+    got = mx.concatenate(parts, 1)
+    limit = 1e-11 if kind == "f32" else 1e-4
+    assert error(got[0, 3:], alone[:9]) < limit
+    assert error(got[1], alone) < limit
