@@ -19,7 +19,7 @@ PREFILL, DECODE = 128, 32
 
 
 def peak_bytes() -> int:
-    """The largest resident size this process has had (Linux hands `ru_maxrss` on to a new program; VmHWM is its own)."""
+    """The largest resident size this process has had. On Linux `ru_maxrss` begins with the parent's; VmHWM does not."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * next(int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith("VmHWM"))
