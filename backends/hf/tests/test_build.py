@@ -18,6 +18,7 @@ from backends.base import Planned, QuantizedTensor
 from backends.folder import read_mark
 from backends.hf import store
 from backends.hf.build import SCALES, size, stamp, writer
+from backends.hf.carriers import BY_ARCH
 from backends.hf.fit import choose
 from backends.hf.read import open_artifact
 from backends.hf.store import codes_of, pack, unpack
@@ -256,6 +257,16 @@ def test_config_json_asks_for_the_dtype_that_holds_the_weights(level: str, told:
     spec = FEATURES["llama"]
     write(spec, random_weights(spec), tmp_path / "m", 64, level)
     assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == told
+
+
+def test_alibi_that_transformers_would_round_is_refused_in_16_bits() -> None:
+    """BLOOM adds slope * position in the model's dtype: its error grows with the position (bfloat16: 1e-2 at 1500)."""
+    from parity_tests.hf_specs import spec_for
+
+    spec = spec_for(BY_ARCH["bloom"], 0)
+    assert [level for level in levels() if support(spec, level).ok] == ["f32", "q8", "q4"]
+    assert "rounds ALiBi" in support(spec, "bf16").refusals[0]
+    assert all(support(spec_for(BY_ARCH["mpt"], 0), level).ok for level in levels())
 
 
 def test_mistakes_at_run_time_are_one_line(tmp_path: Path) -> None:
