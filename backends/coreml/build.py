@@ -89,7 +89,7 @@ class CoreMLWriter:
             for item in whole.iterdir():
                 item.rename(self.path / item.name)
             whole.rmdir()
-            package.add_tokenizer(self.path, self.tokenizer, self.spec)
+            package.complete(self.path, self.tokenizer, self.spec)
             self._describe(receipt)
         except OSError as e:
             raise UserError(f"{e.filename or self.path}: {e.strerror or e}") from None

@@ -106,12 +106,12 @@ class Emitter:
         match t:
             case QuantizedTensor():
                 kind = self._types.np_int4_dtype if t.bits == 4 else np.int8
-                data, scale = t.codes.astype(kind), t.scales.astype(dtype)
+                data, scale = t.codes.view(kind), t.scales.astype(dtype)
                 return self._mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=name)
             case Palette():
                 kind = {4: self._types.np_uint4_dtype, 6: self._types.np_uint6_dtype, 8: np.uint8}[t.bits]
                 lut = t.tables.astype(dtype)[:, None, :, None]
-                return self._mb.constexpr_lut_to_dense(indices=t.indices.astype(kind), lut=lut, name=name)
+                return self._mb.constexpr_lut_to_dense(indices=t.indices.view(kind), lut=lut, name=name)
             case Half() if not self.half:
                 return self._mb.constexpr_cast(source_val=t.values, output_dtype="fp32", name=name)
             case Half():

@@ -69,10 +69,10 @@ def metadata(model: Any, path: Path, name: str) -> str:
     return held[key(name)]
 
 
-def add_tokenizer(path: Path, tokenizer: Tokenizer | None, spec: Spec) -> None:
+def complete(path: Path, tokenizer: Tokenizer | None, spec: Spec) -> None:
     """Write the tokenizer's item, and the manifest that names every item, with identifiers that depend on nothing."""
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    items = list(manifest["itemInfoEntries"].items())
+    items = list(manifest["itemInfoEntries"].values())
     root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
     if tokenizer is not None:
         folder = path / TOKENIZER
@@ -80,8 +80,9 @@ def add_tokenizer(path: Path, tokenizer: Tokenizer | None, spec: Spec) -> None:
         write_tokenizer(folder, tokenizer, spec.context)
         write_json(folder / "config.json", _config(tokenizer, spec))
         about = {"author": OURS, "description": "Tokenizer", "name": TOKENIZER.name}
-        items.append(("", {**about, "path": TOKENIZER.relative_to(DATA).as_posix()}))
-    named = {str(uuid.uuid5(uuid.NAMESPACE_URL, item["path"])).upper(): item for _, item in items}
+        items.append({**about, "path": TOKENIZER.relative_to(DATA).as_posix()})
+    items.sort(key=lambda i: i["path"])
+    named = {str(uuid.uuid5(uuid.NAMESPACE_URL, i["path"])).upper(): i for i in items}
     manifest["itemInfoEntries"] = named
     manifest["rootModelIdentifier"] = next(i for i, item in named.items() if item["path"] == root)
     write_json(path / MANIFEST, manifest)

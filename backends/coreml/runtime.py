@@ -23,6 +23,11 @@ CHUNK = 256
 Floats = NDArray[np.float32]
 
 
+def devices() -> list[str]:
+    """Where a package runs on this machine."""
+    return [Apple.device if sys.platform == "darwin" else Interpreter.device]
+
+
 class Engine(Protocol):
     """One sequence in progress."""
 
@@ -62,6 +67,8 @@ class Interpreter:
 class Apple:
     """Core ML itself."""
 
+    device = "Core ML, CPU and GPU"
+
     def __init__(self, path: Path, artifact: CoreMLArtifact) -> None:
         ct = coremltools()
         self._models = {}
@@ -71,7 +78,7 @@ class Apple:
             if path.suffix != ".mlpackage":  # under its partial name: coremltools makes a package that Core ML compiles
                 source = {"model": package.read_model(path), "weights_dir": str(path / package.WEIGHTS)}
             self._models[name] = ct.models.MLModel(**source, compute_units=ct.ComputeUnit.CPU_AND_GPU, **function)
-        self._default, self.device = artifact.default, "Core ML, CPU and GPU"
+        self._default = artifact.default
         self.reset()
 
     def reset(self) -> None:

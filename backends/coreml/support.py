@@ -8,6 +8,7 @@ from backends.base import Option, Planned, Support
 from backends.coreml.palettes import BITS as PALETTES
 from spec.config import DynamicScaling, LongRopeScaling, Rope, Spec
 from spec.errors import nearest
+from spec.params import params
 
 PORTABLE = {"f32": 32.0, "f16": 16.0, "q8": 8.5, "q4": 4.5}
 """Portable levels that MIL has constants for, with the bits of a weight."""
@@ -74,7 +75,9 @@ def support(spec: Spec, level: str, compute: str = "", functions: str = "one") -
 def _notes(spec: Spec, compute: str) -> list[str]:
     d, _, g, s, k = cache_shape(spec)
     out = [f"the key and value states take {2 * 2 * d * g * s * k / 1e6:,.1f} MB of float16 in every session, "
-           f"windows included: {s} tokens for each layer"]  # fmt: skip
+           f"windows included: {s} tokens for each layer",
+           f"converting holds {sum(p.size for p in params(spec)) / 1e6:,.1f} M weights in memory, a byte for each code, "
+           "two or four for each float"]  # fmt: skip
     if compute == "f32":
         out.append("float32 compute stays off the Neural Engine, and states are float16 all the same")
     ropes = [b.attention.position for b in spec.layers]
