@@ -65,7 +65,7 @@ def test_features_keep_their_carrier() -> None:
 
 
 @pytest.mark.parametrize("name", SLOW)
-@pytest.mark.parametrize(("level", "compute"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("level", "compute"), PAIRS, ids=["-".join(p) for p in PAIRS])
 def test_levels_are_packed_and_computed_within_the_gates(name: str, level: str, compute: str, tmp_path: Path) -> None:
     """Packing bit for bit, the graph in float32, and the stock arithmetic whole and in chunks."""
     spec, weights = FEATURES[name], random_weights(FEATURES[name])

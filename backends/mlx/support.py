@@ -45,13 +45,13 @@ def _notes(spec: Spec, level: str, compute: str, carrier: str) -> list[str]:
             "brings its model.py, which mlx-lm runs only when told to trust it: mlx_lm.generate --trust-remote-code, "
             "mlx_lm.server --trust-remote-code, mlx_lm.load(path, trust_remote_code=True)"
         )
-    if compute != "f32":
-        out.append(f"norms, biases and scales are stored in {compute}: beside wider ones MLX would compute in float32")
     stays = kinds.unpacked(spec, level)
     if stays:
         out.append(f"{len(stays)} matrices stay f16: position tables, or widths that are no multiple of the group")
-    if level not in kinds.FLOATS and compute == "f16":
-        out.append("computes in f16; a model whose activations exceed 65504 needs --compute bf16")
+    if compute != "f32":
+        wider = "bf16" if "bf16" in kinds.computes(level) else "f32"
+        limit = f"; a model whose activations exceed 65504 needs --compute {wider}" if compute == "f16" else ""
+        out.append(f"computes in {compute}, and stores norms, biases and scales in it{limit}")
     if fixed(spec):
         out.append(f"rotary tables are those of a session of {spec.context} tokens, at every length")
     return out
