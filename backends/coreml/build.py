@@ -18,13 +18,14 @@ from backends.coreml import package
 from backends.coreml.emitter import Half, Tensor
 from backends.coreml.names import in_linear
 from backends.coreml.palettes import BITS, Palette, group_rows, palettize, table_of
-from backends.coreml.program import constants, save
+from backends.coreml.program import save
 from backends.coreml.support import compute_dtype
 from backends.folder import end_ids
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import dump
 from spec.params import params
+from spec.rope import rope_tables
 
 __all__ = ["CoreMLWriter", "pack", "recipe", "size", "stamp", "writer"]
 
@@ -93,6 +94,8 @@ class CoreMLWriter:
             self._describe(receipt)
         except OSError as e:
             raise UserError(f"{e.filename or self.path}: {e.strerror or e}") from None
+        except RuntimeError as e:  # what coremltools' writers of packages and weights raise
+            raise UserError(f"{self.path}: coremltools cannot write it: {' '.join(str(e).split())}") from None
 
     def _tensors(self) -> dict[str, Tensor]:
         """What was collected in the form that the program stores; palettes are found here, since a table spans rows."""
@@ -179,17 +182,10 @@ def size(
     """Bytes of the package, within a few percent for small models."""
     dtype = compute_dtype(compute, planned)
     weights = sum(_stored(p, 2 if dtype == "f16" else 4) for p in planned)
-    fixed = sum(x.nbytes for x in constants(spec).values()) if spec.context < 1 << 16 else _tables(spec)
+    tables = sum(4 * spec.context * t.dim for t in rope_tables(spec, spec.context))
     program = (12_000 + 25_000 * spec.depth) * (2 if functions == "two" else 1)
     text = 0 if tokenizer is None else len(json.dumps(tokenizer.json, indent=1)) + 4096
-    return weights + fixed + program + text + len(dump(spec)) + 130 * len(planned)
-
-
-def _tables(spec: Spec) -> int:
-    """Bytes of the rotary tables of a long context, without making them."""
-    from spec.rope import rope_tables
-
-    return sum(4 * spec.context * t.dim for t in rope_tables(spec, spec.context))
+    return weights + tables + program + text + len(dump(spec)) + 130 * len(planned)
 
 
 def _stored(p: Planned, scale: int) -> int:

@@ -20,7 +20,8 @@ class Clock:
     """
 
     def __init__(self, emit: Emitter, ids: Var, position: Var) -> None:
-        self._emit, self._masks = emit, {}
+        self._emit = emit
+        self._masks: dict[Any, Var] = {}
         emit.scope = "position_"
         op = emit.op
         count = op("slice_by_index", x=op("shape", x=ids), begin=[1], end=[2])
@@ -41,8 +42,6 @@ class Clock:
         self.keys = self._range(end)
         """Positions of the keys, [S]."""
         emit.scope = ""
-
-    _masks: dict[Any, Var]
 
     def _range(self, length: Var) -> Var:
         end = self._emit.op("squeeze", x=length)

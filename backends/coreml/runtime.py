@@ -209,9 +209,12 @@ def load(
     if threads is not None and threads < 1:
         raise UserError(f"threads={threads}: must be at least 1")
     if sys.platform == "darwin" and not exact:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            engine: Engine = Apple(path, artifact)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                engine: Engine = Apple(path, artifact)
+        except Exception as e:  # coremltools passes on what the framework says, as bare exceptions
+            raise UserError(f"{path}: Core ML cannot load it: {' '.join(str(e).split())}") from None
     else:
         engine = Interpreter(artifact, "f32" if exact else "f16")
     return CoreMLRuntime(path, artifact, engine, context or longest, exact)

@@ -76,8 +76,8 @@ def _notes(spec: Spec, compute: str) -> list[str]:
     d, _, g, s, k = cache_shape(spec)
     out = [f"the key and value states take {2 * 2 * d * g * s * k / 1e6:,.1f} MB of float16 in every session, "
            f"windows included: {s} tokens for each layer",
-           f"converting holds {sum(p.size for p in params(spec)) / 1e6:,.1f} M weights in memory, a byte for each code, "
-           "two or four for each float"]  # fmt: skip
+           f"converting holds all {sum(p.size for p in params(spec)):,} weights in memory: a byte for each code, two "
+           "or four for each float"]  # fmt: skip
     if compute == "f32":
         out.append("float32 compute stays off the Neural Engine, and states are float16 all the same")
     ropes = [b.attention.position for b in spec.layers]

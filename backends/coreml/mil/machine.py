@@ -61,7 +61,7 @@ class Machine:
     def run(self, function: str, inputs: Mapping[str, Array], states: States) -> dict[str, Array]:
         """One call. `states` are updated."""
         f, plan, env = self.functions[function], self._plans[function], dict(inputs)
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):  # infinities and NaNs are the program's results, for the caller to see
             for n, i in enumerate(f.body):
                 self._step(i, n, plan, env, states)
                 for name in plan.last[n]:

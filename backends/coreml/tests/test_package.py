@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -214,7 +215,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     spec = FEATURES["llama"]
 
     def full(*_: Any) -> Any:
-        return shutil._ntuple_diskusage(0, 0, 1000)  # type: ignore[attr-defined]
+        return SimpleNamespace(free=1000)
 
     with monkeypatch.context() as m:
         m.setattr(shutil, "disk_usage", full)

@@ -1,0 +1,161 @@
+"""Core ML through the whole verification, and changes to a saved program that the proof must see."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+pytest.importorskip("coremltools")
+
+import backends
+from backends.coreml.package import WEIGHTS, read_model, write_model
+from backends.coreml.runtime import load
+from backends.numpy.model import Oracle
+from convert.pipeline import convert
+from convert.verify import Status
+from parity_tests import artifacts
+from parity_tests.cases import BASE, FEATURES, nmse, random_ids, random_weights
+from spec import Spec, dump, parse
+from spec.config import merge
+
+pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="the interpreter is the runtime only elsewhere")
+
+
+def checkpoint(folder: Path, spec: Spec) -> Path:
+    """Weights and a tokenizer of our own: byte-level BPE over 256 bytes and two special tokens."""
+    from backends.text import _byte_alphabet
+
+    folder.mkdir()
+    (folder / "spec.yaml").write_text(dump(spec))
+    save_file(random_weights(spec), folder / "model.safetensors")
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": 256 + i, "content": t, **special} for i, t in enumerate(("<s>", "</s>"))]
+    model = {"type": "BPE", "vocab": _byte_alphabet(), "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": level, "post_processor": None,
+        "decoder": level, "model": model,
+    }))  # fmt: skip
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("level", "functions"), [("q4", "two"), ("lut6", "one")])
+def test_a_conversion_verifies_itself_as_emulated(level: str, functions: str, tmp_path: Path) -> None:
+    spec = parse(merge(BASE, {"name": "small", "vocab_size": 260, "width": 64, "context": 128,
+                              "pattern": [{"attention": {"window": 20}}, {}]}))  # fmt: skip
+    source = checkpoint(tmp_path / "source", spec)
+    out = tmp_path / "small.mlpackage"
+    result = convert(source, "coreml", level, out, options={"functions": functions}, threads=1)
+    assert result.report is not None
+    found = {c.name: c.status for c in result.report.checks}
+    emulated = dict.fromkeys(("runtime", "graph", "arithmetic", "invariants"), Status.EMULATED)
+    assert found == {"packing": Status.PASS, **emulated, "quality": Status.PASS, "tokenizer": Status.PASS}
+    assert artifacts.opened("coreml", out).receipt["parity"]["checks"]["graph"]["status"] == "EMULATED"
+    assert (tmp_path / "small.mlpackage.md").is_file() and not list(tmp_path.glob("*.partial"))
+    with backends.load(out) as runtime:
+        assert bytes(runtime.decode(runtime.encode("naïve"))) == "naïve".encode()
+
+
+def test_a_greedy_continuation_is_the_oracle_s(tmp_path: Path) -> None:
+    """On the artifact's own weights; a tie within the roundings may go either way."""
+    spec = FEATURES["gemma2"]
+    path = artifacts.write("coreml", spec, random_weights(spec), tmp_path / "m.mlpackage", "q8", functions="two")
+    oracle = Oracle(spec, artifacts.values(artifacts.opened("coreml", path)))
+    ids = random_ids(spec, 1, 8)[0].tolist()
+    with load(path) as runtime:
+        logits = runtime.prefill(np.array(ids))
+        for _ in range(30):
+            exact = oracle.logits(np.array([ids]))[0, -1]
+            chosen = int(logits.argmax())
+            assert exact.max() - exact[chosen] <= 4 * np.abs(logits - exact).max()
+            ids.append(chosen)
+            logits = runtime.step(np.array([chosen]))[-1]
+
+
+Change = Callable[[Any], None]
+
+
+def _swap(kind: str, a: str, b: str) -> Change:
+    """The first operation of a kind with two arguments exchanged."""
+
+    def change(operations: Any) -> None:
+        op = next(o for o in operations if o.type == kind)
+        first, second = op.inputs[a].arguments[0].name, op.inputs[b].arguments[0].name
+        op.inputs[a].arguments[0].name, op.inputs[b].arguments[0].name = second, first
+
+    return change
+
+
+def _retype(kind: str, to: str, nth: int = 0) -> Change:
+    def change(operations: Any) -> None:
+        [o for o in operations if o.type == kind][nth].type = to
+
+    return change
+
+
+def _named(operations: Any, name: str) -> Any:
+    return next(o for o in operations if o.outputs and o.outputs[0].name == name)
+
+
+def _epsilon(operations: Any) -> None:
+    op = next(o for o in operations if o.type == "rsqrt")
+    name = op.inputs["epsilon"].arguments[0].name
+    _named(operations, name).attributes["val"].immediateValue.tensor.floats.values[0] = 1e-6
+
+
+def _window(operations: Any) -> None:
+    """One token more in the window."""
+    op = next(o for o in operations if o.type == "less")
+    name = op.inputs["y"].arguments[0].name
+    _named(operations, name).attributes["val"].immediateValue.tensor.ints.values[0] += 1
+
+
+def _gate(operations: Any) -> None:
+    _named(operations, "L1_attn_o").inputs["x"].arguments[0].name = "L0_attn_mix"
+
+
+def _stale(operations: Any) -> None:
+    """Keys are read from another layer's place in the states."""
+    op = next(o for o in operations if o.type == "slice_by_index" and o.outputs[0].type.tensorType.rank == 4)
+    held = _named(operations, op.inputs["begin"].arguments[0].name).attributes["val"].immediateValue.tensor
+    held.ints.values[0] = 1 - held.ints.values[0]
+
+
+MUTANTS: dict[str, Change] = {
+    "rotation turned the other way": _swap("sub", "x", "y"),
+    "mask excludes the token itself": _retype("greater_equal", "greater"),
+    "silu became relu": _retype("silu", "relu"),
+    "rms epsilon": _epsilon,
+    "window of one more": _window,
+    "another layer's heads": _gate,
+    "another layer's keys": _stale,
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_changed_program_does_not_pass(name: str, tmp_path: Path) -> None:
+    spec = FEATURES["window"]
+    weights = random_weights(spec)
+    path = artifacts.write("coreml", spec, weights, tmp_path / "m.mlpackage", "q8")
+    artifacts.check_graph("coreml", path, batches=(1,))
+    before = (path / WEIGHTS / "weight.bin").read_bytes()
+    model = read_model(path)
+    MUTANTS[name](model.mlProgram.functions["main"].block_specializations["CoreML8"].operations)
+    write_model(path, model)
+    assert (path / WEIGHTS / "weight.bin").read_bytes() == before
+    oracle = Oracle(spec, artifacts.values(artifacts.opened("coreml", path)))
+    ids = random_ids(spec, 1, 40)
+    exact = oracle.logits(ids)
+    with load(path, exact=True) as runtime:
+        assert nmse(runtime.logits(ids), exact) > 50 * artifacts.EXACT
+    with pytest.raises(AssertionError):
+        artifacts.check_graph("coreml", path, batches=(1,))
