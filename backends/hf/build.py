@@ -66,7 +66,10 @@ class FolderWriter:
         self._of: dict[str, FileWriter] = {}
         self._scales: FileWriter | None = None
         try:
-            out.mkdir(exist_ok=True)
+            out.mkdir()
+        except OSError as e:
+            raise UserError(f"{out}: {e.strerror}") from None
+        try:
             metadata = {LEVELS_KEY: describe(store.levels)}
             for name, tensors in store.shards().items():
                 self._open(FileWriter(out / name, tensors, metadata))
@@ -112,8 +115,11 @@ class FolderWriter:
         for shipped in self._fed.get(name, ()):
             if isinstance(values, QuantizedTensor):
                 self._codes(shipped, start, values)
-            else:
+                continue
+            try:
                 self._floats(shipped, start, values, self._store.fit.origins[shipped].add)
+            except OverflowError as e:
+                raise UserError(f"{name}: {e}: use --quant f32") from None
         if name in self._store.dense:
             assert isinstance(values, QuantizedTensor) and self._scales is not None
             self._scales.rows(name, start, values.scales.astype("<f2"))

@@ -162,11 +162,6 @@ class Artifact:
         slot = self.store.slots[self.store.layout.runs(shipped, 0, 1)[0].tensor]
         add = self._fit.origins[shipped].add
         x = values.astype(np.float64) + add if add else values
-        if len(self._shapes[name]) > 1:  # a matrix is rounded to its level, which its dtype holds
-            x = widen(
-                narrow(x, {"f16": "F16", "bf16": "BF16"}.get(level, "F32")),
-                {"f16": "F16", "bf16": "BF16"}.get(level, "F32"),
-            )
         return widen(narrow(x, slot.dtype), slot.dtype)
 
 

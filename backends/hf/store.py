@@ -8,6 +8,7 @@ them in a file that no client opens, so that codes and scales are read back bit 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Planned, QuantizedTensor
+from backends.base import Floats, Planned, QuantizedTensor, Values
 from backends.hf.container import Tensor
 from backends.hf.fit import Fit
 from backends.hf.names import FUSED_BY_SERVERS, RENAMED
@@ -183,15 +184,16 @@ def unpack(words: NDArray[np.uint32], bits: int) -> NDArray[np.int8]:
     return out
 
 
-def codes_of(values: NDArray[np.float32], scales: NDArray[np.float32], bits: int) -> QuantizedTensor:
-    """Codes from code * scale: the quotient is a whole number."""
+def codes_of(values: Floats, scales: Floats, bits: int) -> Values:
+    """Codes from code * scale, whose quotient is a whole number; the values themselves where they are none."""
     rows, cols = values.shape
     quotients = values.reshape(rows, cols // GROUP, GROUP) / scales[..., None]
-    return QuantizedTensor(np.rint(quotients).astype(np.int8).reshape(rows, cols), scales, bits, GROUP)
+    with np.errstate(invalid="ignore"):
+        codes = np.rint(quotients).astype(np.int8).reshape(rows, cols)
+    found = QuantizedTensor(codes, scales, bits, GROUP)
+    return found if np.array_equal(found.dequantize(), values) else values
 
 
 def describe(levels: Mapping[str, str]) -> str:
     """The levels of all tensors, for a file's metadata: their names by level."""
-    import json
-
     return json.dumps({level: [n for n, v in levels.items() if v == level] for level in sorted(set(levels.values()))})

@@ -79,7 +79,7 @@ def _notes(fit: Fit, level: str) -> list[str]:
         out.append(f"matrices of width {', '.join(map(str, narrow))} stay f16: no multiples of {GROUP}")
     out.append("transformers unpacks no embeddings: code * scale is stored, as float16 (q4) or float32 (q8)")
     if not fit.carrier.packs:
-        out.append(f"transformers unpacks no products of {fit.carrier.arch} either: stored in the same way")
+        out.append(f"nor products of {fit.carrier.arch}, which are stored in the same way: nothing is saved over f16")
     elif level == "q4":
         out.append("q, k and v (gate and up) have 8 bits where one of them is int8, as vLLM computes them together")
     return out

@@ -92,7 +92,13 @@ def test_codes_come_back_from_products(width: int) -> None:
     if width == 4:
         np.testing.assert_array_equal(x.astype(np.float16).astype(np.float32), x)
     back = codes_of(x, q.scales, width)
+    assert isinstance(back, QuantizedTensor)
     np.testing.assert_array_equal(back.codes, q.codes)
+    at = np.unravel_index(np.abs(x).argmax(), x.shape)
+    for wrong in (np.nextafter(x[at], np.float32(np.inf)), np.float32(np.nan), x[at] * 300):
+        y = x.copy()
+        y[at] = wrong
+        assert codes_of(y, q.scales, width) is y
 
 
 def test_a_missing_row_is_our_bug(tmp_path: Path) -> None:
@@ -161,12 +167,18 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError) as e:
         writer(spec, plan(spec, "f32"), None, tmp_path / "file" / "m", level="f32", metadata={}, threads=1)
     assert "\n" not in str(e.value)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="File exists"):
+        writer(spec, plan(spec, "f32"), None, mine, level="f32", metadata={}, threads=1)
+    assert (mine / "thesis.txt").read_text() == "x"
 
 
 def test_a_gain_beyond_float16_is_refused(tmp_path: Path) -> None:
     spec = FEATURES["llama"]
     out = writer(spec, plan(spec, "f16"), None, tmp_path / "m", level="f16", metadata={}, threads=1)
-    with pytest.raises(UserError, match="100000 is beyond f16: use --quant f32"):
+    with pytest.raises(UserError, match=r"final_norm\.weight: a value of 100000 is beyond f16: use --quant f32"):
         out.write("final_norm.weight", 0, np.full(32, 1e5, np.float32))
     out.abort()
 
