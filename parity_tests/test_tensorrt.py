@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import backends
 from backends.tensorrt import graph
 from backends.tensorrt.build import ENGINE
 from backends.tensorrt.support import LEVELS, computed_in, support
 from parity_tests import tensorrt_rtx as rtx
-from parity_tests.cases import FEATURES, random_weights
+from parity_tests.cases import FEATURES, random_specs, random_weights
 from parity_tests.tensorrt_graphs import write_graph
 from spec import Spec
 
@@ -69,6 +71,15 @@ def test_every_level_builds(name: str, level: str, compute: str, shop: rtx.Works
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_feature_builds_at_every_level(name: str, level: str, shop: rtx.Workshop, tmp_path: Path) -> None:
     builds(shop, FEATURES[name], level, computed_in(level, ""), tmp_path)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@given(spec=random_specs(), choice=st.sampled_from(CHOICES))
+def test_any_combination_builds(
+    shop: rtx.Workshop, spec: Spec, choice: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    builds(shop, spec, *choice, tmp_path_factory.mktemp("any"))
 
 
 @pytest.mark.parametrize(("level", "compute"), [("f16", "f16"), ("q8", "bf16"), ("q4", "f16")])
