@@ -20,7 +20,7 @@ REGISTRY: tuple[Backend, ...] = (
     ),
     Backend(
         "mlx", "backends.mlx", "", "mlx", (), ("mlx",), packages=("mlx", "mlx-lm"),
-        tool="mlx_lm.generate --model {name} --prompt 'Once upon a time'",
+        tool="mlx_lm.generate --model {name} --trust-remote-code --prompt 'Once upon a time'",
     ),
     Backend(
         "onnx", "backends.onnx", "", "onnx", ("onnx", "onnx_ir"), ("onnxruntime",), ("genai_config.json",),

@@ -51,7 +51,9 @@ def list_backends(*, json: Json = False) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("backend", "installed", "devices", "opens", "to install")
+    table = Table()
+    for column in ("backend", "installed", "devices", "opens", "to install"):
+        table.add_column(column, overflow="fold")
     for row in rows:
         found = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
         lacks = ", ".join(row["missing"])

@@ -152,7 +152,7 @@ class Rope(Model):
     """Rotary positions (Su et al. 2021), half-split layout: pair i is (x[i], x[i + rotary_dim / 2])."""
 
     kind: Literal["rope"] = "rope"
-    theta: Positive = 10000.0
+    theta: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10000.0
     """Base of the frequencies theta^(-2i / rotary_dim)."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of head_dim that is rotated (the first dimensions); the rest passes through."""

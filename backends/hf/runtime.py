@@ -174,6 +174,14 @@ def _pin(config: Any, boundary: int | None, context: int) -> str:
     return f"long factors (a session of {context} tokens)"
 
 
+def devices() -> list[str]:
+    """Where torch, and so transformers, can run here, best first."""
+    import torch
+
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
 def load(
     path: str | Path,
     *,

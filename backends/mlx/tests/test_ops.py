@@ -26,7 +26,9 @@ from spec.rope import RopeTable
 
 @pytest.fixture(autouse=True)
 def interpreted() -> Iterator[None]:
-    """Compiled kernels would need a C++ compiler here."""
+    """Compiled kernels would need a C++ compiler here. Every test draws the same numbers, alone or among others."""
+    global RNG
+    RNG = np.random.default_rng(0)
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -54,7 +56,9 @@ def test_glu_equals_its_default(activation: Any) -> None:
     exact = NumpyOps().glu(np.array(gate, np.float64), np.array(up, np.float64), m)
     assert error(run.glu(gate, up, m), exact) < 1e-12
     half = run.glu(gate.astype(mx.float16), up.astype(mx.float16), m)
-    assert half.dtype == mx.float16 and error(half, exact) < 3e-7
+    # two inputs, one activation (which may double its input's error, in power four times) and one product are rounded,
+    # each with a mean square of at most u^2 / 3
+    assert half.dtype == mx.float16 and error(half, exact) < (1 + 4 + 1 + 1) * 2.0**-22 / 3
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 3), (5, 1)])
