@@ -11,6 +11,7 @@ from backends.base import PORTABLE, Support
 from spec.config import Spec
 from spec.errors import UserError, nearest
 
+
 @dataclass(frozen=True)
 class Target:
     """Levels of one backend that are carried, or refused, in the same way."""

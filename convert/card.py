@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import backends
 from backends.base import Backend
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def card(result: Result, backend: Backend, receipt: dict[str, Any], report: Repo
     if backend.tool:
         lines.append(backend.tool.format(name=name))
     lines += [f"python -m convert.verify {name} --source CHECKPOINT", "```", ""]
+    if backends.has(backend, "card"):
+        lines += ["```swift", backends.part(backend, "card").snippet(name).rstrip(), "```", ""]
     lines += ["Made with " + ", ".join(f"{k} {v}" for k, v in receipt["versions"].items()) + "."]
     return "\n".join(lines) + "\n"
 

@@ -84,8 +84,8 @@ def convert(
     profile
         ONNX: ort (ONNX Runtime's fused operators) or portable (the standard operator set only).
     compute
-        MLX, ONNX, Core ML, TensorRT: the dtype that the artifact computes in, f32, f16 or bf16; by default the target's own for
-        the level.
+        MLX, ONNX, Core ML, TensorRT: the dtype that the artifact computes in, f32, f16 or bf16; by default the
+        target's own for the level.
     functions
         Core ML: one (prompts and single tokens) or two (prefill and decode, which share the weights).
     json

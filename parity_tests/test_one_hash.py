@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import backends
@@ -88,4 +89,4 @@ def test_one_pass_writes_them_all(tmp_path: Path) -> None:
         with backends.load(r.out) as runtime:
             ids = runtime.encode("def f(x):")
             assert runtime.decode(ids).decode().strip() == "def f(x):"
-            assert runtime.logits([ids]).shape == (1, len(ids), VOCAB)
+            assert runtime.logits(np.array([ids])).shape == (1, len(ids), VOCAB)

@@ -109,7 +109,8 @@ class Shipped:
             return found.weight if isinstance(found, Typed) else found
 
         what = f"the same graph in float32 ({self.spec.depth} layers) against float64"
-        return Twin(self.spec, exact, runtime, what, self.session or runtime.context, tables=False)
+        emulated = "emulated" in str(runtime.info().get("device"))
+        return Twin(self.spec, exact, runtime, what, self.session or runtime.context, emulated=emulated)
 
 
 def planned(backend: Backend, spec: Spec, level: str) -> list[Planned]:
