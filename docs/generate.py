@@ -1,4 +1,5 @@
-"""Writes the generated pages: docs/spec.md from the spec's docstrings, docs/gguf.md from the carrier table.
+"""Writes the generated pages: docs/spec.md from the spec's docstrings, docs/gguf.md and docs/hf.md from the tables of
+carriers.
 
 `python docs/generate.py` writes them, `python docs/generate.py --check` says whether they are up to date.
 """
@@ -164,7 +165,15 @@ COLUMNS: tuple[tuple[Show, ...], ...] = (
      _unless("logit_scale", "logit scale:"), _need("logit_softcap", "logit softcap"), _need("head_bias", "head bias")),
 )  # fmt: skip
 
-PAGES: dict[str, Callable[[], str]] = {"spec.md": spec_page, "gguf.md": gguf_page}
+
+def hf_page() -> str:
+    """docs/hf.md: the hand-written part, then what each transformers architecture carries."""
+    from docs.hf_page import page
+
+    return page(NOTE.format(source="table in backends/hf/carriers.py"))
+
+
+PAGES: dict[str, Callable[[], str]] = {"spec.md": spec_page, "gguf.md": gguf_page, "hf.md": hf_page}
 
 
 def stale() -> list[str]:

@@ -137,16 +137,15 @@ class CoreMLArtifact:
         got = i.type, _dtype(i.args[kinds[i.type]])
         return "" if got == (want, dtype) else f"is stored as {got[0]} of {got[1]}, not {want} of {dtype}"
 
-    def expected(self, name: str, level: str, values: Floats) -> Floats:
-        """Rows of the source as the package must hold them: rounded to float16 where that is the stored type."""
-        half = level == "f16" or (self.compute == "f16" and in_linear(self._params[name]))
-        return values.astype(np.float16).astype(np.float32) if half else values
+    def expected(self, name: str, level: str, start: int, values: Floats) -> Floats:
+        """Rows of the source as the package must hold them: rounded to float16 where that is the stored type.
 
-    def expected_at(self, name: str, level: str, start: int, values: Floats) -> Floats:
-        """`expected` for rows that begin at `start`, since a palette's groups span rows. Groups that are whole in the
-        block are palettized again; the rows of others must have the nearest entry of the table that the package has."""
+        A palette's groups span rows: those that are whole in the block are palettized again; the rows of others must
+        have the nearest entry of the table that the package has.
+        """
         if level not in BITS:
-            return self.expected(name, level, values)
+            half = level == "f16" or (self.compute == "f16" and in_linear(self._params[name]))
+            return values.astype(np.float16).astype(np.float32) if half else values
         rows = self._params[name].shape[0]
         i, group = self._find(name), group_rows(rows)
         tables = _rows(i.args["lut"], None).astype(np.float32).reshape(rows // group, -1)

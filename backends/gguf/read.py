@@ -87,7 +87,7 @@ class Artifact:
             out[lo - start : hi - start] = dense(self.stored_rows(t, piece.to[lo - piece.skip : hi - piece.skip]))
         return out
 
-    def expected(self, name: str, level: str, values: Array) -> Array:
+    def expected(self, name: str, level: str, start: int, values: Array) -> Array:
         """What `rows` must give for these rows of the source: through ggml's own quantizer for a native type."""
         t, piece = self._place(name)
         if t.slot.matrix:

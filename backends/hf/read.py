@@ -156,7 +156,7 @@ class Artifact:
             raise UserError(f"{self.path}: tensor {name} is missing")
         return self._of[name]
 
-    def expected(self, name: str, level: str, values: Floats) -> Floats:
+    def expected(self, name: str, level: str, start: int, values: Floats) -> Floats:
         """These rows of the source as the file must hold them: offsets folded, rounded once to the slot's dtype."""
         shipped = name if name in self._fit.origins else self._stands_in(name)
         slot = self.store.slots[self.store.layout.runs(shipped, 0, 1)[0].tensor]

@@ -121,7 +121,7 @@ class MLXArtifact:
             return packs.to_grid(parts, t.packing, t.dtype)
         return packs.dequantize(parts, t.packing, t.dtype)
 
-    def expected(self, name: str, level: str, values: Floats) -> Floats:
+    def expected(self, name: str, level: str, start: int, values: Floats) -> Floats:
         """Rows of the source as the file must hold them."""
         t, piece = self._place(name)
         parts = encoded(t, piece, values, name)

@@ -172,7 +172,7 @@ class Artifact:
         """Rows of a canonical tensor as the file holds them."""
         return self._weights.rows(name, start, stop)
 
-    def expected(self, name: str, level: str, values: Floats) -> Floats:
+    def expected(self, name: str, level: str, start: int, values: Floats) -> Floats:
         """The source's rows rounded to the level's float type."""
         return decode(encode(values, level), level).reshape(values.shape)
 

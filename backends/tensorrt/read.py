@@ -46,7 +46,7 @@ class Artifact:
         """Rows of a canonical tensor as the graph holds them."""
         return self._weights.rows(name, start, stop)
 
-    def expected(self, name: str, level: str, values: Floats) -> Floats:
+    def expected(self, name: str, level: str, start: int, values: Floats) -> Floats:
         """The source's rows rounded to the level's float type."""
         return graph.rounded(values, level)
 

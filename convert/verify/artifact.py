@@ -165,8 +165,7 @@ class Packed:
         if chosen is not None and chosen.group is not None:
             want: Values = quantize(block, chosen.bits, chosen.group)
         else:
-            at = getattr(self._artifact, "expected_at", None)  # where groups span rows, the place of a block matters
-            want = at(name, level, start, block) if at else self._artifact.expected(name, level, block)
+            want = self._artifact.expected(name, level, start, block)
         return compare_values(self._artifact.rows(name, start, start + len(block)), want, start)
 
     def hashed(self, name: str) -> bool | None:
