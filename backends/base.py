@@ -237,9 +237,9 @@ class Artifact(Protocol):
         ...
 
     def expected(self, name: str, level: str, start: int, values: Floats) -> Floats:
-        """What `rows` must give for these rows of the source at a level that is not on the portable grid: folds applied,
-        rounded to the dtype of the file, through the format's own quantizer for a native level. `start` is their place,
-        for formats whose groups span rows."""
+        """What `rows` must give for these rows of the source at a level that is not on the portable grid: folds
+        applied, rounded to the dtype of the file, through the format's own quantizer for a native level. `start` is
+        their place, for formats whose groups span rows."""
         ...
 
 
