@@ -83,6 +83,7 @@ def ranks(device: str) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), world, chosen)
+        dist.barrier()  # gloo may abort a rank whose peer has left while its own threads still end
     finally:
         dist.destroy_process_group()
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from backends.coreml import names, package
 from backends.coreml.library import coremltools
 from backends.coreml.mil.machine import Machine, States
 from backends.coreml.read import CoreMLArtifact
+from backends.session import NOT_BEGUN, Session, session_length
 from backends.text import Text
 from spec.errors import UserError
 
@@ -92,35 +92,20 @@ class Apple:
         return np.asarray(found[names.LOGITS])[0].astype(np.float32)
 
 
-class CoreMLRuntime:
+class CoreMLRuntime(Session):
     """A package with one sequence in progress; see `backends.base.Runtime`."""
 
     def __init__(self, path: Path, artifact: CoreMLArtifact, engine: Engine, context: int, exact: bool) -> None:
-        self.path, self.artifact, self.engine = path, artifact, engine
-        self._context, self.exact = context, exact
-        self.text = Text.read(path / package.TOKENIZER)
+        text = Text.read(path / package.TOKENIZER)
+        super().__init__(path, text, artifact.spec.vocab_size, context, artifact.spec.context)
+        self.path, self.artifact, self.engine, self.exact = path, artifact, engine, exact
         self._used: int | None = None
 
-    @property
-    def vocab_size(self) -> int:
-        return self.artifact.spec.vocab_size
-
-    @property
-    def context(self) -> int:
-        return self._context
-
-    def _ids(self, ids: NDArray[np.integer], dims: int) -> NDArray[np.int32]:
-        array = np.asarray(ids)
-        if array.ndim != dims or not array.size:
-            raise UserError(f"ids: shape {list(array.shape)}, and {'[B, T]' if dims == 2 else '[T]'} is needed")
-        if array.min() < 0 or array.max() >= self.vocab_size:
-            raise UserError(f"ids: {array.min()}..{array.max()} reach beyond the vocabulary of {self.vocab_size}")
-        return array.astype(np.int32)
+    def _ids(self, ids: NDArray[np.integer], dims: int, used: int = 0) -> NDArray[np.int32]:
+        return self.checked(ids, dims, used).astype(np.int32)
 
     def _continue(self, ids: NDArray[np.int32], used: int) -> Floats:
         """[T] -> [T, V], in calls of at most `CHUNK` tokens."""
-        if used + len(ids) > self._context:
-            raise UserError(f"{used + len(ids)} tokens exceed the session's context of {self._context}")
         parts = [self.engine.run(ids[None, a : a + CHUNK]) for a in range(0, len(ids), CHUNK)]
         self._used = used + len(ids)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -145,26 +130,8 @@ class CoreMLRuntime:
     def step(self, ids: NDArray[np.integer]) -> Floats:
         """Continue it: [T] -> [T, V]."""
         if self._used is None:
-            raise UserError("step: there is no sequence to continue (call prefill first)")
-        return self._continue(self._ids(ids, 1), self._used)
-
-    @property
-    def _text(self) -> Text:
-        if self.text is None:
-            raise UserError(f"{self.path}: has no tokenizer, so it can neither read nor write text")
-        return self.text
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, special tokens and BOS policy included."""
-        return self._text.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> bytes:
-        """Ids to bytes, special tokens left out."""
-        return self._text.decode(ids)
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return self.text.eos_ids if self.text is not None else frozenset()
+            raise UserError(NOT_BEGUN)
+        return self._continue(self._ids(ids, 1, self._used), self._used)
 
     def info(self) -> dict[str, Any]:
         """What runs, where, and how."""
@@ -184,12 +151,6 @@ class CoreMLRuntime:
         """Let go of the sequence."""
         self._used = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 def load(
     path: str | Path, *, threads: int | None = None, context: int | None = None, exact: bool = False
@@ -203,11 +164,7 @@ def load(
     """
     path = Path(path)
     artifact = CoreMLArtifact(path)
-    longest = artifact.spec.context
-    if context is not None and not 1 <= context <= longest:
-        raise UserError(f"context={context}: must be 1..{longest}, the length of the package's states")
-    if threads is not None and threads < 1:
-        raise UserError(f"threads={threads}: must be at least 1")
+    tokens = session_length(context, artifact.spec.context, threads)
     if sys.platform == "darwin" and not exact:
         try:
             with warnings.catch_warnings():
@@ -217,4 +174,4 @@ def load(
             raise UserError(f"{path}: Core ML cannot load it: {' '.join(str(e).split())}") from None
     else:
         engine = Interpreter(artifact, "f32" if exact else "f16")
-    return CoreMLRuntime(path, artifact, engine, context or longest, exact)
+    return CoreMLRuntime(path, artifact, engine, tokens, exact)

@@ -22,6 +22,7 @@ from backends.gguf.recipe import recipe
 from backends.gguf.tokenizer import tokenizer_metadata
 from backends.gguf.twin import twin
 from backends.gguf.types import TYPES, fitting, joined
+from backends.placed import PlacedFile
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import dump
@@ -146,19 +147,6 @@ def _write_header(path: Path, arch: str, keys: dict[str, Any], tensors: Sequence
     return receipt_end, -(-end // ALIGNMENT) * ALIGNMENT
 
 
-def _reserve(fd: int, total: int, path: Path) -> None:
-    """Claim the disk space now, so that a full disk shows before an hour of work."""
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, total)
-        else:
-            os.ftruncate(fd, total)
-    except OSError as e:
-        free = os.statvfs(path.parent)
-        have = free.f_bavail * free.f_frsize
-        raise UserError(f"{path}: {e.strerror}: needs {total / 1e6:,.1f} MB, {have / 1e6:,.1f} MB are free") from None
-
-
 class GGUFWriter:
     """A `backends.base.Writer`: rows of canonical tensors in any order, each once, to their final offsets."""
 
@@ -176,13 +164,12 @@ class GGUFWriter:
             self._receipt_end, self._data = _write_header(
                 out, fit.carrier.arch, keys | {RECEIPT_KEY: " " * self._room}, tensors
             )
-            self._fd = os.open(out, os.O_RDWR)
         except OSError as e:
             out.unlink(missing_ok=True)
             raise UserError(f"{out}: {e.strerror}") from None
+        last = tensors[-1]
+        self._file = PlacedFile(out, self._data + last.offset + -(-last.nbytes // ALIGNMENT) * ALIGNMENT)
         try:
-            last = tensors[-1]
-            _reserve(self._fd, self._data + last.offset + -(-last.nbytes // ALIGNMENT) * ALIGNMENT, out)
             for t in tensors:
                 self._fill(t)
         except BaseException:
@@ -198,15 +185,7 @@ class GGUFWriter:
             self._put(t, 0, np.full(int(np.prod(s.shape)), s.fill, "<f4").view(np.uint8).reshape(1, -1))
 
     def _put(self, t: Stored, row: int, data: NDArray[np.uint8]) -> None:
-        self._pwrite(np.ascontiguousarray(data).data.cast("B"), self._data + t.offset + row * t.row_bytes)
-
-    def _pwrite(self, view: memoryview, at: int) -> None:
-        try:
-            while view:
-                n = os.pwrite(self._fd, view, at)
-                view, at = view[n:], at + n
-        except OSError as e:
-            raise UserError(f"{self.path}: {e.strerror}") from None
+        self._file.write(data, self._data + t.offset + row * t.row_bytes)
 
     def write(self, name: str, start: int, values: Values) -> None:
         """Rows `start...` of a canonical tensor."""
@@ -249,19 +228,12 @@ class GGUFWriter:
         """Write the receipt and flush to disk."""
         lost = {n: r for n, r in self._missing.items() if r}
         assert not lost, f"rows missing (or written twice): {lost}"
-        self._pwrite(memoryview(_padded(receipt, self._room)), self._receipt_end - self._room)
-        os.fsync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
+        self._file.write(_padded(receipt, self._room), self._receipt_end - self._room)
+        self._file.close()
 
     def abort(self) -> None:
         """Close and delete."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self.path.unlink(missing_ok=True)
-
-    _fd = -1
+        self._file.abort()
 
 
 def write_plain(

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from backends import folder
 from backends.base import Planned, QuantizedTensor, Tokenizer, Values
 from backends.hf.config import config
-from backends.hf.container import FileWriter, header, narrow
 from backends.hf.fit import Fit, choose
 from backends.hf.store import TORCH, Slot, Store, describe, pack
+from backends.safetensors import FileWriter, header, narrow
 from spec.config import Spec
 from spec.errors import UserError
 from spec.params import params
@@ -70,11 +70,11 @@ class FolderWriter:
         except OSError as e:
             raise UserError(f"{out}: {e.strerror}") from None
         try:
-            metadata = {LEVELS_KEY: describe(store.levels)}
+            metadata = {"format": "pt", LEVELS_KEY: describe(store.levels)}
             for name, tensors in store.shards().items():
                 self._open(FileWriter(out / name, tensors, metadata))
             if store.dense:
-                self._scales = FileWriter(out / SCALES, store.scales(), {})
+                self._scales = FileWriter(out / SCALES, store.scales(), {"format": "pt"})
                 self._files.append(self._scales)
             self._describe(tokenizer)
             self._fill()

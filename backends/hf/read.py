@@ -16,9 +16,9 @@ from backends.folder import marked_spec, read_mark
 from backends.hf.build import INDEX, LEVELS_KEY, SCALES
 from backends.hf.carriers import BY_ARCH
 from backends.hf.config import config
-from backends.hf.container import FileReader, narrow, widen
 from backends.hf.fit import examine
 from backends.hf.store import BITS, GROUP, TORCH, Slot, Store, codes_of, unpack
+from backends.safetensors import FileReader, narrow, widen
 from spec.config import Spec
 from spec.errors import UserError
 from spec.layout import Run

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backends.folder import marked_spec, read_mark
 from backends.hf.rotary import chosen_by_length
+from backends.session import NOT_BEGUN, Session, session_length
 from backends.text import Text
 from spec.errors import UserError, nearest
 
@@ -24,36 +25,21 @@ LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
 """Where config.json says the context."""
 
 
-class HuggingFaceRuntime:
+class HuggingFaceRuntime(Session):
     """One model with one sequence in progress; see `backends.base.Runtime`."""
 
-    def __init__(self, path: Path, model: Any, context: int, exact: bool, pinned: str) -> None:
+    def __init__(self, path: Path, model: Any, context: int, longest: int, exact: bool, pinned: str) -> None:
+        super().__init__(path, Text.read(path), int(model.config.vocab_size), context, longest)
         self.path, self.exact, self._pinned = path, exact, pinned
         self.model: Any = model
-        self._context, self._device = context, model.device
-        self._text = Text.read(path)
+        self._device = model.device
         self._cache: Any = None
         self._used = 0
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.model.config.vocab_size)
-
-    @property
-    def context(self) -> int:
-        return self._context
 
     def _ids(self, ids: NDArray[np.integer], dims: int, used: int) -> Any:
         import torch
 
-        array = np.asarray(ids)
-        if array.ndim != dims or not array.size:
-            raise UserError(f"ids: shape {list(array.shape)}, and {'[B, T]' if dims == 2 else '[T]'} is needed")
-        if array.min() < 0 or array.max() >= self.vocab_size:
-            raise UserError(f"ids: {array.min()}..{array.max()} reach beyond the vocabulary of {self.vocab_size}")
-        if used + array.shape[-1] > self._context:
-            raise UserError(f"ids: {used + array.shape[-1]} tokens exceed the session's context of {self._context}")
-        return torch.from_numpy(array.astype(np.int64)).to(self._device)
+        return torch.from_numpy(self.checked(ids, dims, used)).to(self._device)
 
     def _forward(self, ids: Any, **options: Any) -> NDArray[np.float32]:
         import torch
@@ -77,31 +63,13 @@ class HuggingFaceRuntime:
     def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """Continue it: [T] -> [T, V]."""
         if self._cache is None:
-            raise UserError("step: there is no sequence to continue (call prefill first)")
+            raise UserError(NOT_BEGUN)
         return self._continue(self._ids(ids, 1, self._used), keep=0)
 
     def _continue(self, ids: Any, keep: int) -> NDArray[np.float32]:
         out = self._forward(ids[None], past_key_values=self._cache, use_cache=True, logits_to_keep=keep)[0]
         self._used += len(ids)
         return out
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, special tokens and BOS policy included."""
-        return self._needs_text.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> bytes:
-        """Ids to bytes, special tokens left out."""
-        return self._needs_text.decode(ids)
-
-    @property
-    def _needs_text(self) -> Text:
-        if self._text is None:
-            raise UserError(f"{self.path}: has no tokenizer.json, so it can neither read nor write text")
-        return self._text
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return self._text.eos_ids if self._text is not None else frozenset()
 
     def info(self) -> dict[str, Any]:
         """What runs, where, and how."""
@@ -125,12 +93,6 @@ class HuggingFaceRuntime:
     def close(self) -> None:
         """Let go of the model."""
         self._cache = self.model = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 @contextlib.contextmanager
@@ -218,9 +180,8 @@ def load(
         with _quiet():
             config = AutoConfig.from_pretrained(path, local_files_only=True)
             limit, boundary = _limit(path, config)
-            if context is not None and not 1 <= context <= limit:
-                raise UserError(f"context={context}: must be between 1 and the model's {limit} tokens")
-            pinned = _pin(config, boundary, context or limit)
+            tokens = session_length(context, limit)
+            pinned = _pin(config, boundary, tokens)
             more = {"attn_implementation": attention} if attention else {}
             model, report = auto.from_pretrained(
                 path, config=config, dtype=chosen, local_files_only=True, use_safetensors=True,
@@ -234,4 +195,4 @@ def load(
         raise
     except Exception as e:  # transformers raises whatever its parts do
         raise UserError(f"{path}: transformers cannot load it: {' '.join(str(e).split())[:300]}") from e
-    return HuggingFaceRuntime(path, model, context or limit, exact, pinned)
+    return HuggingFaceRuntime(path, model, tokens, limit, exact, pinned)

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Floats, Planned, QuantizedTensor, Values
-from backends.hf.container import Tensor
 from backends.hf.fit import Fit
 from backends.hf.names import FUSED_BY_SERVERS, RENAMED
+from backends.safetensors import Tensor, file_names
 from spec.layout import Bound, Layout
 
 BITS = {"q8": 8, "q4": 4}
@@ -124,9 +124,7 @@ class Store:
                 filled = 0
             groups[-1] += tensors
             filled += size
-        if len(groups) == 1:
-            return {"model.safetensors": groups[0]}
-        return {f"model-{n:05}-of-{len(groups):05}.safetensors": g for n, g in enumerate(groups, 1)}
+        return dict(zip(file_names(len(groups)), groups, strict=True))
 
     def scales(self) -> list[Tensor]:
         """Scales of what is stored as floats."""

@@ -110,7 +110,7 @@ class MLXWriter:
     def abort(self) -> None:
         """Close and delete."""
         if self._output is not None:
-            self._output.shut()
+            self._output.abort()
         shutil.rmtree(self.path, ignore_errors=True)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +16,7 @@ from backends.mlx.cache import Cache, new_cache
 from backends.mlx.layout import Piece, Stored, offsets
 from backends.mlx.model import Model
 from backends.mlx.read import MLXArtifact, open_artifact
+from backends.session import NOT_BEGUN, Session, session_length
 from backends.text import Text
 from spec.errors import UserError
 
@@ -24,36 +24,18 @@ CHUNK = 512
 """Tokens computed at once: scores and logits of a long prompt are never in memory all together."""
 
 
-class MLXRuntime:
+class MLXRuntime(Session):
     """One model with one sequence in progress; see `backends.base.Runtime`."""
 
     def __init__(
         self, model: Model, artifact: MLXArtifact, text: Text | None, context: int, device: Any, exact: bool
     ) -> None:
-        self.model, self.artifact, self.text, self.device, self.exact = model, artifact, text, device, exact
-        self._context = context
+        super().__init__(artifact.path, text, artifact.spec.vocab_size, context, artifact.source.context)
+        self.model, self.artifact, self.device, self.exact = model, artifact, device, exact
         self._cache: list[Cache] | None = None
 
-    @property
-    def vocab_size(self) -> int:
-        return self.artifact.spec.vocab_size
-
-    @property
-    def context(self) -> int:
-        return self._context
-
     def _ids(self, ids: NDArray[np.integer], dims: int, used: int) -> NDArray[np.int32]:
-        array = np.asarray(ids)
-        if array.ndim != dims or not array.size:
-            raise UserError(f"ids: shape {list(array.shape)}, and {'[B, T]' if dims == 2 else '[T]'} is needed")
-        if array.min() < 0 or array.max() >= self.vocab_size:
-            raise UserError(f"ids: {array.min()}..{array.max()} reach beyond the vocabulary of {self.vocab_size}")
-        if used + array.shape[-1] > self._context:
-            raise UserError(
-                f"{used + array.shape[-1]} tokens exceed the session's context of {self._context}"
-                + (" (ask for a longer context)" if self._context < self.artifact.source.context else "")
-            )
-        return np.atleast_2d(array).astype(np.int32)
+        return np.atleast_2d(self.checked(ids, dims, used)).astype(np.int32)
 
     def _run(self, ids: NDArray[np.int32], cache: list[Cache], every: bool) -> NDArray[np.float32]:
         """[B, T] ids behind the cached ones to logits [B, T, V], or [B, 1, V] of the last token."""
@@ -86,26 +68,8 @@ class MLXRuntime:
     def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """Continue it: [T] -> [T, V]."""
         if self._cache is None:
-            raise UserError("step: there is no sequence to continue (call prefill first)")
+            raise UserError(NOT_BEGUN)
         return self._run(self._ids(ids, 1, self._cache[0].offset), self._cache, True)[0]
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, special tokens and BOS policy included."""
-        return self._text.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> bytes:
-        """Ids to bytes, special tokens left out."""
-        return self._text.decode(ids)
-
-    @property
-    def _text(self) -> Text:
-        if self.text is None:
-            raise UserError(f"{self.artifact.path}: has no tokenizer.json, so it can neither read nor write text")
-        return self.text
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return self.text.eos_ids if self.text is not None else frozenset()
 
     def info(self) -> dict[str, Any]:
         """Backend, runtime, device, precision, carrier."""
@@ -120,15 +84,8 @@ class MLXRuntime:
         }
 
     def close(self) -> None:
-        """Let go of the cache and the files."""
+        """Let go of the cache."""
         self._cache = None
-        self.artifact.input.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _float32(x: mx.array) -> NDArray[np.float32]:
@@ -150,17 +107,13 @@ def load(
     itself. Raises `UserError`.
     """
     path = Path(path)
-    if threads is not None and threads < 1:
-        raise UserError(f"threads={threads}: must be at least 1")
     artifact = open_artifact(path)
-    longest = artifact.source.context
-    if context is not None and not 1 <= context <= longest:
-        raise UserError(f"context={context}: must be between 1 and the model's {longest} tokens")
+    tokens = session_length(context, artifact.source.context, threads)
     where = mx.cpu if exact else _device(device)
     with mx.stream(where):
         model = build(artifact, exact)
         mx.eval(model.parameters())
-    return MLXRuntime(model, artifact, Text.read(path), context or longest, where, exact)
+    return MLXRuntime(model, artifact, Text.read(path), tokens, where, exact)
 
 
 def devices() -> list[str]:

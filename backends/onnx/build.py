@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from backends.base import Planned, QuantizedTensor, Tokenizer, Values
 from backends.folder import stamp, write_mark, write_tokenizer
 from backends.onnx.layout import CODES, DATA, MODEL, Layout, Profile, constants, encode, layout, pack
+from backends.placed import PlacedFile
 from spec.config import Spec
 from spec.errors import UserError
 
@@ -26,44 +23,18 @@ class DataWriter:
     def __init__(self, path: Path, spec: Spec, places: Layout) -> None:
         self.path, self.places = path, places
         self._missing = {name: self._rows(name) for name in places.levels}
-        self._fd = -1
+        path.unlink(missing_ok=True)
+        self._file = PlacedFile(path, places.nbytes)
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        except OSError as e:
-            raise UserError(f"{path}: {e.strerror}") from None
-        try:
-            self._reserve(places.nbytes)
             for name, start, rows in constants(spec):
                 t = places.tensors[name]
-                self._pwrite(encode(rows, "f32"), t.offset + start * t.row_bytes)
+                self._file.write(encode(rows, "f32"), t.offset + start * t.row_bytes)
         except BaseException:
             self.abort()
             raise
 
     def _rows(self, name: str) -> int:
         return self.places.parts(name)[0].shape[0]
-
-    def _reserve(self, total: int) -> None:
-        """Claim the disk space now, so that a full disk shows before an hour of work."""
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._fd, 0, total)
-            else:
-                os.ftruncate(self._fd, total)
-        except OSError as e:
-            free = shutil.disk_usage(self.path.parent).free
-            raise UserError(
-                f"{self.path}: {e.strerror}: needs {total / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
-            ) from None
-
-    def _pwrite(self, data: NDArray[np.uint8], at: int) -> None:
-        view = memoryview(np.ascontiguousarray(data).data)
-        try:
-            while view:
-                n = os.pwrite(self._fd, view, at)
-                view, at = view[n:], at + n
-        except OSError as e:
-            raise UserError(f"{self.path}: {e.strerror}") from None
 
     def write(self, name: str, start: int, values: Values) -> None:
         """Rows `start...` of a canonical tensor."""
@@ -72,27 +43,22 @@ class DataWriter:
         if isinstance(values, QuantizedTensor):
             codes, scales = parts
             assert values.bits == CODES[level], f"{name}: {values.bits} bits at level {level}"
-            self._pwrite(pack(values, self.places.profile), codes.offset + start * codes.row_bytes)
-            self._pwrite(encode(values.scales, scales.dtype), scales.offset + start * scales.row_bytes)
+            self._file.write(pack(values, self.places.profile), codes.offset + start * codes.row_bytes)
+            self._file.write(encode(values.scales, scales.dtype), scales.offset + start * scales.row_bytes)
         else:
             assert level not in CODES, f"{name}: floats at level {level}"
-            self._pwrite(encode(values, level), parts[0].offset + start * parts[0].row_bytes)
+            self._file.write(encode(values, level), parts[0].offset + start * parts[0].row_bytes)
         self._missing[name] -= values.shape[0]
 
     def close(self) -> None:
         """Flush to disk."""
         lost = {n: r for n, r in self._missing.items() if r}
         assert not lost, f"rows missing (or written twice): {lost}"
-        os.fsync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
+        self._file.close()
 
     def abort(self) -> None:
         """Close and delete."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self.path.unlink(missing_ok=True)
+        self._file.abort()
 
 
 class GraphWriter:

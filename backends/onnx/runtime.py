@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -14,6 +14,7 @@ from backends.base import NotComparable
 from backends.onnx.kernels import Kernel, kernel
 from backends.onnx.layout import MODEL
 from backends.onnx.read import Artifact, open_artifact
+from backends.session import NOT_BEGUN, Session, session_length
 from backends.text import Text
 from spec.errors import UserError
 
@@ -83,39 +84,19 @@ class Caches:
                 self._values[i, kind] = value
 
 
-class OnnxRuntime:
+class OnnxRuntime(Session):
     """A graph in ONNX Runtime with one sequence in progress; see `backends.base.Runtime`."""
 
     def __init__(
         self, artifact: Artifact, session: Any, context: int, device: str, exact: bool, threads: int | None
     ) -> None:
-        self.artifact, self.spec, self.exact, self.threads = artifact, artifact.spec, exact, threads
+        text, spec = Text.read(artifact.path), artifact.spec
+        super().__init__(artifact.path, text, spec.vocab_size, context, spec.context)
+        self.artifact, self.spec, self.exact, self.threads = artifact, spec, exact, threads
         self._session: Any = session
-        self._context, self._device = context, device
+        self._device = device
         self.compute = "f32" if exact else artifact.compute
-        self.text = Text.read(artifact.path)
         self._caches: Caches | None = None
-
-    @property
-    def vocab_size(self) -> int:
-        return self.spec.vocab_size
-
-    @property
-    def context(self) -> int:
-        return self._context
-
-    def _check(self, ids: NDArray[np.integer], dims: int, used: int) -> NDArray[np.int64]:
-        array = np.asarray(ids)
-        if array.ndim != dims or not array.size:
-            raise UserError(f"ids: shape {list(array.shape)}, and {'[B, T]' if dims == 2 else '[T]'} is needed")
-        if array.min() < 0 or array.max() >= self.vocab_size:
-            raise UserError(f"ids: {array.min()}..{array.max()} reach beyond the vocabulary of {self.vocab_size}")
-        if used + array.shape[-1] > self._context:
-            raise UserError(
-                f"{used + array.shape[-1]} tokens exceed the session's context of {self._context} "
-                "(ask for a longer context)"
-            )
-        return array.astype(np.int64)
 
     def _new(self, batch: int) -> Caches:
         return Caches(self.artifact, self.compute, self._device, batch, self._context)
@@ -142,14 +123,14 @@ class OnnxRuntime:
     def logits(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """[B, T] -> [B, T, V], no cache kept. GroupQueryAttention continues one sequence only, so long batches run
         row by row."""
-        checked = self._check(ids, 2, 0)
+        checked = self.checked(ids, 2)
         whole = [checked] if checked.shape[1] <= CHUNK else list(checked[:, None])
         rows = [np.concatenate(list(self._chunked(part, self._new(len(part)))), 1) for part in whole]
         return np.concatenate(rows)
 
     def prefill(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """Start a new sequence: [T] -> [V] logits after the last token."""
-        checked = self._check(ids, 1, 0)
+        checked = self.checked(ids, 1)
         self._caches = self._new(1)
         last = np.empty(0, np.float32)
         for chunk in self._chunked(checked[None], self._caches):
@@ -159,27 +140,9 @@ class OnnxRuntime:
     def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """Continue it: [T] -> [T, V]."""
         if self._caches is None:
-            raise UserError("step: there is no sequence to continue (call prefill first)")
-        checked = self._check(ids, 1, self._caches.used)
+            raise UserError(NOT_BEGUN)
+        checked = self.checked(ids, 1, self._caches.used)
         return np.concatenate(list(self._chunked(checked[None], self._caches)), 1)[0]
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, special tokens and BOS policy included."""
-        return self._words.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> bytes:
-        """Ids to bytes, special tokens left out."""
-        return self._words.decode(ids)
-
-    @property
-    def _words(self) -> Text:
-        if self.text is None:
-            raise UserError(f"{self.artifact.path}: has no tokenizer.json, so it can neither read nor write text")
-        return self.text
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return self.text.eos_ids if self.text is not None else frozenset()
 
     def info(self) -> dict[str, Any]:
         """What runs, where, and how."""
@@ -197,12 +160,6 @@ class OnnxRuntime:
     def close(self) -> None:
         """Let go of the session and the caches."""
         self._caches = self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _message(e: Exception) -> str:
@@ -224,11 +181,7 @@ def load(
     Raises `UserError`; `NotComparable` for a bfloat16 graph without CUDA, since ONNX Runtime's CPU has no kernels.
     """
     artifact = open_artifact(path)
-    longest = artifact.spec.context
-    if context is not None and not 1 <= context <= longest:
-        raise UserError(f"context={context}: must be between 1 and the model's {longest}")
-    if threads is not None and threads < 1:
-        raise UserError(f"threads={threads}: must be at least 1")
+    tokens = session_length(context, artifact.spec.context, threads)
     where = _device(device, "f32" if exact else artifact.compute)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # its warnings are about its own choices
@@ -246,7 +199,7 @@ def load(
         session = ort.InferenceSession(source, options, providers=providers)
     except Exception as e:  # ONNX Runtime's exceptions derive from nothing narrower
         raise UserError(f"{artifact.path}: ONNX Runtime cannot load it: {_message(e)}") from None
-    return OnnxRuntime(artifact, session, context or longest, where, exact, threads)
+    return OnnxRuntime(artifact, session, tokens, where, exact, threads)
 
 
 def devices() -> list[str]:

@@ -5,13 +5,13 @@ Shapes: B batch, T new tokens, L filled cache slots with them, S cache slots, G 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.session import session_length
 from backends.tensorrt import graph
 from backends.tensorrt.build import ENGINE
 from backends.tensorrt.device import Device, device
@@ -131,27 +131,9 @@ class TensorRTRuntime(Sequences):
         compute = "f32" if exact else artifact.compute
         bounds = limits(artifact.spec, compute)
         executor = CudaExecutor(here, plan, bounds, str(artifact.path))
-        super().__init__(executor, bounds, artifact.spec.vocab_size, context)
+        text = Text.read(artifact.path)
+        super().__init__(executor, bounds, artifact.spec.vocab_size, context, artifact.path, text)
         self.artifact, self.compute, self.exact, self._here = artifact, compute, exact, here
-        self.text = Text.read(artifact.path)
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, special tokens and BOS policy included."""
-        return self._words.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> bytes:
-        """Ids to bytes, special tokens left out."""
-        return self._words.decode(ids)
-
-    @property
-    def _words(self) -> Text:
-        if self.text is None:
-            raise UserError(f"{self.artifact.path}: has no tokenizer.json, so it can neither read nor write text")
-        return self.text
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return self.text.eos_ids if self.text is not None else frozenset()
 
     def info(self) -> dict[str, Any]:
         """What runs, where, and how."""
@@ -167,12 +149,6 @@ class TensorRTRuntime(Sequences):
     def close(self) -> None:
         """Let go of the engine and the caches."""
         self._executor = self._caches = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def devices() -> list[str]:
@@ -193,9 +169,7 @@ def load(
     for another GPU or version, `MissingDependency` without TensorRT.
     """
     artifact = open_artifact(path)
-    longest = artifact.spec.context
-    if context is not None and not 1 <= context <= longest:
-        raise UserError(f"context={context}: must be between 1 and the model's {longest}")
+    tokens = session_length(context, artifact.spec.context, threads)
     here = device(str(path))
     if exact:
         model = graph.exact(artifact.path, artifact.compute)
@@ -210,4 +184,4 @@ def load(
             plan = (artifact.path / ENGINE).read_bytes()
         except OSError as e:
             raise UserError(f"{artifact.path / ENGINE}: {e.strerror}") from None
-    return TensorRTRuntime(artifact, here, plan, context or longest, exact)
+    return TensorRTRuntime(artifact, here, plan, tokens, exact)

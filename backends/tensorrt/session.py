@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.session import NOT_BEGUN, Session
 from backends.tensorrt.engine import Limits
+from backends.text import Text
 from spec.errors import UserError
 
 
@@ -29,20 +31,28 @@ class Executor(Protocol):
         ...
 
 
-class Sequences:
+class Sequences(Session):
     """What `backends.base.Runtime` asks of numbers: `logits`, `prefill`, `step`."""
 
-    def __init__(self, executor: Executor, bounds: Limits, vocab_size: int, context: int) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        bounds: Limits,
+        vocab_size: int,
+        context: int,
+        name: object = "",
+        text: Text | None = None,
+    ) -> None:
         """context: tokens of the longest sequence, at most the caches' slots."""
         assert context <= bounds.context
+        super().__init__(name, text, vocab_size, context, bounds.context)
         self._executor, self._bounds = executor, bounds
-        self.vocab_size, self.context = vocab_size, context
         self._used: int | None = None
         self._caches: Any = None
 
     def logits(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """[B, T] -> [B, T, V], no cache kept."""
-        checked = self._checked(ids, 2, 0)
+        checked = self.checked(ids, 2)
         rows = []
         for i in range(0, len(checked), self._bounds.batch):
             part = checked[i : i + self._bounds.batch]
@@ -51,7 +61,7 @@ class Sequences:
 
     def prefill(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """Start a new sequence: [T] -> [V] logits after the last token."""
-        checked = self._checked(ids, 1, 0)
+        checked = self.checked(ids, 1)
         self._used = None
         if self._caches is None:
             self._caches = self._executor.caches(1)
@@ -64,22 +74,11 @@ class Sequences:
     def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """Continue it: [T] -> [T, V]."""
         if self._used is None:
-            raise UserError("step: there is no sequence to continue (call prefill first)")
-        checked = self._checked(ids, 1, self._used)
+            raise UserError(NOT_BEGUN)
+        checked = self.checked(ids, 1, self._used)
         out = np.concatenate(list(self._pieces(checked[None], self._used, self._caches)), 1)[0]
         self._used += len(checked)
         return out
-
-    def _checked(self, ids: NDArray[np.integer], dims: int, used: int) -> NDArray[np.int64]:
-        array = np.asarray(ids)
-        if array.ndim != dims or not array.size:
-            raise UserError(f"ids: shape {list(array.shape)}, and {'[B, T]' if dims == 2 else '[T]'} is needed")
-        if array.min() < 0 or array.max() >= self.vocab_size:
-            raise UserError(f"ids: {array.min()}..{array.max()} reach beyond the vocabulary of {self.vocab_size}")
-        total = used + array.shape[-1]
-        if total > self.context:
-            raise UserError(f"{total} tokens exceed the session's context of {self.context} (ask for a longer context)")
-        return array.astype(np.int64)
 
     def _pieces(self, ids: NDArray[np.int64], at: int, caches: Any) -> Iterator[NDArray[np.float32]]:
         for i in range(0, ids.shape[1], self._bounds.chunk):

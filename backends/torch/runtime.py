@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from backends.session import NOT_BEGUN, Session
 from backends.text import Text
 from backends.torch.cache import Cache
 from backends.torch.checkpoint import load_decoder
@@ -23,29 +23,17 @@ DTYPES = {
 }  # fmt: skip
 
 
-class TorchRuntime:
+class TorchRuntime(Session):
     """One decoder with one sequence in progress; see `backends.base.Runtime`."""
 
     def __init__(self, decoder: Decoder, text: Text | None = None, name: str = "decoder") -> None:
-        self.decoder, self.text, self.name = decoder.eval(), text, name
+        super().__init__(name, text, decoder.spec.vocab_size, decoder.length)
+        self.decoder = decoder.eval()
         self._device = decoder.embed.weight.device
         self._cache: Cache | None = None
 
-    @property
-    def vocab_size(self) -> int:
-        return self.decoder.spec.vocab_size
-
-    @property
-    def context(self) -> int:
-        return self.decoder.length
-
-    def _ids(self, ids: NDArray[np.integer], dims: int) -> Tensor:
-        array = np.asarray(ids)
-        if array.ndim != dims or not array.size:
-            raise UserError(f"ids: shape {list(array.shape)}, and {'[B, T]' if dims == 2 else '[T]'} is needed")
-        if array.min() < 0 or array.max() >= self.vocab_size:
-            raise UserError(f"ids: {array.min()}..{array.max()} reach beyond the vocabulary of {self.vocab_size}")
-        return torch.from_numpy(array.astype(np.int64)).to(self._device)
+    def _ids(self, ids: NDArray[np.integer], dims: int, used: int = 0) -> Tensor:
+        return torch.from_numpy(self.checked(ids, dims, used)).to(self._device)
 
     @torch.no_grad()
     def logits(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -61,26 +49,8 @@ class TorchRuntime:
     def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """Continue it: [T] -> [T, V]."""
         if self._cache is None:
-            raise UserError("step: there is no sequence to continue (call prefill first)")
-        return _float32(self.decoder.step(self._ids(ids, 1)[None], self._cache)[0])
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, special tokens and BOS policy included."""
-        return self._text.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> bytes:
-        """Ids to bytes, special tokens left out."""
-        return self._text.decode(ids)
-
-    @property
-    def _text(self) -> Text:
-        if self.text is None:
-            raise UserError(f"{self.name}: has no tokenizer.json, so it can neither read nor write text")
-        return self.text
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return self.text.eos_ids if self.text is not None else frozenset()
+            raise UserError(NOT_BEGUN)
+        return _float32(self.decoder.step(self._ids(ids, 1, self._cache.length)[None], self._cache)[0])
 
     def info(self) -> dict[str, Any]:
         """Backend, device, precision, versions, parameters."""
@@ -101,12 +71,6 @@ class TorchRuntime:
     def close(self) -> None:
         """Let go of the cache."""
         self._cache = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _float32(x: Tensor) -> NDArray[np.float32]:

@@ -157,10 +157,10 @@ def test_an_aborted_folder_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int, total: int) -> None:
+    def full(fd: int, start: int, total: int) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(container, "_reserve", full)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(UserError, match="No space left"):
         build.writer(SPEC, plan(SPEC, "q4"), None, tmp_path / "m", level="q4", metadata={}, threads=1)
     assert not (tmp_path / "m").exists()

@@ -75,7 +75,7 @@ def test_context_sizes_the_session(checkpoint: Path) -> None:
     assert runtime.context == 10
     runtime.prefill(np.arange(9))
     runtime.step(np.array([1]))
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="exceed"):
         runtime.step(np.array([1]))
     with pytest.raises(UserError, match="exceed"):
         runtime.logits(np.arange(11)[None])

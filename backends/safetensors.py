@@ -1,4 +1,5 @@
-"""Safetensors files: laid out before the first row arrives, written and read at their final places.
+"""Safetensors files as folders of several backends hold them: laid out before the first row arrives, written and read
+at their final places.
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data without holes.
 """
@@ -8,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,16 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.placed import PlacedFile
 from spec.errors import UserError
 
-WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
-STORED: Mapping[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<u4", "I64": "<i8"}
+STORED: Mapping[str, str] = {
+    "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<u4", "U32": "<u4", "I64": "<i8", "U8": "u1",
+}  # fmt: skip
 """How the bytes of a dtype are handled in NumPy."""
+WIDTHS = {name: np.dtype(kind).itemsize for name, kind in STORED.items()}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file."""
+    """A tensor of a file; a vector's rows are its elements."""
 
     name: str
     dtype: str
@@ -64,9 +67,16 @@ def widen(x: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return x.astype(np.float32, copy=False)
 
 
+def file_names(count: int) -> list[str]:
+    """How Hugging Face names one file, or several."""
+    return ["model.safetensors"] if count == 1 else [
+        f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)
+    ]  # fmt: skip
+
+
 def header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """A file's first bytes, and where each tensor begins. Wide dtypes come first, so that all are aligned."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     at, starts = 0, {}
     for t in sorted(tensors, key=lambda t: -WIDTHS[t.dtype]):
         entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
@@ -79,64 +89,35 @@ def header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> tuple[byte
 
 
 class FileWriter:
-    """One file, its space claimed at once so that a full disk shows before an hour of work."""
+    """One file with its header in place and its space claimed. Raises `UserError`."""
 
     def __init__(self, path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> None:
         self.path = path
         lead, self._at = header(tensors, metadata)
         self.tensors = {t.name: t for t in tensors}
-        self._fd = -1
-        total = len(lead) + sum(t.nbytes for t in tensors)
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._fd, 0, total)
-            else:
-                os.ftruncate(self._fd, total)
-            self._pwrite(memoryview(lead), 0)
-        except OSError as e:
-            self.abort()
-            raise UserError(f"{path}: {e.strerror}: needs {total / 1e6:,.1f} MB") from None
-
-    def _pwrite(self, view: memoryview, at: int) -> None:
-        try:
-            while view:
-                n = os.pwrite(self._fd, view, at)
-                view, at = view[n:], at + n
-        except OSError as e:
-            raise UserError(f"{self.path}: {e.strerror}") from None
+        self._file = PlacedFile(path, len(lead) + sum(t.nbytes for t in tensors))
+        self._file.write(lead, 0)
 
     def rows(self, name: str, start: int, data: NDArray[Any]) -> None:
         """Rows start... of a tensor, in its stored dtype."""
         t = self.tensors[name]
-        view = memoryview(np.ascontiguousarray(data).view(np.uint8).reshape(-1).data)
-        self._pwrite(view, self._at[name] + start * t.row_bytes)
+        assert data.dtype == np.dtype(STORED[t.dtype]), f"{name}: {data.dtype} for {t.dtype}"
+        self._file.write(data, self._at[name] + start * t.row_bytes)
 
     def columns(self, name: str, start: int, data: NDArray[Any]) -> None:
         """Columns start... of a matrix, given as rows: one write for each row of the file, nothing kept."""
         t = self.tensors[name]
         width, at = WIDTHS[t.dtype], self._at[name]
-        across = np.ascontiguousarray(data.T)
-        for i, row in enumerate(across):
-            self._pwrite(memoryview(row.view(np.uint8).data), at + (i * t.shape[1] + start) * width)
+        for i, row in enumerate(np.ascontiguousarray(data.T)):
+            self._file.write(row, at + (i * t.shape[1] + start) * width)
 
     def close(self) -> None:
         """Flush to disk."""
-        try:
-            os.fsync(self._fd)
-        except OSError as e:
-            raise UserError(f"{self.path}: {e.strerror}") from None
-        finally:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
     def abort(self) -> None:
         """Close and delete."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
+        self._file.abort()
 
 
 class FileReader:
@@ -145,22 +126,25 @@ class FileReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            size = path.stat().st_size
             with path.open("rb") as f:
+                size = os.fstat(f.fileno()).st_size
                 length = int.from_bytes(f.read(8), "little")
-                if 8 + length > size:
-                    raise UserError(f"{path}: truncated: its header needs {8 + length} bytes, it has {size}")
-                entries = json.loads(f.read(length))
-            self.metadata: dict[str, str] = entries.pop("__metadata__", {})
-            self.tensors = {n: Tensor(n, str(e["dtype"]), tuple(e["shape"])) for n, e in entries.items()}
-            self._at = {n: 8 + length + int(e["data_offsets"][0]) for n, e in entries.items()}
-            end = max((8 + length + int(e["data_offsets"][1]) for e in entries.values()), default=8 + length)
+                entries = json.loads(f.read(length)) if 2 <= length <= size - 8 else None
+            self.metadata: dict[str, str] = entries.pop("__metadata__", {})  # type: ignore[union-attr]
+            self.tensors = {n: Tensor(n, str(e["dtype"]), tuple(e["shape"])) for n, e in entries.items()}  # type: ignore[union-attr]
+            spans = {n: (int(e["data_offsets"][0]), int(e["data_offsets"][1])) for n, e in entries.items()}  # type: ignore[union-attr]
+            sizes = {n: t.nbytes for n, t in self.tensors.items()}
         except OSError as e:
             raise UserError(f"{path}: {e.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            raise UserError(f"{path}: no safetensors file ({type(e).__name__})") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise UserError(f"{path}: not a safetensors file, or its head is damaged") from None
+        for n, (start, stop) in spans.items():
+            if stop - start != sizes[n]:
+                raise UserError(f"{path}: {n}: {sizes[n]} bytes in a place of {stop - start}")
+        end = 8 + length + max((stop for _, stop in spans.values()), default=0)
         if end != size:
             raise UserError(f"{path}: truncated or padded: its header needs {end} bytes, it has {size}")
+        self._at = {n: 8 + length + start for n, (start, _) in spans.items()}
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows start..stop as stored."""
