@@ -20,7 +20,7 @@ REGISTRY: tuple[Backend, ...] = (
     ),
     Backend(
         "mlx", "backends.mlx", "", "mlx", (), ("mlx",), packages=("mlx", "mlx-lm"),
-        tool="mlx_lm.generate --model {name} --trust-remote-code --prompt 'Once upon a time'",
+        tool="mlx_lm.generate --model {name}{flags} --prompt 'Once upon a time'",
     ),
     Backend(
         "onnx", "backends.onnx", "", "onnx", ("onnx", "onnx_ir"), ("onnxruntime",), ("genai_config.json",),
@@ -71,7 +71,12 @@ def versions(backend: Backend) -> dict[str, str]:
 
 def devices(backend: Backend) -> list[str]:
     """Where an installed backend can run here, best first; empty where it cannot."""
-    return list(part(backend, "runtime").devices()) if not missing(backend) and has(backend, "runtime") else []
+    if missing(backend) or not has(backend, "runtime"):
+        return []
+    try:
+        return list(part(backend, "runtime").devices())
+    except Exception as e:  # a package that is there and does not import is that backend's trouble alone
+        return [f"broken: {type(e).__name__}: {' '.join(str(e).split())[:120]}"]
 
 
 def part(backend: Backend, name: str) -> Any:

@@ -113,6 +113,8 @@ class Support:
     """Why not: each names the field, its value, and the nearest thing that works. Empty means carried."""
     notes: tuple[str, ...] = ()
     """What a user should know though nothing is lost (a matrix that stays f16 and why)."""
+    flags: str = ""
+    """What the backend's own tool wants on its command line for this carrier."""
 
     @property
     def ok(self) -> bool:
@@ -310,7 +312,7 @@ class Backend:
     packages: tuple[str, ...] = ()
     """Distributions whose versions a report names."""
     tool: str = ""
-    """How its own tools run an artifact called {name}, for the model card."""
+    """How its own tools run an artifact called {name}, for the model card; {flags} are the carrier's."""
 
 
 def recognise(path: Path, backends: Sequence[Backend]) -> Backend | None:

@@ -27,8 +27,12 @@ def read_mark(folder: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{file}: cannot be read ({e})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: not a JSON object")
+    options = data.get("options", {}) if isinstance(data, dict) else None
+    if not isinstance(options, dict) or not all(isinstance(v, str) for v in options.values()):
+        raise UserError(f"{file}: damaged: no mark of a converted folder")
+    for key, kind in (("backend", str), ("level", str), ("spec", str), ("receipt", dict)):
+        if not isinstance(data.get(key, kind()), kind):
+            raise UserError(f"{file}: damaged: {key} is no {'mapping' if kind is dict else 'text'}")
     return data
 
 

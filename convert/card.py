@@ -43,7 +43,8 @@ def card(result: Result, backend: Backend, receipt: dict[str, Any], report: Repo
         lines += [report.markdown(), ""]
     lines += ["## Use", "", "```", f"python -m backends generate {name} --prompt 'Once upon a time'"]
     if backend.tool:
-        lines.append(backend.tool.format(name=name))
+        flags = f" {result.support.flags}" if result.support.flags else ""
+        lines.append(backend.tool.format(name=name, flags=flags))
     lines += [f"python -m convert.verify {name} --source CHECKPOINT", "```", ""]
     if backends.has(backend, "card"):
         lines += ["```swift", backends.part(backend, "card").snippet(name).rstrip(), "```", ""]

@@ -123,12 +123,16 @@ def _say(message: str) -> None:
     sys.stderr.write(message + "\n")
 
 
+class Terminated(BaseException):
+    """SIGTERM."""
+
+
 @contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C, so that nothing partial is left behind."""
 
     def stop(*_: object) -> None:
-        raise SystemExit(143)
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -147,6 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _say("convert: interrupted; nothing was written")
         sys.exit(130)
+    except Terminated:
+        _say("convert: terminated; nothing was written")
+        sys.exit(143)
     except ValueError as e:
         from spec.errors import UserError  # brings the whole schema, which --help can do without
 

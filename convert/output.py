@@ -10,23 +10,30 @@ from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
-from backends.base import Backend, recognise
+from backends.base import Backend
 from backends.folder import read_mark
 from spec.errors import UserError
 
 PARTIAL = ".partial"
-
-
 REPLACED = ".replaced"
+
+
+def receipt_beside(out: Path) -> Path:
+    """The sidecar of an artifact with a suffix: the receipt with the whole report."""
+    return out.with_name(out.name + ".receipt.json")
 
 
 def check(out: Path, backend: Backend, force: bool) -> None:
     """Whether `out` may be written; artifacts keep their suffix, so that no other file is taken for one, and a folder
     is only ever replaced where a conversion made it. Raises `UserError`."""
-    if backend.suffix and out.suffix != backend.suffix and not out.is_dir():
-        raise UserError(f"--out {out}: must end with {backend.suffix}")
+    if out.name in ("", ".."):
+        raise UserError(f"--out {out}: is no name for an artifact; write one, as in {out / ('model' + backend.suffix)}")
     if out.is_dir() and not backend.folder:
         raise UserError(f"--out {out}: is a folder; name the file")
+    if backend.suffix and out.suffix != backend.suffix:
+        raise UserError(f"--out {out}: must end with {backend.suffix}")
+    if out.is_symlink() and (backend.folder or not out.exists()):
+        raise UserError(f"--out {out}: is a symbolic link; name the place that it leads to")
     if out.exists() and not force:
         raise UserError(f"--out {out}: exists; --force replaces it once the new one is whole and verified")
     if out.exists() and backend.folder and not replaceable(out, backend):
@@ -41,11 +48,11 @@ def check(out: Path, backend: Backend, force: bool) -> None:
 
 
 def replaceable(out: Path, backend: Backend) -> bool:
-    """Whether a folder may be replaced: it is empty, or the same backend's artifact."""
-    if not out.is_dir() or out.is_symlink():
+    """Whether a folder may be replaced: it is empty, or has the mark or the sidecar of the same backend's artifact."""
+    if not out.is_dir():
         return False
-    found = recognise(out, [backend])
-    return not any(out.iterdir()) or (found is not None and bool(backend.suffix or read_mark(out)))
+    ours = receipt_beside(out).is_file() if backend.suffix else read_mark(out).get("backend") == backend.name
+    return ours or not any(out.iterdir())
 
 
 def check_space(out: Path, need: int) -> None:
@@ -95,18 +102,26 @@ def reserved(out: Path, *beside: Path) -> Iterator[Path]:
     """
     lock = out.with_name(out.name + ".lock")
     fd = _locked(out, lock)
-    path, aside = partial(out), out.with_name(out.name + REPLACED)
+    path = partial(out)
     try:
-        if aside.exists():  # a conversion was killed between the two renames of `publish`
-            _remove(aside) if out.exists() else aside.rename(out)
+        _restore(out)  # a conversion was killed between the two renames of `publish`
         _remove(path)
         yield path
     finally:
         _remove(path)
+        _restore(out)
         for left in (*map(partial, beside), lock):
             with suppress(OSError):
                 left.unlink(missing_ok=True)
         os.close(fd)
+
+
+def _restore(out: Path) -> None:
+    """What stepped aside for a new folder comes back, or goes where the new one is in its place."""
+    aside = out.with_name(out.name + REPLACED)
+    with suppress(OSError):
+        if aside.exists():
+            _remove(aside) if out.exists() else aside.rename(out)
 
 
 def _remove(path: Path) -> None:
@@ -150,19 +165,14 @@ def publish(path: Path, out: Path) -> None:
 
 def _publish_folder(path: Path, out: Path) -> None:
     """A folder cannot replace another in one step: the old one steps aside, and comes back if anything goes wrong."""
-    for f in path.rglob("*"):
+    for f in (path, *path.rglob("*")):
         _sync(f)
-    aside = out.with_name(out.name + REPLACED)
-    old = out.exists()
-    if old:
-        out.rename(aside)
+    if out.exists():
+        out.rename(out.with_name(out.name + REPLACED))
     try:
         path.rename(out)
-    except OSError:
-        if old:
-            aside.rename(out)
-        raise
-    _remove(aside)
+    finally:
+        _restore(out)
 
 
 def _sync(path: Path) -> None:

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import backends
 from backends import folder
-from backends.base import Backend, ContentHash, Planned, Support, Writer
+from backends.base import Backend, ContentHash, Option, Planned, Support, Writer
 from backends.threads import share_cores
 from convert import card, levels, output, recipe, stream
 from convert import receipt as receipts
 from convert.levels import LEVELS
 from convert.sources import Source, open_source
 from spec.config import Spec
-from spec.errors import UserError, nearest
+from spec.errors import MissingDependency, UserError, nearest
 
 if TYPE_CHECKING:
     from convert.verify import Check, Report
@@ -159,13 +159,14 @@ def convert_all(
     share_cores()
     job = _prepare(source, targets, level, out, options or {}, threads)
     with job.source:
+        if verify and not check:
+            _check_runtimes([t.backend for t in job.targets])
         for t in job.targets:
             output.check(t.path, t.backend, force)
         results = [_expected(job, t) for t in job.targets]
         for t, result in zip(job.targets, results, strict=True):
             output.check_space(t.path, sum(r.size for r in results if r.out.parent == result.out.parent))
-        if text is not None and not Path(text).is_file():
-            raise UserError(f"--text {text}: no such file")
+        _check_text(text)
         if check:
             seconds = _estimate(job)
             for result in results:
@@ -181,21 +182,38 @@ def convert_all(
                 result.file_bits = output.weight_bits(partial, t.backend.name, result.weights)
                 if verify:
                     result.report = _verify(job, t, partial, text, on_check)
+            for t, partial, result in zip(job.targets, partials, results, strict=True):
                 if not result.failed:
                     _finish(t, partial, result)
     return results
 
 
+def _check_text(text: str | Path | None) -> None:
+    """What `--text` names can be read: now, not after the conversion."""
+    from convert.verify.sample import read_text
+
+    if text is not None and not Path(text).is_file():
+        raise UserError(f"--text {text}: no such file")
+    try:
+        read_text(text)
+    except UserError as e:
+        raise UserError(f"--text {e}") from None
+
+
 def _finish(t: Target, partial: Path, result: Result) -> None:
     """The receipt with what was measured, the card, and the name."""
     result.receipt["parity"] = receipts.parity(result.report)
-    t.build.stamp(partial, result.receipt)
     report = result.report.to_dict() if result.report else None
     described = card.card(result, t.backend, result.receipt, result.report)
     beside = _beside(t)
+    try:
+        t.build.stamp(partial, result.receipt)
+        if not beside:
+            folder.stamp(partial, result.receipt, report)
+            (partial / card.INSIDE).write_text(described, encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{e.filename or t.path}: {e.strerror or e}") from None
     if not beside:
-        folder.stamp(partial, result.receipt, report)
-        (partial / card.INSIDE).write_text(described, encoding="utf-8")
         output.publish(partial, t.path)
         return
     sidecar = json.dumps({**result.receipt, "report": report}, indent=1, sort_keys=True) + "\n"
@@ -207,7 +225,7 @@ def _finish(t: Target, partial: Path, result: Result) -> None:
 
 def _beside(t: Target) -> tuple[Path, ...]:
     """Where receipt, report and card go: beside an artifact that has a suffix, else into the folder itself."""
-    return (receipts.beside(t.path), card.beside(t.path)) if t.backend.suffix else ()
+    return (output.receipt_beside(t.path), card.beside(t.path)) if t.backend.suffix else ()
 
 
 def _backends(names: Sequence[str]) -> list[Backend]:
@@ -223,16 +241,32 @@ def _backends(names: Sequence[str]) -> list[Backend]:
 
 def _options(chosen: Sequence[Backend], options: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Every target's options, defaults filled in. Raises `UserError`."""
-    known = {b.name: {o.name: o for o in getattr(backends.part(b, "support"), "OPTIONS", ())} for b in chosen}
+    known = {b.name: {o.name: o for o in _declared(b)} for b in chosen}
     for name, value in options.items():
         having = [b for b in known if name in known[b]]
         if not having:
-            raise UserError(f"--{name} {value}: {', '.join(known)} has no such option")
-        choices = tuple(dict.fromkeys(c for b in having for c in known[b][name].choices))
+            others = [b.name for b in backends.REGISTRY if any(o.name == name for o in _declared(b))]
+            raise UserError(f"--{name} {value}: no option of {', '.join(known)} (it is one of {', '.join(others)})")
         for b in having:
-            if value not in known[b][name].choices:
+            choices = known[b][name].choices
+            if value not in choices:
                 raise UserError(f"--{name} {value}: {b} has no such choice ({nearest(value, choices)})")
     return {b: {name: options.get(name, o.default) for name, o in known[b].items()} for b in known}
+
+
+def _declared(backend: Backend) -> tuple[Option, ...]:
+    return getattr(backends.part(backend, "support"), "OPTIONS", ()) if backends.has(backend, "support") else ()
+
+
+def _check_runtimes(chosen: Sequence[Backend]) -> None:
+    """Verification runs the artifact: what that needs is there before any work. Raises `MissingDependency`."""
+    for b in chosen:
+        absent = backends.missing(b)
+        if absent:
+            raise MissingDependency(
+                f"--to {b.name}: verification runs the artifact, which needs {', '.join(absent)}: "
+                f"pip install 'allotrope[{b.extra}]' (or --no-verify)"
+            )
 
 
 def _prepare(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import backends
@@ -70,8 +69,3 @@ def parity(report: Report | None) -> dict[str, Any]:
         for c in report.checks
     }  # fmt: skip
     return {"verified": True, "tokens": report.tokens, "checks": checks}
-
-
-def beside(out: Path) -> Path:
-    """The sidecar that holds the receipt with the whole report."""
-    return out.with_name(out.name + ".receipt.json")

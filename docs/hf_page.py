@@ -66,6 +66,7 @@ def _cells(c: Carrier) -> tuple[tuple[str, ...], ...]:
         ),
         (
             ("gated" if c.gated else "plain") + f" {c.activation or 'any'}",
+            _if(c.lacks, "no " + " ".join(sorted(c.lacks))),
             _if(biases & {"gate", "up", "down"}, "bias"),
             _if(c.hidden_times, f"hidden = {c.hidden_times} x width"),
         ),

@@ -159,6 +159,12 @@ class Rope(Model):
     scaling: RopeScaling | None = None
     """Context extension."""
 
+    @model_validator(mode="after")
+    def _yarn_needs_a_base(self) -> Self:
+        if self.theta == 1 and isinstance(self.scaling, YarnScaling):
+            raise ValueError("theta must exceed 1 with yarn scaling")
+        return self
+
     def rotary_dim(self, head_dim: int) -> int:
         """Number of rotated dimensions of a head of `head_dim`."""
         return int(head_dim * self.fraction)
@@ -362,7 +368,7 @@ class Spec(Model):
     """Width of the residual stream (d_model)."""
     depth: Annotated[int, Field(ge=1, le=4096, strict=True)]
     """Number of layers."""
-    context: Size
+    context: Annotated[int, Field(ge=2, lt=2**31, strict=True)]
     """Longest sequence that the model is meant for, in tokens."""
     embedding: Embedding = Embedding()
     block: Block

@@ -33,7 +33,8 @@ def support(spec: Spec, level: str, *, compute: str = "") -> Support:
         return Support("mlx", refusals=(f"{why} (choose {' or '.join(allowed)}, or another level)",))
     compute = compute or allowed[0]
     fit = choose(spec, level, compute)
-    return Support("mlx", fit.carrier, fit.folds, (), tuple(_notes(spec, level, compute, fit.carrier)))
+    flags = "--trust-remote-code" if fit.carrier == BUNDLED else ""
+    return Support("mlx", fit.carrier, fit.folds, (), tuple(_notes(spec, level, compute, fit.carrier)), flags)
 
 
 def _notes(spec: Spec, level: str, compute: str, carrier: str) -> list[str]:

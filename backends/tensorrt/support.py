@@ -56,7 +56,7 @@ def support(spec: Spec, level: str, *, compute: str = "") -> Support:
 
 def _notes(spec: Spec, level: str, compute: str) -> list[str]:
     out = [
-        "the graph is known to parse and build (TensorRT-RTX); the engine is built on the GPU that it is for, by "
+        "TensorRT-RTX parses and builds graphs of every feature; the engine is built on the GPU that it is for, by "
         "tensorrt 10.15 or later, which then holds about 3 to 4 times the weights in memory"
     ]
     bounds = limits(spec, compute)

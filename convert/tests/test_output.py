@@ -84,7 +84,7 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no mlx artifact of ours"):
         output.check(artifact(tmp_path / "other", backend="onnx"), MLX, force=True)
     (tmp_path / "link").symlink_to(artifact(tmp_path / "linked"))
-    with pytest.raises(UserError, match=r"is no mlx artifact of ours"):
+    with pytest.raises(UserError, match=r"is a symbolic link"):
         output.check(tmp_path / "link", MLX, force=True)
 
 
@@ -93,6 +93,43 @@ def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
         output.check(artifact(tmp_path / "out"), MLX, force=False)
 
 
+def test_a_package_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
+    package = tmp_path / "theirs.mlpackage"
+    package.mkdir()
+    (package / "Manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is no coreml artifact of ours"):
+        output.check(package, get("coreml"), force=True)
+    output.receipt_beside(package).write_text("{}")
+    output.check(package, get("coreml"), force=True)
+
+
+@pytest.mark.parametrize("out", [".", "", "..", "a/.."])
+def test_an_artifact_needs_a_name(out: str) -> None:
+    with pytest.raises(UserError, match=r"is no name for an artifact"):
+        output.check(Path(out), MLX, force=True)
+
+
+def test_an_interrupt_between_the_renames_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = artifact(tmp_path / "out")
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name.endswith(output.PARTIAL):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with output.reserved(out) as partial:
+        artifact(partial, "new")
+        monkeypatch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            output.publish(partial, out)
+    assert content(out) == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_package_keeps_its_suffix(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"must end with .mlpackage"):
-        output.check(tmp_path / "model", get("coreml"), force=False)
+    (tmp_path / "empty").mkdir()
+    for name in ("model", "empty"):
+        with pytest.raises(UserError, match=r"must end with .mlpackage"):
+            output.check(tmp_path / name, get("coreml"), force=True)

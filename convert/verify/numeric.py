@@ -184,10 +184,10 @@ def stepwise(runtime: Runtime, ids: Array, until: int = 24) -> tuple[Array, slic
 
 
 def check_cached(run: Array, tokens: slice, emulation: Emulation, layers: int, precision: str) -> Check:
-    """The stock runtime's cache: what `stepwise` returned against the float64 oracle, all at once."""
+    """The cache of the runtime as shipped: what `stepwise` returned against the float64 oracle, all at once."""
     control = emulation.control(1, tokens)
     gate = gates.gate("arithmetic", precision, control, layers=layers, positions=tokens.stop)
-    what = f"prefill {tokens.start + 1}, then token by token to {tokens.stop}, in the stock runtime"
+    what = f"prefill {tokens.start + 1}, then token by token to {tokens.stop}, in the runtime as shipped"
     return judge("invariants", run, emulation.exact[:, tokens], gate, what, precision=precision)
 
 

@@ -197,7 +197,7 @@ class Session:
         return self.graphs[0]
 
     def arithmetic(self) -> Check:
-        what = f"stock runtime against float64 on the same dequantized weights, {self.ids.shape[1]} tokens"
+        what = f"the runtime as shipped against float64 on the same dequantized weights, {self.ids.shape[1]} tokens"
         spec, precision = self.shipped.spec, self.shipped.precision
         check = numeric.check_arithmetic(self.ran.logits, self.emulation, spec.depth, precision, what)
         longest = max((b.attention.window or 0 for b in spec.layers), default=0)
@@ -243,7 +243,7 @@ def _twin_ids(spec: Spec) -> Array:
 
 CHECKS: tuple[str, ...] = ("packing", "runtime", "graph", "arithmetic", "invariants", "quality", "tokenizer")
 """In order: cheap before dear, and each needs only what those before it have shown."""
-RAN = ("runtime", "graph", "arithmetic", "invariants")
+RAN = ("runtime", "graph", "arithmetic", "invariants", "quality")
 """What an interpreter can only emulate."""
 
 

@@ -126,7 +126,7 @@ def specs(draw: st.DrawFn) -> Data:
         block["placement"] = "pre"
     data: Data = {
         "vocab_size": draw(st.integers(1, 100)), "width": draw(st.integers(1, 64)), "depth": depth,
-        "context": draw(st.integers(1, 128)), "block": {**block, **parallel},
+        "context": draw(st.integers(2, 128)), "block": {**block, **parallel},
     }  # fmt: skip
     if not parallel.get("shared_norm"):
         data |= draw(some(pattern=st.lists(patches(head_dim), min_size=1, max_size=depth)))

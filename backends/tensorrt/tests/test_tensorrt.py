@@ -106,7 +106,7 @@ def test_compute_follows_the_level_and_never_rounds_weights_again() -> None:
 def test_notes_say_what_a_user_should_know() -> None:
     notes = " ".join(support(FEATURES["uneven_width"], "q4").notes)
     for told in (
-        "known to parse and build",
+        "parses and builds graphs of every feature",
         "MB; prompts go in pieces",
         "stay f16",
         "groups of 32",
@@ -121,7 +121,7 @@ def test_a_check_answers_without_tensorrt_and_a_conversion_says_what_to_install(
     write_checkpoint(tmp_path / "model", LLAMA, tokenizer=False)
     expected = convert(tmp_path / "model", "tensorrt", "q4", tmp_path / "out", check=True)
     assert expected.options == {} and expected.size > 1_000_000
-    assert any("known to parse and build" in n for n in expected.notes)
+    assert any("parses and builds graphs of every feature" in n for n in expected.notes)
     with pytest.raises(UserError, match=r"^--to tensorrt: ") as told:
         convert(tmp_path / "model", "tensorrt", "q4", tmp_path / "out")
     assert len(str(told.value).splitlines()) == 1
