@@ -49,7 +49,7 @@ def spec_for(c: Carrier, seed: int) -> Spec:
         attention["qk_norm"] = {"kind": c.qk_kind, "over": c.qk_over, "eps": norm["eps"], "bias": c.qk_bias and some(),
                                 "offset": c.offset}  # fmt: skip
     flow = rng.choice(list(c.flow))
-    activation = c.activation or rng.choice([a for a in ACTIVATIONS if (c.arch, a) != ("gemma", "gelu")])
+    activation = c.activation or rng.choice([a for a in ACTIVATIONS if a not in c.lacks])
     hidden = c.hidden_times * 64 or 96
     return parse({
         "name": f"{c.arch}-{seed}", "vocab_size": 97, "width": 64, "depth": 4, "context": 64,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from backends.carriers import ByHash, Fold, best, distinct
 from backends.gguf import rotary
 from backends.gguf.carriers import CARRIERS, Carrier, Need
 from spec.config import Alibi, Block, Norm, Spec
@@ -15,14 +16,6 @@ NEUTRAL_CAP = 2.0**64
 """A soft cap that changes nothing: dividing by a power of two is exact and tanh of so small a number is the number."""
 
 MAX_DEPTH = 512
-
-
-@dataclass(frozen=True)
-class Fold:
-    """A rewrite that leaves the function as it is. `cost` ranks carriers: free rewrites only fill in neutral values."""
-
-    text: str
-    cost: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,19 +46,6 @@ def examine(spec: Spec, c: Carrier) -> Fit:
     return Fit(c, tuple(dict.fromkeys(refusals)), tuple(dict.fromkeys(folds)), turn)
 
 
-class ByHash:
-    """A spec as a cache key: two that compute the same function are one."""
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-
-    def __hash__(self) -> int:
-        return hash(self.spec.hash)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ByHash) and other.spec.hash == self.spec.hash
-
-
 def choose(spec: Spec) -> Fit:
     """The carrier with the fewest rewrites, or, where none carries the spec, the one that comes nearest."""
     return _choose(ByHash(spec))
@@ -73,20 +53,7 @@ def choose(spec: Spec) -> Fit:
 
 @lru_cache(maxsize=32)
 def _choose(key: ByHash) -> Fit:
-    return min((examine(key.spec, c) for c in CARRIERS), key=lambda f: (len(f.refusals), f.cost))
-
-
-def _where(spec: Spec, i: int) -> str:
-    return "block" if len(set(map(id, spec.layers))) == 1 else f"layers[{i}]"
-
-
-def _distinct(spec: Spec) -> Iterator[tuple[str, Block]]:
-    """Each different layer once, with its path."""
-    seen: set[int] = set()
-    for i, b in enumerate(spec.layers):
-        if id(b) not in seen:
-            seen.add(id(b))
-            yield _where(spec, i), b
+    return best(examine(key.spec, c) for c in CARRIERS)
 
 
 def _needs(path: str, has: bool, shown: object, need: Need, neutral: str, c: Carrier) -> Found:
@@ -113,7 +80,7 @@ def _norm(path: str, n: Norm, c: Carrier) -> Found:
 
 def norms(spec: Spec, c: Carrier) -> Found:
     eps: dict[tuple[str, float], str] = {}
-    for where, b in _distinct(spec):
+    for where, b in distinct(spec):
         yield from _norm(f"{where}.norm", b.norm, c)
         eps.setdefault((b.norm.kind, b.norm.eps), f"{where}.norm")
         if b.placement != c.placement:
@@ -141,7 +108,7 @@ def norms(spec: Spec, c: Carrier) -> Found:
 
 
 def flow(spec: Spec, c: Carrier) -> Found:
-    for where, b in _distinct(spec):
+    for where, b in distinct(spec):
         kind = "shared" if b.shared_norm else "parallel" if b.parallel else "sequential"
         if kind not in c.flow:
             field = "shared_norm" if kind == "shared" else "parallel"
@@ -155,7 +122,7 @@ def flow(spec: Spec, c: Carrier) -> Found:
 
 
 def attention(spec: Spec, c: Carrier) -> Found:
-    for where, b in _distinct(spec):
+    for where, b in distinct(spec):
         a = b.attention
         at = f"{where}.attention"
         assert a.head_dim and a.kv_heads and a.scale
@@ -226,7 +193,7 @@ def _per_layer(spec: Spec, c: Carrier) -> Iterator[tuple[str, Sequence[object]]]
 
 
 def mlp(spec: Spec, c: Carrier) -> Found:
-    for where, b in _distinct(spec):
+    for where, b in distinct(spec):
         m, at = b.mlp, f"{where}.mlp"
         if (m.gated, m.activation) != (c.gated, c.activation):
             kind = "gated" if c.gated else "plain"

@@ -13,7 +13,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.gguf.fit import ByHash, Fit, choose, folded_logit_scale
+from backends.carriers import ByHash
+from backends.gguf.fit import Fit, choose, folded_logit_scale
 from spec.config import Block, Norm, Rope, Spec
 from spec.layout import rope_order
 from spec.params import Param, params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from backends.base import Support
+from backends.carriers import explained
 from backends.gguf.carriers import CARRIERS
 from backends.gguf.fit import Fit, choose, examine
 from backends.gguf.names import slots
@@ -25,38 +26,13 @@ def support(spec: Spec, level: str) -> Support:
     if level not in levels():
         return Support("gguf", refusals=(f"level: {level} is none of GGUF's ({nearest(level, levels())})",))
     fit = choose(spec)
-    once = {_field(_path(r)): r for r in reversed(fit.refusals)}  # a field refused in several layers, the first
-    refusals = [_with_alternative(spec, r) for r in reversed(once.values())]
+    refusals = explained(fit, [examine(spec, c) for c in CARRIERS], "llama.cpp")
     if level in TYPES and TYPES[level].importance:
         closest = "iq3_s" if level.startswith("iq3") else "q2_k"
         refusals.append(f"level: {level} needs an importance matrix, which converting does not compute (try {closest})")
     if refusals:
         return Support("gguf", fit.carrier.arch, refusals=tuple(refusals))
     return Support("gguf", fit.carrier.arch, tuple(f.text for f in fit.folds), (), tuple(_notes(spec, fit, level)))
-
-
-def _path(refusal: str) -> str:
-    return refusal.split(":", 1)[0]
-
-
-def _field(path: str) -> str:
-    """A refusal's path without the layer, to compare carriers by."""
-    return path.split("]", 1)[-1].removeprefix("block").strip(".")
-
-
-def _with_alternative(spec: Spec, refusal: str) -> str:
-    """A refusal, and which carrier has this field and what it would refuse instead."""
-    field = _field(_path(refusal))
-    others = []
-    for c in CARRIERS:
-        other = examine(spec, c)
-        if field not in {_field(_path(r)) for r in other.refusals}:
-            others.append((len(other.refusals), c.arch, other))
-    if not others:
-        return f"{refusal} (no llama.cpp architecture has it: change this field)"
-    _, arch, other = min(others, key=lambda x: x[0])
-    against = ", ".join({_field(_path(r)): _path(r) for r in reversed(other.refusals)}.values())
-    return f"{refusal} (nearest: {arch} has it, but not this {against})"
 
 
 def _notes(spec: Spec, fit: Fit, level: str) -> list[str]:

@@ -66,6 +66,8 @@ class Carrier:
     """Whether fewer dimensions than head_dim may rotate."""
     scaling: frozenset[str] = SCALINGS
     """Kinds of scaling that are computed as the spec means them."""
+    original_context: str = ""
+    """A key of its own for LongRoPE's original context, which wins over the one in `rope_parameters`."""
     rope_by: Literal["", "window", "layer"] = ""
     """Settings for layers with and without a window each, or a base for every layer."""
     no_position: Literal["no", "list", "theta", "global", "windowed"] = "no"
@@ -105,6 +107,8 @@ class Carrier:
     gated: bool = True
     activation: str = ""
     """A hard-coded one; else config.json names it."""
+    lacks: frozenset[str] = frozenset()
+    """Activations that it has a name for and computes as another."""
     hidden_times: int = 0
     """MLP width in multiples of the model's, where it is hard-coded."""
 
@@ -176,9 +180,9 @@ CARRIERS: tuple[Carrier, ...] = (
     _row("granite_swa", "GraniteSWA", GRANITE, LAYER_WINDOWS, sinks="required", rope_by="layer", no_position="theta"),
     _row("arcee", "Arcee", PLAIN, divisible=True, biases=(("attention_bias", "q k v o"), ("mlp_bias", "up down"))),
     _row("phi3", "Phi3", NO_BIAS, rules=names.PHI3, square=True, partial=True, scaling=frozenset({"longrope"}),
-         window="all"),
+         original_context="original_max_position_embeddings", window="all"),
     _row("glm", "Glm", rules=names.GLM, rope="neighbours", partial=True, biases=(("attention_bias", "q k v"),)),
-    _row("gemma", "Gemma", GEMMA),
+    _row("gemma", "Gemma", GEMMA, lacks=frozenset({"gelu"})),
     _row("vaultgemma", "VaultGemma", GEMMA2, rules=names.VAULTGEMMA, softcap="attn_logit_softcapping"),
     _row("gemma2", "Gemma2", GEMMA2, rules=names.GEMMA2, placement="sandwich", softcap="attn_logit_softcapping"),
     _row("gemma3_text", "Gemma3", GEMMA2, rules=names.GEMMA2, placement="sandwich", qk_norm="required",

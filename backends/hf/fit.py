@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
+from backends.carriers import ByHash, Fold, best, distinct, layer_path
 from backends.hf import rotary
 from backends.hf.carriers import ACTIVATIONS, CARRIERS, Carrier
 from backends.hf.shipped import Origin, origins, ship
@@ -14,14 +15,6 @@ from spec.config import Alibi, Block, NoPosition, Norm, Rope, Spec
 
 CLOSE = 1e-7
 """Relative difference that float32 cannot see."""
-
-
-@dataclass(frozen=True)
-class Fold:
-    """A rewrite that leaves the function as it is. `cost` ranks carriers."""
-
-    text: str
-    cost: int = 1
 
 
 @dataclass(frozen=True)
@@ -33,7 +26,7 @@ class Fit:
     refusals: tuple[str, ...]
     folds: tuple[Fold, ...]
 
-    @cached_property
+    @property
     def cost(self) -> int:
         return sum(f.cost for f in self.folds)
 
@@ -66,40 +59,14 @@ def examine(spec: Spec, c: Carrier) -> Fit:
     return Fit(c, spec, tuple(dict.fromkeys(refusals)), tuple(dict.fromkeys(folds)))
 
 
-class ByHash:
-    """A spec as a cache key: two that compute the same function are one."""
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-
-    def __hash__(self) -> int:
-        return hash(self.spec.hash)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ByHash) and other.spec.hash == self.spec.hash
-
-
 def choose(spec: Spec) -> Fit:
     """The carrier with the fewest rewrites, or, where none carries the spec, the one that comes nearest."""
-    return _choose(ByHash(spec))
+    return replace(_choose(ByHash(spec)), source=spec)  # of the same function, another initialisation and dropout
 
 
 @lru_cache(maxsize=32)
 def _choose(key: ByHash) -> Fit:
-    return min((examine(key.spec, c) for c in CARRIERS), key=lambda f: (len(f.refusals), f.cost))
-
-
-def _where(spec: Spec, i: int) -> str:
-    return "block" if len(set(map(id, spec.layers))) == 1 else f"layers[{i}]"
-
-
-def _distinct(spec: Spec) -> Iterator[tuple[str, Block]]:
-    """Each different layer once, with its path."""
-    seen: set[int] = set()
-    for i, b in enumerate(spec.layers):
-        if id(b) not in seen:
-            seen.add(id(b))
-            yield _where(spec, i), b
+    return best(examine(key.spec, c) for c in CARRIERS)
 
 
 def _norm(path: str, n: Norm, c: Carrier) -> Found:
@@ -126,7 +93,7 @@ def _gain(path: str, n: Norm, c: Carrier, learned: bool) -> Found:
 
 def norms(spec: Spec, c: Carrier) -> Found:
     eps: dict[float, str] = {}
-    for where, b in _distinct(spec):
+    for where, b in distinct(spec):
         yield from _norm(f"{where}.norm", b.norm, c)
         eps.setdefault(b.norm.eps, f"{where}.norm")
         if b.placement != c.placement:
@@ -152,7 +119,7 @@ def norms(spec: Spec, c: Carrier) -> Found:
 
 
 def flow(spec: Spec, c: Carrier) -> Found:
-    for where, b in _distinct(spec):
+    for where, b in distinct(spec):
         kind = "shared" if b.shared_norm else "parallel" if b.parallel else "sequential"
         if kind == "shared" and "shared" not in c.flow and "parallel" in c.flow:
             yield Fold(f"{where}.shared_norm: the norm is stored for both branches (exact)")
@@ -165,7 +132,7 @@ def flow(spec: Spec, c: Carrier) -> Found:
 
 def attention(spec: Spec, c: Carrier) -> Found:
     windows = [b.attention.window for b in spec.layers]
-    for where, b in _distinct(spec):
+    for where, b in distinct(spec):
         a, at = b.attention, f"{where}.attention"
         assert a.head_dim and a.kv_heads and a.scale
         if c.square and a.heads * a.head_dim != spec.width:
@@ -191,7 +158,7 @@ def attention(spec: Spec, c: Carrier) -> Found:
             yield f"{at}.window: 1, for which transformers' cache keeps the wrong keys (2 or more)"
         yield from _qk_norm(at, b, c)
     if c.window == "all" and len(set(windows)) > 1:
-        yield f"{_where(spec, 0)}.attention.window: differs from layer to layer; transformers' {c.arch} has one"
+        yield f"{layer_path(spec, 0)}.attention.window: differs from layer to layer; transformers' {c.arch} has one"
     for path, values in _per_layer(spec, c):
         if len(values) > 1:
             shown = ", ".join(map(str, values))
@@ -242,7 +209,7 @@ def positions(spec: Spec, c: Carrier) -> Found:
         yield f"embedding.positions.offset: {p.offset}, where transformers' {c.arch} has {c.positions}"
     kinds = {type(b.attention.position) for b in spec.layers}
     if c.alibi:
-        for where, b in _distinct(spec):
+        for where, b in distinct(spec):
             a = b.attention.position
             if not isinstance(a, Alibi):
                 yield f"{where}.attention.position: {a.kind}, where transformers' {c.arch} always has alibi"
@@ -250,10 +217,10 @@ def positions(spec: Spec, c: Carrier) -> Found:
                 yield f"{where}.attention.position.max_bias: {a.max_bias:g}, where transformers' {c.arch} has 8"
         return
     if Alibi in kinds:
-        yield f"{_where(spec, 0)}.attention.position: alibi, which transformers' {c.arch} lacks"
+        yield f"{layer_path(spec, 0)}.attention.position: alibi, which transformers' {c.arch} lacks"
     elif c.rope == "none":
         if Rope in kinds:
-            yield f"{_where(spec, 0)}.attention.position: rope, which transformers' {c.arch} lacks"
+            yield f"{layer_path(spec, 0)}.attention.position: rope, which transformers' {c.arch} lacks"
     else:
         yield from _still(spec, c)
         yield from rotary.refusals(spec, c)
@@ -263,7 +230,7 @@ def _still(spec: Spec, c: Carrier) -> Iterator[str]:
     """Layers without positions."""
     for i, b in enumerate(spec.layers):
         still, local = isinstance(b.attention.position, NoPosition), b.attention.window is not None
-        path = f"{_where(spec, i)}.attention.position"
+        path = f"{layer_path(spec, i)}.attention.position"
         any_window = any(b.attention.window is not None for b in spec.layers)
         if c.no_position == "global" or (c.no_position == "windowed" and any_window):
             if still == local:
@@ -277,7 +244,7 @@ def _still(spec: Spec, c: Carrier) -> Iterator[str]:
 def biases(spec: Spec, c: Carrier) -> Found:
     groups = {part: parts for _, parts in c.biases for part in parts.split()}
     wanted = dict.fromkeys(groups, False)
-    for where, b in _distinct(spec):
+    for where, b in distinct(spec):
         for part, path, has in _biases(where, b):
             if has and part not in groups:
                 yield f"{where}.{path}: true, which transformers' {c.arch} lacks"
@@ -288,9 +255,7 @@ def biases(spec: Spec, c: Carrier) -> Found:
     for key, parts in c.biases:
         group = parts.split()
         on = not key or any(wanted[p] for p in group)
-        absent = [
-            p for p in group if any(not has for _, b in _distinct(spec) for n, _, has in _biases("", b) if n == p)
-        ]
+        absent = [p for p in group if any(not has for _, b in distinct(spec) for n, _, has in _biases("", b) if n == p)]
         absent += ["head"] if "head" in group and not spec.head.bias else []
         if on and absent:
             yield Fold(f"{', '.join(absent)}: zero biases are stored (exact)")
@@ -304,17 +269,15 @@ def _biases(where: str, b: Block) -> Iterator[tuple[str, str, bool]]:
 
 
 def mlp(spec: Spec, c: Carrier) -> Found:
-    for where, b in _distinct(spec):
+    for where, b in distinct(spec):
         m, at = b.mlp, f"{where}.mlp"
         kind = "gated" if c.gated else "plain"
         if m.gated != c.gated:
             yield f"{at}.gated: {str(m.gated).lower()}, where transformers' {c.arch} is {kind}"
         if c.activation and m.activation != c.activation:
             yield f"{at}.activation: {m.activation}, where transformers' {c.arch} has {c.activation}"
-        elif m.activation not in ACTIVATIONS:
+        elif m.activation not in ACTIVATIONS or m.activation in c.lacks:
             yield f"{at}.activation: {m.activation}, which transformers' {c.arch} lacks"
-        elif c.arch == "gemma" and m.activation == "gelu":
-            yield f"{at}.activation: gelu, which transformers' {c.arch} takes for gelu_tanh"
         if c.hidden_times and m.hidden != c.hidden_times * spec.width:
             yield f"{at}.hidden: {m.hidden}, where transformers' {c.arch} has {c.hidden_times} * width"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from backends.hf.config import config
 from backends.hf.fit import examine
 from backends.hf.store import BITS, GROUP, TORCH, Slot, Store, codes_of, unpack
 from backends.safetensors import FileReader, narrow, widen
-from spec.config import Spec
 from spec.errors import UserError
 from spec.layout import Run
 from spec.params import params
@@ -28,12 +26,16 @@ Floats = NDArray[np.float32]
 
 
 class Artifact:
-    """A folder that this program wrote; see `backends.base.Artifact`."""
+    """A folder that this program wrote; see `backends.base.Artifact`.
+
+    Folds are undone in float64: a gain stored as 1 + w gives the w whose 1 + w it is. So the graph is the source's
+    spec, and a wrong fold shows against it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         mark = read_mark(path)
-        self.source = marked_spec(mark, path)
+        self.source = self.spec = marked_spec(mark, path)
         self.level = str(mark.get("level", ""))
         self.receipt: dict[str, Any] = mark.get("receipt") or {}
         self.config = _json(path / "config.json")
@@ -48,7 +50,11 @@ class Artifact:
         self.levels = self._levels()
         self.store = Store(self._fit, [Planned(p.name, p.shape, self.levels[p.name]) for p in params(self.source)])
         self._scales = FileReader(path / SCALES) if self.store.dense else None
-        self._shapes = {p.name: p.shape for p in (*params(self.source), *params(self.spec))}
+        self._shapes = {p.name: p.shape for p in params(self._fit.spec)}
+        self._places: dict[str, list[str]] = {}
+        for shipped, origin in self._fit.origins.items():
+            if origin.name is not None:
+                self._places.setdefault(origin.name, []).append(shipped)
 
     def _levels(self) -> dict[str, str]:
         try:
@@ -60,11 +66,6 @@ class Artifact:
         if missing:
             raise UserError(f"{self._files[0].path}: its header does not say the level of {missing[0]}")
         return levels
-
-    @cached_property
-    def spec(self) -> Spec:
-        """What the shipped graph computes."""
-        return self._fit.spec
 
     @property
     def carrier(self) -> str:
@@ -104,18 +105,35 @@ class Artifact:
             if not key.endswith("_token_id") and self.config.get(key) != json.loads(json.dumps(value)):
                 out[f"config.json: {key}"] = f"is {self.config.get(key)!r}, not {value!r}"
         for name, origin in self._fit.origins.items():
-            if origin.name is None:
-                found = self.rows(name, 0, self._shapes[name][0])
-                if isinstance(found, QuantizedTensor) or not (found == np.float32(origin.fill)).all():
-                    out[name] = f"is not {origin.fill:g} throughout"
+            if origin.name is None and not (self._vector(name) == np.float32(origin.fill)).all():
+                out[name] = f"is not {origin.fill:g} throughout"
+        for first, *copies in self._places.values():  # norms that both branches shared
+            for name in copies:
+                if not np.array_equal(self._vector(name), self._vector(first)):
+                    out[name] = f"differs from {first}, whose copy it is"
         for s in want.slots.values():
             if s.bits is not None and tuple(self._raw(f"{s.name}_shape", 0, 2)) != s.shape:
                 out[f"{s.name}_shape"] = f"is not {list(s.shape)}"
         return out
 
     def rows(self, name: str, start: int, stop: int) -> Values:
-        """Rows start..stop of a canonical tensor of the source or of `spec`."""
-        shipped = name if name in self._fit.origins else self._stands_in(name)
+        """Rows start..stop of a canonical tensor of the source, folds undone."""
+        shipped = self._place(name)
+        found = self._stored(shipped, start, stop)
+        return found if isinstance(found, QuantizedTensor) else self._unfolded(shipped, found)
+
+    def _vector(self, shipped: str) -> Floats:
+        """A whole vector of the shipped spec, as it is stored."""
+        found = self._stored(shipped, 0, self._shapes[shipped][0])
+        assert not isinstance(found, QuantizedTensor), "vectors are floats"
+        return found
+
+    def _unfolded(self, shipped: str, values: Floats) -> NDArray[Any]:
+        add = self._fit.origins[shipped].add
+        return values.astype(np.float64) - add if add else values
+
+    def _stored(self, shipped: str, start: int, stop: int) -> Values:
+        """Rows start..stop of a tensor of the shipped spec, as they are stored."""
         runs = self.store.layout.runs(shipped, start, stop)
         origin, cols = self._fit.origins[shipped].name, self._shapes[shipped][1:]
         slot = self.store.slots[runs[0].tensor]
@@ -135,12 +153,11 @@ class Artifact:
             return codes_of(out, scales, BITS[self.levels[origin]])
         return out
 
-    def _stands_in(self, name: str) -> str:
-        """A tensor of the shipped spec that holds one of the source."""
-        for shipped, origin in self._fit.origins.items():
-            if origin.name == name:
-                return shipped
-        raise UserError(f"{self.path}: {name} is no tensor of this model")
+    def _place(self, name: str) -> str:
+        """The tensor of the shipped spec that holds one of the source."""
+        if name not in self._places:
+            raise UserError(f"{self.path}: {name} is no tensor of this model")
+        return self._places[name][0]
 
     def _floats(self, slot: Slot, r: Run) -> Floats:
         end = r.start + len(r.take)
@@ -157,12 +174,12 @@ class Artifact:
         return self._of[name]
 
     def expected(self, name: str, level: str, start: int, values: Floats) -> Floats:
-        """These rows of the source as the file must hold them: offsets folded, rounded once to the slot's dtype."""
-        shipped = name if name in self._fit.origins else self._stands_in(name)
+        """What `rows` must give for these rows of the source: folded, rounded to the slot's dtype, the fold undone."""
+        shipped = self._place(name)
         slot = self.store.slots[self.store.layout.runs(shipped, 0, 1)[0].tensor]
         add = self._fit.origins[shipped].add
-        x = values.astype(np.float64) + add if add else values
-        return widen(narrow(x, slot.dtype), slot.dtype)
+        folded = values.astype(np.float64) + add if add else values
+        return self._unfolded(shipped, widen(narrow(folded, slot.dtype), slot.dtype))
 
 
 def _json(file: Path) -> dict[str, Any]:

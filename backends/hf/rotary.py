@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from backends.carriers import layer_path
 from backends.hf.carriers import Carrier
 from spec.config import Attention, DynamicScaling, LongRopeScaling, Rope, Spec, YarnScaling
 
@@ -39,7 +40,7 @@ def _groups(spec: Spec, c: Carrier) -> dict[str, list[Rope]]:
 
 def refusals(spec: Spec, c: Carrier) -> Iterator[str]:
     """What the carrier cannot be told of the rotations."""
-    at = "block.attention.position" if len(set(map(id, spec.layers))) == 1 else "layers[0].attention.position"
+    at = f"{layer_path(spec, 0)}.attention.position"
     for kind, ropes in _groups(spec, c).items():
         shapes = {(r.fraction, r.scaling) for r in ropes} if c.rope_by == "layer" else set(ropes)
         if len(shapes) > 1:
@@ -100,8 +101,8 @@ def settings(spec: Spec, c: Carrier) -> dict[str, Any]:
     }
     out: dict[str, Any] = {"rope_parameters": found.get("", found)}
     longrope = [r.scaling for r in _ropes(spec, range(spec.depth)) if isinstance(r.scaling, LongRopeScaling)]
-    if c.arch == "phi3":  # its own key, which wins over the one in rope_parameters
-        out["original_max_position_embeddings"] = longrope[0].original_context if longrope else spec.context
+    if c.original_context:
+        out[c.original_context] = longrope[0].original_context if longrope else spec.context
     turning = [b.attention.position for b in spec.layers]
     if c.rope_by == "layer":
         out["layer_rope_theta"] = [theta(p, first, spec) if isinstance(p, Rope) else 0 for p in turning]

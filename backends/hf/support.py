@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from backends.base import Support
+from backends.carriers import explained
 from backends.hf import rotary
 from backends.hf.carriers import CARRIERS
 from backends.hf.fit import Fit, choose, examine
@@ -29,8 +30,7 @@ def support(spec: Spec, level: str) -> Support:
     if level not in LEVELS:
         return Support("hf", refusals=(f"level: {level} is none of Hugging Face's ({nearest(level, LEVELS)})",))
     fit = choose(spec)
-    once = {_field(_path(r)): r for r in reversed(fit.refusals)}  # a field refused in several layers, the first
-    refusals = [_with_alternative(spec, r) for r in reversed(once.values())]
+    refusals = explained(fit, [examine(spec, c) for c in CARRIERS], "transformers")
     if fit.carrier.wide_scores and level in ("f16", "bf16"):
         refusals.append(
             f"level: {level}, at which transformers' {fit.carrier.arch} rounds ALiBi biases (try f32 or q8)"
@@ -38,30 +38,6 @@ def support(spec: Spec, level: str) -> Support:
     if refusals:
         return Support("hf", fit.carrier.arch, refusals=tuple(refusals))
     return Support("hf", fit.carrier.arch, tuple(f.text for f in fit.folds), (), tuple(_notes(fit, level)))
-
-
-def _path(refusal: str) -> str:
-    return refusal.split(":", 1)[0]
-
-
-def _field(path: str) -> str:
-    """A refusal's path without the layer, to compare carriers by."""
-    return path.split("]", 1)[-1].removeprefix("block").strip(".")
-
-
-def _with_alternative(spec: Spec, refusal: str) -> str:
-    """A refusal, and which carrier has this field and what it would refuse instead."""
-    field = _field(_path(refusal))
-    others = []
-    for c in CARRIERS:
-        other = examine(spec, c)
-        if field not in {_field(_path(r)) for r in other.refusals}:
-            others.append((len(other.refusals), c.arch, other))
-    if not others:
-        return f"{refusal} (no transformers architecture has it: change this field)"
-    _, arch, other = min(others, key=lambda x: x[0])
-    against = ", ".join({_field(_path(r)): _path(r) for r in reversed(other.refusals)}.values())
-    return f"{refusal} (nearest: {arch} has it, but not this {against})"
 
 
 def _notes(fit: Fit, level: str) -> list[str]:

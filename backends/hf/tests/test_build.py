@@ -26,9 +26,10 @@ from backends.hf.support import bits, levels, support
 from convert.quantize import quantize
 from convert.recipe import plan
 from convert.stream import rounded
-from parity_tests.cases import FEATURES, random_weights
-from spec import Spec, UserError, params
+from parity_tests.cases import BASE, FEATURES, random_weights
+from spec import Spec, UserError, params, parse
 from spec import load as load_spec
+from spec.config import merge
 from spec.layout import Layout
 
 
@@ -316,3 +317,16 @@ def test_every_preset_has_a_size() -> None:
         spec = load_spec(name)
         weights = sum(p.size for p in params(spec))
         assert size(spec, plan(spec, "f16"), None) == pytest.approx(2 * weights, rel=0.02)
+
+
+def test_specs_of_one_function_keep_their_own_initialisation_and_dropout(tmp_path: Path) -> None:
+    """The choice of a carrier is remembered by function; what config.json says of training is the spec's own."""
+    for n, (std, dropout) in enumerate([(0.02, 0.0), (0.05, 0.1)]):
+        patch = {"init": {"std": std}, "block": {"attention": {"dropout": dropout}}}
+        spec = parse(merge(BASE, patch))
+        assert choose(spec).source is spec
+        path = tmp_path / str(n)
+        write(spec, random_weights(spec), path, 64)
+        config = json.loads((path / "config.json").read_text())
+        assert (config["initializer_range"], config["attention_dropout"]) == (std, dropout)
+        assert open_artifact(path).problems(plan(spec, "f32")) == {}
