@@ -197,6 +197,12 @@ class Writer(Protocol):
         ...
 
 
+class RowBlocks(Protocol):
+    """Rows by slice: an array, or what makes them when they are asked for."""
+
+    def __getitem__(self, rows: slice, /) -> Floats: ...
+
+
 class Artifact(Protocol):
     """An artifact opened for its weights: what a backend's `read.open_artifact(path)` returns."""
 
@@ -238,10 +244,11 @@ class Artifact(Protocol):
         else float32. A vector's rows are its elements."""
         ...
 
-    def expected(self, name: str, level: str, start: int, values: Floats) -> Floats:
+    def expected(self, name: str, level: str, start: int, values: Floats) -> RowBlocks:
         """What `rows` must give for these rows of the source at a level that is not on the portable grid: folds
         applied, rounded to the dtype of the file, through the format's own quantizer for a native level. `start` is
-        their place, for formats whose groups span rows."""
+        their place. A format whose groups span rows has a method `rows_together(name, level) -> int` too, and gets
+        whole groups only."""
         ...
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from backends.base import Floats, Planned, QuantizedTensor, Tokenizer, Values
 from backends.coreml import package
 from backends.coreml.emitter import Half, Tensor
 from backends.coreml.names import in_linear
-from backends.coreml.palettes import BITS, Palette, group_rows, palettize, table_of
+from backends.coreml.palettes import BITS, Palette, group_rows, palettize
 from backends.coreml.program import save
 from backends.coreml.support import compute_dtype
 from backends.folder import end_ids
@@ -103,7 +102,7 @@ class CoreMLWriter:
         for name, p in self._planned.items():
             held = self._held.pop(name)
             if p.level in BITS:
-                held = _palettize(held, BITS[p.level], self.threads)
+                held = palettize(held, BITS[p.level], self.threads)
             out[name] = Half(held) if isinstance(held, np.ndarray) and held.dtype == np.float16 else held
         for param in params(self.spec) if self._about["compute"] == "f16" else ():
             bias = out[param.name]
@@ -141,14 +140,6 @@ def _room(p: Planned) -> Any:
         scales = np.empty((rows, cols // GROUP), np.float32)
         return QuantizedTensor(np.empty(p.shape, np.int8), scales, int(p.level[1:]), GROUP)
     return np.empty(p.shape, np.float32 if p.level == "f32" else np.float16)
-
-
-def _palettize(rows: Any, bits: int, threads: int) -> Palette:
-    """Groups side by side: kmeans1d lets other threads run."""
-    group = group_rows(len(rows))
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        made = list(pool.map(lambda a: table_of(rows[a : a + group], bits), range(0, len(rows), group)))
-    return Palette(np.concatenate([i for i, _ in made]), np.stack([t for _, t in made]), bits)
 
 
 def writer(

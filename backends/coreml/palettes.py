@@ -8,6 +8,8 @@ of the optimum's error at 4 and 6 bits and 2 % at 8, in a thirtieth of its time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +29,8 @@ RUNS, MOST = 8, 1024
 """Runs of values for each entry of a table, and at most."""
 ROUNDS = 10
 """Steps of Lloyd's."""
+SLICE = 1 << 20
+"""Weights that are looked at together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +48,10 @@ class Palette:
         """Rows that share a table."""
         return len(self.indices) // len(self.tables)
 
-    def dequantize(self) -> Floats:
-        """[rows, cols], exact in float32."""
-        table = np.repeat(self.tables.astype(np.float32), self.group, axis=0)
-        return np.take_along_axis(table, self.indices.astype(np.intp), axis=1)
+    def __getitem__(self, rows: slice) -> Floats:
+        """Rows, exact in float32."""
+        at = np.arange(*rows.indices(len(self.indices))) // self.group
+        return self.tables[at[:, None], self.indices[rows]].astype(np.float32)
 
 
 def group_rows(rows: int) -> int:
@@ -55,26 +59,51 @@ def group_rows(rows: int) -> int:
     return next((n for n in range(ROWS, rows) if rows % n == 0), rows)
 
 
-def palettize(block: Floats, bits: int) -> Palette:
-    """Whole groups of rows, each with its own table. Raises `UserError` beyond float16."""
-    group = group_rows(len(block))
-    made = [table_of(block[a : a + group], bits) for a in range(0, len(block), group)]
-    return Palette(np.concatenate([i for i, _ in made]), np.stack([t for _, t in made]), bits)
+def palettize(block: NDArray[Any], bits: int, threads: int = 1, group: int = 0) -> Palette:
+    """Whole groups of rows (by default those of a matrix of so many), each with its own table. Raises `UserError`
+    beyond float16."""
+    group = group or group_rows(len(block))
+    indices = np.empty(block.shape, np.uint8)
+    starts = range(0, len(block), group)
+    with ThreadPoolExecutor(max(1, threads)) as pool:  # kmeans1d lets other threads run
+        tables = pool.map(lambda a: table_of(block[a : a + group], bits, indices[a : a + group]), starts)
+        return Palette(indices, np.stack(list(tables)), bits)
 
 
-def table_of(block: NDArray[Any], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Indices of a group of rows and its table [2^bits]."""
-    with np.errstate(over="ignore"):
-        half = block.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise UserError(f"a weight of {float(np.abs(block).max()):.6g} is beyond float16: use --quant f32")
-    half = half + np.float16(0)  # -0 and 0 are one value
-    values, where, counts = np.unique(half.astype(np.float64), return_inverse=True, return_counts=True)
-    centres = _centres(values, counts, 1 << bits).astype(np.float16)
+def table_of(block: NDArray[Any], bits: int, indices: NDArray[np.uint8]) -> NDArray[np.float16]:
+    """The table [2^bits] of a group of rows, whose indices are written to `indices`.
+
+    Float16 has 65,536 patterns: they are counted and labelled, a slice of rows at a time, whatever the group's size.
+    """
+    counts = np.zeros(1 << 16, np.int64)
+    for rows in row_slices(block.shape):
+        counts += np.bincount(_patterns(block[rows]).reshape(-1), minlength=len(counts))
+    patterns = np.flatnonzero(counts).astype(np.uint16)
+    values = patterns.view(np.float16).astype(np.float64)
+    patterns, values = (x[values.argsort()] for x in (patterns, values))
+    centres = _centres(values, counts[patterns], 1 << bits).astype(np.float16)
     table = np.full(1 << bits, centres[-1], np.float16)
     table[: len(centres)] = centres
-    labels = nearest(values, centres.astype(np.float64))
-    return labels.astype(np.uint8)[where.reshape(block.shape)], table
+    labels = np.zeros(len(counts), np.uint8)
+    labels[patterns] = nearest(values, centres.astype(np.float64))
+    for rows in row_slices(block.shape):
+        indices[rows] = labels[_patterns(block[rows])]
+    return table
+
+
+def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
+    """A matrix's rows, `SLICE` weights or one row at a time."""
+    step = max(1, SLICE // max(1, shape[1]))
+    return (slice(a, min(a + step, shape[0])) for a in range(0, shape[0], step))
+
+
+def _patterns(rows: NDArray[Any]) -> NDArray[np.uint16]:
+    """The bits of float16 values, -0 as 0. Raises `UserError` beyond float16."""
+    with np.errstate(over="ignore"):
+        half = rows.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise UserError(f"a weight of {float(np.abs(rows).max()):.6g} is beyond float16: use --quant f32")
+    return (half + np.float16(0)).view(np.uint16)
 
 
 def nearest(values: NDArray[Any], centres: NDArray[Any]) -> NDArray[np.intp]:

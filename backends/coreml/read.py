@@ -17,7 +17,7 @@ from backends.coreml import package
 from backends.coreml.mil.program import Function, Instruction, default_function, functions
 from backends.coreml.mil.weights import Blob
 from backends.coreml.names import by_name, in_linear, mil_name
-from backends.coreml.palettes import BITS, Palette, group_rows, table_of
+from backends.coreml.palettes import BITS, Palette, group_rows, palettize
 from backends.coreml.program import constants
 from spec.config import Spec
 from spec.errors import UserError
@@ -137,41 +137,19 @@ class CoreMLArtifact:
         got = i.type, _dtype(i.args[kinds[i.type]])
         return "" if got == (want, dtype) else f"is stored as {got[0]} of {got[1]}, not {want} of {dtype}"
 
-    def expected(self, name: str, level: str, start: int, values: Floats) -> Floats:
-        """Rows of the source as the package must hold them: rounded to float16 where that is the stored type.
+    def rows_together(self, name: str, level: str) -> int:
+        """Rows that share a table, in a palette; else 1."""
+        return group_rows(self._params[name].shape[0]) if level in BITS else 1
 
-        A palette's groups span rows: those that are whole in the block are palettized again; the rows of others must
-        have the nearest entry of the table that the package has.
-        """
+    def expected(self, name: str, level: str, start: int, values: Floats) -> Floats | Palette:
+        """Rows of the source as the package must hold them: rounded to float16 where that is the stored type, or
+        palettized again, whole groups each."""
         if level not in BITS:
             half = level == "f16" or (self.compute == "f16" and in_linear(self._params[name]))
             return values.astype(np.float16).astype(np.float32) if half else values
-        rows = self._params[name].shape[0]
-        i, group = self._find(name), group_rows(rows)
-        tables = _rows(i.args["lut"], None).astype(np.float32).reshape(rows // group, -1)
-        out = np.empty(values.shape, np.float32)
-        for n in range(start // group, -(-(start + len(values)) // group)):
-            lo, hi = max(n * group - start, 0), min((n + 1) * group - start, len(values))
-            part = values[lo:hi]
-            if hi - lo == group:
-                out[lo:hi] = Palette(*_one(table_of(part, BITS[level])), BITS[level]).dequantize()
-            else:
-                out[lo:hi] = _nearest(part, tables[n], self.rows(name, start + lo, start + hi))
-        return out
-
-
-def _one(made: tuple[Any, Any]) -> tuple[Any, Any]:
-    return made[0], made[1][None]
-
-
-def _nearest(values: Floats, table: Floats, held: Values) -> Floats:
-    """The nearest entries; of two that are equally near either is."""
-    assert not isinstance(held, QuantizedTensor)
-    half = values.astype(np.float16).astype(np.float64)
-    distance = np.abs(half[..., None] - table)
-    best = table[distance.argmin(-1)]
-    tie = np.abs(half - held) <= distance.min(-1)
-    return np.where(tie & np.isin(held, table), held, best)
+        group = self.rows_together(name, level)
+        assert start % group == 0 and len(values) % group == 0, f"{name}: rows {start}... cut a group of {group}"
+        return palettize(values, BITS[level], group=group)
 
 
 def _type(p: Planned, compute: str, in_product: bool) -> tuple[str, str]:

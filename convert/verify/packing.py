@@ -35,6 +35,10 @@ class Stored(Protocol):
         """What is wrong before any weight is compared: tensors missing, too many, or of another type."""
         ...
 
+    def rows_together(self, name: str) -> int:
+        """Rows of which a block for `compare` has a multiple: the format rounds so many together."""
+        ...
+
     def compare(self, name: str, start: int, block: Array) -> str:
         """An empty string where the artifact holds the canonical rounding of float32 rows of the source that begin at
         `start` (a vector is one row block), else what differs."""
@@ -56,7 +60,7 @@ def check_packing(stored: Stored, source: Any, budget: int = BUDGET) -> Check:
     share = min(1.0, budget / max(1, total))
     if not wrong:
         for p in known:
-            for start, block in _sample(source, p.name, p.shape, share):
+            for start, block in _sample(source, p.name, p.shape, share, stored.rows_together(p.name)):
                 compared += block.size
                 how = stored.compare(p.name, start, block)
                 if how:
@@ -81,12 +85,13 @@ def check_packing(stored: Stored, source: Any, budget: int = BUDGET) -> Check:
     return Check("packing", Status.PASS, 0, 0, what, details=details)
 
 
-def _sample(source: Any, name: str, shape: tuple[int, ...], share: float) -> Iterator[tuple[int, Array]]:
-    """Row blocks of a tensor: all, or its first, its last and a seeded choice between, about `share` of the weights."""
+def _sample(source: Any, name: str, shape: tuple[int, ...], share: float, together: int) -> Iterator[tuple[int, Array]]:
+    """Row blocks of a tensor: all, or its first, its last and a seeded choice between, about `share` of the weights.
+    Each has whole groups of `together` rows."""
     if len(shape) == 1:
         yield 0, source.tensor(name)
         return
-    step = max(1, BLOCK // max(1, prod(shape[1:])))
+    step = together * max(1, BLOCK // (together * max(1, prod(shape[1:]))))
     count = -(-shape[0] // step)
     rng = np.random.default_rng(zlib.crc32(name.encode()))  # the same on every machine
     chosen = {0, count - 1, *np.flatnonzero(rng.random(count) < share).tolist()}

@@ -23,6 +23,7 @@ from backends.coreml.library import coremltools
 from backends.coreml.mil.program import Function, Instruction
 from backends.coreml.mil.weights import Blob
 from backends.coreml.names import mil_name
+from backends.coreml.palettes import group_rows
 from backends.coreml.program import constants
 from backends.coreml.read import open_artifact
 from backends.coreml.runtime import load
@@ -335,11 +336,15 @@ def test_whole_groups_of_a_palette_are_compared_with_the_source(tmp_path: Path) 
     path = write(tmp_path / "m.mlpackage", "gpt2", "lut4")
     packed = artifacts.Packed(open_artifact(path), artifacts.planned(artifacts.backends.get("coreml"), spec, "lut4"))
     name = "layers.0.mlp.up.weight"
-    assert packed.compare(name, 0, weights[name]) == "" and packed.compare(name, 7, weights[name][7:50]) == ""
+    rows = len(weights[name])
+    group = packed.rows_together(name)
+    assert group == group_rows(rows) < rows and packed.rows_together("final_norm.weight") == 1
+    assert packed.compare(name, 0, weights[name]) == "" and packed.compare(name, group, weights[name][group:]) == ""
     other = weights[name].copy()
-    other[40] *= 1.5
-    assert "values differ" in packed.compare(name, 0, other)
-    assert "values differ" in packed.compare(name, 33, other[33:50])
+    other[group + 1] *= 1.5
+    assert "values differ" in packed.compare(name, 0, other) and packed.compare(name, 0, other[:group]) == ""
+    with pytest.raises(AssertionError, match="cut a group"):
+        packed.compare(name, 7, weights[name][7:50])
 
 
 def test_the_snippet_names_the_package() -> None:
