@@ -68,8 +68,8 @@ class MLXWriter:
     def _fill(self, t: Stored) -> None:
         """What no canonical tensor provides: neutral biases and gains."""
         s = t.slot
-        if sum(len(p.to) for p in s.pieces) < s.shape[0]:
-            assert s.fill is not None and not s.matrix, s.name
+        if s.neutral:
+            assert not s.matrix, s.name
             self._put(t, "", 0, packs.to_floats(np.full(s.shape, s.fill, np.float32), t.dtype, s.name))
 
     def _put(self, t: Stored, part: str, row: int, data: NDArray[Any]) -> None:
@@ -118,11 +118,11 @@ def encoded(t: Stored, p: Piece, values: Values, name: str) -> dict[str, NDArray
     """Rows as the file holds them, by part. Raises `UserError` beyond the dtype's range."""
     if isinstance(values, QuantizedTensor):
         assert t.packing is not None
-        return packs.from_grid(values, t.packing, t.dtype)
+        return packs.from_grid(values, t.packing, t.dtype, name)
     if t.packing is not None:
         return packs.quantize(values, t.packing, t.dtype)
     x = (values.astype(np.float64) + p.add).astype(np.float32) if p.add else values
-    return {"": packs.to_floats(x, t.dtype, name)}
+    return {"": packs.to_floats(x, t.dtype, name, packs.LEVEL if t.slot.matrix else packs.COMPUTE)}
 
 
 def config(fit: Fit, stored: Sequence[Stored], compute: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def stamp(path: Path, receipt: dict[str, Any]) -> None:
 def pack(block: Floats, level: str) -> bytes:
     """Rows in one of MLX's own types, as they are stored with 16-bit scales; matrices that stay f16 too."""
     if level in FLOATS:
-        return packs.to_floats(block, FLOATS[level]).tobytes()
+        return packs.to_floats(block, FLOATS[level], "pack").tobytes()
     from backends.mlx.levels import packing
 
     p = packing(level, block.shape[-1])

@@ -80,12 +80,27 @@ def native(c: Carrier, spec: Spec) -> Fit:
     add = {} if c.offset else offsets(spec)
     folds = [] if c.offset else list(fold_text(spec))
     slots = _slots(c, graph, add)
-    if any(sum(len(p.to) for p in s.pieces) < s.shape[0] for s in slots):
+    if any(s.neutral for s in slots):
         folds.append("gains and biases that the architecture has and the spec has not are 1 and 0")
     if any(_permuted(c, graph, i) for i in range(graph.depth)):
         folds.append("rows of q and k in the order that its rotation pairs them")
     config = {"model_type": c.model_type, **c.config(graph)}
-    return Fit(c.model_type, graph, tuple(slots), config, tuple(folds))
+    return Fit(c.model_type, shipped(c, graph), tuple(slots), config, tuple(folds), c.offset, c.traditional)
+
+
+def shipped(c: Carrier, s: Spec) -> Spec:
+    """The spec with every gain and bias that the architecture has."""
+    biased = c.biases(s)
+    blocks = [b.model_dump(mode="json") for b in s.layers]
+    data = s.model_dump(mode="json")
+    for b in blocks:
+        for part, fields in (("attn", b["attention"]["bias"]), ("mlp", b["mlp"]["bias"])):
+            fields |= {x: f"{part}.{x}" in biased and (x != "gate" or b["mlp"]["gated"]) for x in fields}
+        if b["attention"]["qk_norm"] is not None:
+            b["attention"]["qk_norm"]["weight"] = True
+    for n in (data["final_norm"], *(b["norm"] for b in blocks)):
+        n |= {"weight": True, "bias": "norm" in biased}
+    return Spec.model_validate(data | {"block": blocks[0], "pattern": blocks, "overrides": {}})
 
 
 def _slots(c: Carrier, s: Spec, add: dict[str, float]) -> list[Slot]:
@@ -99,7 +114,7 @@ def _slots(c: Carrier, s: Spec, add: dict[str, float]) -> list[Slot]:
     out = []
     for file, members in groups.items():
         module = members[0][1]
-        out.append(_slot(c, s, have, add, file, members, "weight", 1 - c.offset if module.endswith("norm") else None))
+        out.append(_slot(c, s, have, add, file, members, "weight", 1 - c.offset))
         if module in biased or ("norm" in biased and module in NORMS):
             out.append(_slot(c, s, have, add, file, members, "bias", 0.0))
     return out
@@ -119,9 +134,9 @@ def _exists(s: Spec, i: int | None, module: str) -> bool:
 
 def _slot(
     c: Carrier, s: Spec, have: dict[str, Param], add: dict[str, float], file: str, members: list[tuple[int, str]],
-    leaf: str, fill: float | None,
+    leaf: str, fill: float,
 ) -> Slot:  # fmt: skip
-    pieces, at, width = [], 0, ()
+    pieces, neutral, at, width = [], [], 0, ()
     for i, module in members:
         name = f"{module}.{leaf}" if i < 0 else f"layers.{i}.{module}.{leaf}"
         p = have.get(name)
@@ -129,8 +144,10 @@ def _slot(
         if p is not None:
             width = p.shape[1:]
             pieces.append(Piece(name, at + rows, add.get(name, 0.0)))
+        else:
+            neutral.append(Piece(name, at + rows))
         at += len(rows)
-    return Slot(f"{file}.{leaf}", (at, *width), tuple(pieces), fill)
+    return Slot(f"{file}.{leaf}", (at, *width), tuple(pieces), tuple(neutral), fill)
 
 
 def _rows(c: Carrier, s: Spec, i: int, module: str, have: dict[str, Param]) -> NDArray[np.intp]:

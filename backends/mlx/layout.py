@@ -37,8 +37,10 @@ class Slot:
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
-    fill: float | None = None
-    """Of rows that no piece has: neutral biases and gains."""
+    neutral: tuple[Piece, ...] = ()
+    """What the architecture has and the spec has not, by the names it would have."""
+    fill: float = 0.0
+    """Stored there: a bias of 0, a gain of 1 less what the architecture adds."""
 
     @property
     def matrix(self) -> bool:
@@ -56,12 +58,17 @@ class Fit:
 
     carrier: str
     """mlx-lm's model type, or `BUNDLED`."""
-    spec: Spec
-    """What the graph computes: the source's spec less what was folded into weights."""
+    shipped: Spec
+    """What the architecture computes with the stored rows: offsets are in the gains (or `offset`), what it always has
+    is there, and rotary tables are config.json's."""
     slots: tuple[Slot, ...]
     config: Mapping[str, Any]
     """What config.json says of the architecture."""
     folds: tuple[str, ...] = ()
+    offset: float = 0.0
+    """What the architecture adds to stored gains itself."""
+    traditional: bool = False
+    """Whether its rotation turns neighbours, not halves."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,11 @@ Parts = dict[str, NDArray[Any]]
 """`weight`, `scales` and (affine) `biases` of a quantized matrix."""
 
 
-def to_floats(x: Floats, dtype: str, name: str = "") -> NDArray[Any]:
+COMPUTE, LEVEL = "use --compute f32", "use --quant bf16 or f32"
+"""What helps where a value is too large: vectors and scales have the dtype of the activations, matrices the level's."""
+
+
+def to_floats(x: Floats, dtype: str, name: str, hint: str = COMPUTE) -> NDArray[Any]:
     """Float32 rounded to nearest even in a safetensors dtype. Raises `UserError` beyond its range."""
     if dtype == "F32":
         return np.ascontiguousarray(x, "<f4")
@@ -28,7 +32,7 @@ def to_floats(x: Floats, dtype: str, name: str = "") -> NDArray[Any]:
         out = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
         finite = (out & 0x7F80) != 0x7F80
     if not finite.all():
-        raise UserError(f"{name}: {np.abs(x).max():.6g} is beyond {dtype.lower()} (use --compute f32)")
+        raise UserError(f"{name}: {np.abs(x).max():.6g} is beyond {dtype.lower()} ({hint})")
     return out
 
 
@@ -39,7 +43,7 @@ def from_floats(raw: NDArray[Any], dtype: str) -> Floats:
     return raw.astype(np.float32)
 
 
-def from_grid(q: QuantizedTensor, p: Packing, dtype: str) -> Parts:
+def from_grid(q: QuantizedTensor, p: Packing, dtype: str, name: str) -> Parts:
     """The portable grid as affine: unsigned codes, bias = -2^(b-1) scale. Scales of 8 significant bits and such
     biases are exact in every dtype. A 4-bit tensor may go into 8 bits."""
     assert q.group == p.group and q.bits <= p.bits
@@ -50,8 +54,8 @@ def from_grid(q: QuantizedTensor, p: Packing, dtype: str) -> Parts:
     biases = q.scales * np.float32(-zero)
     return {
         "weight": np.ascontiguousarray(codes).view("<u4"),
-        "scales": to_floats(q.scales, dtype),
-        "biases": to_floats(biases, dtype),
+        "scales": to_floats(q.scales, dtype, name),
+        "biases": to_floats(biases, dtype, name),
     }
 
 

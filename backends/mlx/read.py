@@ -8,39 +8,45 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Floats, Planned, Values
-from backends.folder import MARK, marked_spec, read_mark
+from backends.folder import MARK, read_mark
 from backends.mlx import pack as packs
-from backends.mlx.build import encoded
+from backends.mlx import rotary
+from backends.mlx.build import config, encoded
 from backends.mlx.bundle import source
+from backends.mlx.checks import window
 from backends.mlx.choose import named
 from backends.mlx.container import Input
-from backends.mlx.layout import BUNDLED, Piece, Slot, Stored, arrange, fixed, quantization
-from backends.mlx.levels import FLOATS, GRID, NATIVE, Packing, known
-from spec.config import Spec
+from backends.mlx.layout import BUNDLED, Piece, Slot, Stored, arrange, fixed
+from backends.mlx.levels import FLOATS, GRID, NATIVE, Packing
+from backends.mlx.support import OPTIONS, levels
+from backends.reading import differences, load_json, own_mark, read_back, tokenizer_problems
+from spec.config import Rope, Spec
 from spec.errors import UserError
 from spec.params import params
+from spec.rope import RopeTable, layer_table
 
 
 class MLXArtifact:
-    """A folder that this program wrote; see `backends.base.Artifact`."""
+    """A folder that this program wrote; see `backends.base.Artifact`.
+
+    Folds are undone in `rows`, exactly, so `spec` is the source's: what runs the folder as it is stored is compared
+    with the source's function, and a wrong fold shows.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        mark = read_mark(path)
-        if mark.get("backend") != "mlx":
+        if not read_mark(path):
             raise UserError(f"{path}: has no {MARK} of an MLX conversion: run it with mlx-lm itself (mlx_lm.generate)")
-        self.source: Spec = marked_spec(mark, path)
-        self.level = str(mark.get("level"))
-        self.receipt: dict[str, Any] = dict(mark.get("receipt") or {})
-        self.compute = str((mark.get("options") or {}).get("compute"))
-        if self.level not in known() or self.compute not in FLOATS:
-            raise UserError(f"{path / MARK}: level {self.level}, compute {self.compute}: not known to this version")
-        self.config = _config(path)
+        mark = own_mark(path, "mlx", levels(), OPTIONS)
+        self.source: Spec = mark.source
+        self.spec: Spec = mark.source
+        self.level, self.receipt, self.compute = mark.level, mark.receipt, mark.options["compute"]
+        self.config = load_json(path / "config.json")
         carrier = BUNDLED if "model_file" in self.config else str(self.config.get("model_type"))
         self.fit = named(carrier, self.source, self.compute, path)
-        self.spec: Spec = self.fit.spec
         self.session: int | None = self.source.context if fixed(self.source) else None
         self.input = Input(path)
         self._places: dict[str, tuple[Slot, Piece]] = {}
@@ -64,27 +70,44 @@ class MLXArtifact:
             got = self.input.tensors.get(name)
             if got is not None and got != t:
                 out[name] = f"is {got.dtype} {list(got.shape)}, not {t.dtype} {list(t.shape)}"
-        plain = json.loads(json.dumps({**self.fit.config, **quantization(stored)}))
-        out |= {f"config.json {k}": "is not the spec's" for k, v in plain.items() if self.config.get(k) != v}
-        if not quantization(stored) and "quantization" in self.config:
-            out["config.json quantization"] = "is no part of this model"
-        if self.fit.carrier == BUNDLED:
-            file = self.path / BUNDLED
-            if not file.is_file() or file.read_text(encoding="utf-8") != source():
-                out[BUNDLED] = "is not the one that this version writes"
+        out |= self._texts(stored)
         if not out:
             out |= {t.slot.name: "neutral elements changed" for t in stored if not self._neutral(t)}
         return out
 
+    def _texts(self, stored: Sequence[Stored]) -> dict[str, str]:
+        """What is wrong with the files beside the weights."""
+        words = read_back(self.path)
+        want = config(self.fit, stored, self.compute, words)
+        out = differences({"config.json": (self.config, json.loads(json.dumps(want)))})
+        out |= tokenizer_problems(self.path, words, self.source.context)
+        bundled = self.path / BUNDLED
+        if self.fit.carrier == BUNDLED:
+            if not bundled.is_file() or bundled.read_text(encoding="utf-8") != source():
+                out[BUNDLED] = "is not the one that this version writes"
+            return out
+        if bundled.exists():
+            out[BUNDLED] = "does not belong beside an architecture of mlx-lm's"
+        for i, b in enumerate(self.source.layers):
+            want = layer_table(b.attention, self.source.context)
+            if want is not None and not rotary.same(self.table(i), want):
+                out[f"config.json rope_scaling, layers[{i}]"] = "gives another rotary table than the spec's"
+        return out
+
+    def table(self, layer: int) -> RopeTable:
+        """The rotary table that mlx-lm makes of config.json for a layer that rotates. Raises `UserError`."""
+        b = self.fit.shipped.layers[layer]
+        assert isinstance(b.attention.position, Rope) and b.attention.head_dim is not None
+        try:
+            return rotary.read(self.config, b.attention.head_dim, window(self.source, b) is not None)
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+            raise UserError(f"{self.path / 'config.json'}: its rotary settings are damaged") from None
+
     def _neutral(self, t: Stored) -> bool:
         """Whether what no canonical tensor provides has its neutral value."""
         s = t.slot
-        free = np.ones(s.shape[0], bool)
-        for p in s.pieces:
-            free[p.to] = False
-        if not free.any():
-            return True
-        return bool((packs.from_floats(self.input.rows(s.name, 0, s.shape[0]), t.dtype)[free] == s.fill).all())
+        got = packs.from_floats(self.input.rows(s.name, 0, s.shape[0]), t.dtype) if s.neutral else np.empty(0)
+        return all(bool((got[p.to] == np.float32(s.fill)).all()) for p in s.neutral)
 
     def stored(self, slot: Slot) -> Stored:
         """A slot as the file holds it. Raises `UserError` where it is missing."""
@@ -108,7 +131,7 @@ class MLXArtifact:
         return self.stored(slot), piece
 
     def rows(self, name: str, start: int, stop: int) -> Values:
-        """Rows start..stop of a canonical tensor."""
+        """Rows start..stop of a canonical tensor, without the offset that a gain holds."""
         t, piece = self._place(name)
         to = piece.to[start:stop]
         if not len(to):
@@ -116,31 +139,23 @@ class MLXArtifact:
         first, last = int(to.min()), int(to.max()) + 1
         parts = {n: self.input.rows(x.name, first, last)[to - first] for n, x in t.tensors.items()}
         if t.packing is None:
-            return packs.from_floats(parts[""], t.dtype)
+            return _unfold(packs.from_floats(parts[""], t.dtype), piece)
         if self.level in GRID:
             return packs.to_grid(parts, t.packing, t.dtype)
         return packs.dequantize(parts, t.packing, t.dtype)
 
     def expected(self, name: str, level: str, start: int, values: Floats) -> Floats:
-        """Rows of the source as the file must hold them."""
+        """What `rows` must give for these rows of the source."""
         t, piece = self._place(name)
         parts = encoded(t, piece, values, name)
-        return packs.from_floats(parts[""], t.dtype) if t.packing is None else packs.dequantize(
-            parts, t.packing, t.dtype
-        )  # fmt: skip
+        if t.packing is None:
+            return _unfold(packs.from_floats(parts[""], t.dtype), piece)
+        return packs.dequantize(parts, t.packing, t.dtype)
 
 
-def _config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{file}: {e.strerror}") from None
-    except ValueError:
-        raise UserError(f"{file}: not valid JSON") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: not a JSON object")
-    return data
+def _unfold(values: NDArray[Any], piece: Piece) -> NDArray[Any]:
+    """Stored elements less what was added: in float64, where that is exact."""
+    return values.astype(np.float64) - piece.add if piece.add else values
 
 
 def open_artifact(path: str | Path) -> MLXArtifact:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from spec.config import (
     Spec,
     YarnScaling,
 )
-from spec.rope import longrope_attention_factor
+from spec.rope import RopeTable, longrope_attention_factor
 
 
 def plain(a: Attention, *, partial: bool = False) -> bool:
@@ -88,6 +89,58 @@ def _longrope(spec: Spec, s: LongRopeScaling) -> dict[str, Any] | None:
         "rope_type": "longrope", "short_factor": chosen, "long_factor": chosen,
         "original_max_position_embeddings": s.original_context, "factor": spec.context / s.original_context,
     }  # fmt: skip
+
+
+def read(config: Mapping[str, Any], head_dim: int, local: bool) -> RopeTable:
+    """The table that mlx-lm makes of a configuration (`mlx_lm.models.rope_utils`), the other way round; `local`: that
+    of a layer with a window, where the architecture has another base there.
+
+    Raises KeyError, TypeError or ValueError where the settings are none.
+    """
+    own = local and "rope_local_base_freq" in config
+    base = float(config["rope_local_base_freq" if own else "rope_theta"])
+    s = {} if own else config.get("rope_scaling") or {}
+    dim = int(head_dim * config.get("partial_rotary_factor", 1.0))
+    kind, scale, factor = s.get("rope_type", "default"), float(s.get("factor", 1.0)), 1.0
+    old = s.get("original_max_position_embeddings", 0)
+    freq = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    wave = 2 * np.pi / freq
+    match kind:
+        case "default":
+            pass
+        case "linear":
+            freq = freq / scale
+        case "proportional":
+            freq = freq / scale
+            freq[int(dim * s["partial_rotary_factor"]) // 2 :] = 0
+        case "llama3":
+            low, high = s["low_freq_factor"], s["high_freq_factor"]
+            smooth = (old / wave - low) / (high - low)
+            mixed = ((1 - smooth) / scale + smooth) * freq
+            freq = np.where(wave > old / low, freq / scale, np.where(wave > old / high, mixed, freq))
+        case "yarn":
+            turns = [old / (s[f"beta_{x}"] * 2 * math.pi) for x in ("fast", "slow")]
+            low, high = (dim * math.log(t) / (2 * math.log(base)) for t in turns)
+            low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
+            ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)
+            freq = freq * (1 - ramp) + freq / scale * ramp
+            factor = 1.0 if scale <= 1 else 0.1 * s["mscale"] * math.log(scale) + 1
+        case "longrope":
+            freq = freq / np.asarray(s["long_factor"], np.float64)
+            grown = config["max_position_embeddings"] / old
+            factor = 1.0 if grown <= 1 else math.sqrt(1 + math.log(grown) / math.log(old))
+        case _:
+            raise ValueError(kind)
+    return RopeTable(freq.astype(np.float32), factor)
+
+
+def same(got: RopeTable, want: RopeTable) -> bool:
+    """Whether two tables are one, but for the last rounding of each frequency; frequencies of 0 turn nothing."""
+    turned = len(want.inv_freq)
+    if len(got.inv_freq) < turned or got.inv_freq[turned:].any():
+        return False
+    close = np.abs(got.inv_freq[:turned] - want.inv_freq) <= np.spacing(want.inv_freq)
+    return bool(close.all()) and math.isclose(got.factor, want.factor, rel_tol=1e-12)
 
 
 def rows(a: Attention, heads: int, *, traditional: bool, proportional: bool) -> NDArray[np.intp]:

@@ -1,7 +1,12 @@
-"""A folder of ours run by mlx alone: the forward pass of the spec in its mark. B batch, T tokens, V vocab."""
+"""A folder of ours run by mlx alone: the forward pass of what its files say. B batch, T tokens, V vocab.
+
+The module computes what mlx-lm's architecture would: the stored rows in their stored order, the rotary tables of
+config.json, the offset that the architecture adds. Nothing that the conversion folded is undone here.
+"""
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +18,13 @@ from numpy.typing import NDArray
 
 from backends.mlx.bundle import arguments
 from backends.mlx.cache import Cache, new_cache
-from backends.mlx.layout import Piece, Stored, offsets
+from backends.mlx.layout import BUNDLED, Fit, Piece, Stored
 from backends.mlx.model import Model
 from backends.mlx.read import MLXArtifact, open_artifact
 from backends.session import NOT_BEGUN, Session, session_length
 from backends.text import Text
 from spec.errors import UserError
+from spec.rope import rope_keys
 
 CHUNK = 512
 """Tokens computed at once: scores and logits of a long prompt are never in memory all together."""
@@ -75,7 +81,7 @@ class MLXRuntime(Session):
         """Backend, runtime, device, precision, carrier."""
         return {
             "backend": "mlx",
-            "runtime": f"mlx {version('mlx')}",
+            "runtime": f"Allotrope on mlx {version('mlx')}",
             "device": "gpu" if self.device == mx.gpu else "cpu",
             "precision": f"{self.artifact.level}, computing in {'f32' if self.exact else self.artifact.compute}",
             "carrier": self.artifact.fit.carrier,
@@ -132,23 +138,25 @@ def _device(name: str | None) -> Any:
 
 def build(artifact: MLXArtifact, exact: bool = False) -> Model:
     """The module with the artifact's weights; `exact` widens everything that is a float to float32."""
-    compute = "f32" if exact else artifact.compute
-    model = Model(arguments(artifact.spec, compute))
+    fit = artifact.fit
+    args = arguments(fit.shipped, "f32" if exact else artifact.compute)
+    if fit.carrier != BUNDLED:
+        args.tables = _tables(artifact)
+    model = Model(args)
     files = {name: x for p in artifact.input.paths for name, x in _load(p).items()}
-    add = offsets(artifact.spec)
     weights: dict[str, mx.array] = {}
     packed: dict[str, Stored] = {}
-    for slot in artifact.fit.slots:
+    for slot in fit.slots:
         t = artifact.stored(slot)
-        for piece in slot.pieces:
+        for piece in (*slot.pieces, *slot.neutral):
             if t.packing is not None:
                 packed[piece.name.removesuffix(".weight")] = t
             for part, tensor in t.tensors.items():
-                x = _rows(files[tensor.name], piece)
+                x = _rows(files[tensor.name], _order(fit, piece))
                 if exact and mx.issubdtype(x.dtype, mx.floating):
                     x = x.astype(mx.float32)
-                if piece.name in add:  # a gain whose offset mlx-lm's architecture adds itself
-                    x = x.astype(mx.float32) + add[piece.name]
+                if fit.offset and piece.name.endswith("norm.weight"):
+                    x = x.astype(mx.float32) + fit.offset
                 weights[piece.name.removesuffix("weight") + part if part else piece.name] = x
 
     def chosen(path: str, _: Any) -> Any:
@@ -169,9 +177,27 @@ def _load(path: Path) -> dict[str, mx.array]:
     return loaded
 
 
-def _rows(x: mx.array, piece: Piece) -> mx.array:
-    """A piece's rows of a stored tensor, in canonical order."""
-    to = piece.to
+def _tables(artifact: MLXArtifact) -> list[tuple[NDArray[np.float32], float]]:
+    """Those of config.json, in the order of `spec.rope.rope_tables`."""
+    first = {key: i for i, key in reversed(list(enumerate(rope_keys(artifact.fit.shipped)))) if key is not None}
+    tables = [artifact.table(first[key]) for key in sorted(first)]
+    return [(t.inv_freq, t.factor) for t in tables]
+
+
+def _order(fit: Fit, piece: Piece) -> NDArray[np.intp]:
+    """The stored rows of a piece in the order that the module takes them: as they lie. A kernel that turns neighbours
+    does with them what one that turns halves does with the even ones before the odd ones."""
+    to = np.sort(piece.to)
+    turned = re.fullmatch(r"layers\.(\d+)\.attn\.[qk]\.\w+", piece.name)
+    if not fit.traditional or turned is None:
+        return to
+    head_dim = fit.shipped.layers[int(turned[1])].attention.head_dim
+    assert head_dim is not None
+    return to.reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _rows(x: mx.array, to: NDArray[np.intp]) -> mx.array:
+    """Rows of a stored tensor."""
     if len(to) == x.shape[0] and (to == np.arange(len(to))).all():
         return x
     if (np.diff(to) == 1).all():

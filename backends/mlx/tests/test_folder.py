@@ -204,8 +204,8 @@ def test_native_levels_pack_what_fits() -> None:
 
 def test_rounding_is_to_nearest_even() -> None:
     x = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, -(2.0**-24) * 1.5], np.float32)
-    assert pack.from_floats(pack.to_floats(x, "BF16"), "BF16").tolist()[:2] == [1.0, 1 + 2.0**-6]
-    assert pack.from_floats(pack.to_floats(x, "F16"), "F16").tolist()[2:] == [1.0, -(2.0**-23)]
+    assert pack.from_floats(pack.to_floats(x, "BF16", "x"), "BF16").tolist()[:2] == [1.0, 1 + 2.0**-6]
+    assert pack.from_floats(pack.to_floats(x, "F16", "x"), "F16").tolist()[2:] == [1.0, -(2.0**-23)]
 
 
 def test_planned_levels_of_joined_matrices_must_agree() -> None:
