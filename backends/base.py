@@ -200,7 +200,7 @@ class Writer(Protocol):
 class RowBlocks(Protocol):
     """Rows by slice: an array, or what makes them when they are asked for."""
 
-    def __getitem__(self, rows: slice, /) -> Floats: ...
+    def __getitem__(self, rows: slice, /) -> Values: ...
 
 
 class Artifact(Protocol):

@@ -80,7 +80,8 @@ def table_of(block: NDArray[Any], bits: int, indices: NDArray[np.uint8]) -> NDAr
         counts += np.bincount(_patterns(block[rows]).reshape(-1), minlength=len(counts))
     patterns = np.flatnonzero(counts).astype(np.uint16)
     values = patterns.view(np.float16).astype(np.float64)
-    patterns, values = (x[values.argsort()] for x in (patterns, values))
+    order = values.argsort()
+    patterns, values = patterns[order], values[order]
     centres = _centres(values, counts[patterns], 1 << bits).astype(np.float16)
     table = np.full(1 << bits, centres[-1], np.float16)
     table[: len(centres)] = centres

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import backends
-from backends.base import Artifact, Backend, ContentHash, Planned, QuantizedTensor, Runtime, Values
+from backends.base import Artifact, Backend, ContentHash, Planned, QuantizedTensor, RowBlocks, Runtime, Values
 from convert.levels import LEVELS
 from convert.quantize import quantize
 from convert.recipe import plan
@@ -171,7 +171,7 @@ class Packed:
         level = self._plan[name].level
         chosen = LEVELS.get(level)
         if chosen is not None and chosen.group is not None:
-            want: Values = quantize(block, chosen.bits, chosen.group)
+            want: RowBlocks = quantize(block, chosen.bits, chosen.group)
         else:
             want = self._artifact.expected(name, level, start, block)
         step = len(block) if block.ndim == 1 else max(1, SLICE // block.shape[1])
