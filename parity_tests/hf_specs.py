@@ -17,15 +17,30 @@ from convert.recipe import plan
 from convert.stream import rounded
 from spec import Spec, parse
 
+CARRIED = {
+    "llama": "llama", "tied": "llama", "mha": "llama", "mqa": "llama", "odd_heads": "mistral",
+    "head_dim_free": "mistral", "uneven_width": "llama", "qkv_bias": "qwen2", "all_bias": "llama",
+    "rope_theta": "llama", "rope_partial": "phi3", "rope_linear": "llama", "rope_dynamic": "llama",
+    "rope_llama3": "llama", "rope_yarn": "llama", "rope_longrope": "llama", "rope_longrope_short": "llama",
+    "local_theta": "granite_swa", "nope_per_layer": "smollm3", "rms_offset": "llama", "rms_no_weight": "llama",
+    "layernorm": "stablelm", "layernorm_bias": "stablelm", "layernorm_no_weight": "olmo", "norm_sandwich": "glm4",
+    "attn_scale": "granite", "window": "mistral", "window_pattern": "ministral", "sinks": "granite_swa",
+    "mlp_plain": "arcee", "mlp_plain_bias": "arcee", "gelu": "llama", "gelu_tanh": "llama", "quick_gelu": "llama",
+    "relu2": "arcee", "embed_scale": "granite", "residual_scale": "granite", "logit_scale": "granite", "gpt2": "gpt2",
+    "olmo2": "olmo2", "neox": "gpt_neox",
+}  # fmt: skip
+"""Features that transformers computes, and the architecture that does."""
 
-def spec_for(c: Carrier, seed: int) -> Spec:
-    """A spec that carrier `c` computes, with a random choice of what is optional there."""
+
+def spec_for(c: Carrier, seed: int, width: int = 64) -> Spec:
+    """A spec that carrier `c` computes, with a random choice of what is optional there. width: a multiple of 32."""
     rng = random.Random(f"{c.arch}-{seed}")
 
     def some(allowed: bool = True) -> bool:
         return allowed and rng.random() < 0.5
 
-    heads, kv, head_dim = rng.choice([(4, 2, 16), (4, 4, 16), (4, 1, 16), (2, 2, 32)])
+    n = width // 16
+    heads, kv, head_dim = rng.choice([(n, n // 2, 16), (n, n, 16), (n, 1, 16), (n // 2, n // 2, 32)])
     if not c.gqa:
         kv = heads
     if not c.square and some():
@@ -50,11 +65,11 @@ def spec_for(c: Carrier, seed: int) -> Spec:
                                 "offset": c.offset}  # fmt: skip
     flow = rng.choice(list(c.flow))
     activation = c.activation or rng.choice([a for a in ACTIVATIONS if a not in c.lacks])
-    hidden = c.hidden_times * 64 or 96
+    hidden = c.hidden_times * width or 96
     return parse({
-        "name": f"{c.arch}-{seed}", "vocab_size": 97, "width": 64, "depth": 4, "context": 64,
+        "name": f"{c.arch}-{seed}", "vocab_size": 97, "width": width, "depth": 4, "context": 64,
         "embedding": {
-            "scale": 8.0 if c.embed_scale == "sqrt_width" else 3.0 if some(bool(c.embed_scale)) else None,
+            "scale": width**0.5 if c.embed_scale == "sqrt_width" else 3.0 if some(bool(c.embed_scale)) else None,
             "positions": None if c.positions is None else {"offset": c.positions},
             "norm": norm if c.embed_norm else None,
         },

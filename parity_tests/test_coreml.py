@@ -124,8 +124,8 @@ def test_codes_are_the_same_in_every_container(tmp_path: Path) -> None:
     gguf = Artifact(artifacts.write("gguf", spec, weights, tmp_path / "m.gguf", "q8"))
     for name in ("embed.weight", "layers.1.attn.k.weight", "layers.0.mlp.down.weight", "head.weight"):
         here, there = core.rows(name, 0, len(weights[name])), gguf.tensor(name)
-        if isinstance(there, QuantizedTensor):
-            assert content_hash([here]) == content_hash([there]), name
+        assert isinstance(here, QuantizedTensor) and isinstance(there, QuantizedTensor), name
+        assert content_hash([here]) == content_hash([there]), name
 
 
 def test_the_longest_feature_stands_up_to_512_tokens(tmp_path: Path) -> None:
