@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,14 +97,23 @@ def tokenizer_problems(path: Path, tokenizer: Tokenizer | None, context: int) ->
 
 
 def differences(files: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, str]:
-    """What is wrong with JSON files, each given as it is and as it must be: `file key` and how."""
+    """What is wrong with JSON files, each given as it is and as it must be: `file path.to.key` and how."""
     out: dict[str, str] = {}
-    for file, (got, want) in files.items():
+    for file, pair in files.items():
+        got, want = (dict(_leaves(data)) for data in pair)
         out |= {f"{file} {k}": "is missing" for k in want if k not in got}
         out |= {f"{file} {k}": "does not belong there" for k in got if k not in want}
         out |= {f"{file} {k}": f"is {_shown(got[k])}, not {_shown(want[k])}" for k in want if k in got
                 and json.dumps(got[k], sort_keys=True) != json.dumps(want[k], sort_keys=True)}  # fmt: skip
     return out
+
+
+def _leaves(data: dict[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{under}{key}.")
+        else:
+            yield f"{under}{key}", value
 
 
 def _shown(value: Any) -> str:

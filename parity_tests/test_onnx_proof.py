@@ -16,9 +16,9 @@ import backends
 from backends.onnx.read import Artifact, Found, GraphReader
 from convert.pipeline import convert
 from convert.sources import open_source
-from convert.verify import numeric
+from convert.verify import numeric, verify
 from convert.verify.artifact import Door, Shipped, planned
-from convert.verify.report import Status
+from convert.verify.report import Check, Status
 from convert.verify.run import Session
 from parity_tests.artifacts import opened, write
 from parity_tests.cases import FEATURES, nmse, random_ids, random_weights
@@ -133,6 +133,76 @@ def test_another_level_or_profile_is_a_problem(tmp_path: Path) -> None:
     mark["options"]["profile"] = "portable"
     (tmp_path / "m/allotrope.json").write_text(json.dumps(mark))
     assert damaged(tmp_path / "m", spec, "q4")
+
+
+GENAI: dict[str, Any] = {
+    "model.type": lambda m: m["model"].update(type="llama"),
+    "model.eos_token_id": lambda m: m["model"].update(eos_token_id=5),
+    "model.bos_token_id": lambda m: m["model"].pop("bos_token_id"),
+    "model.context_length": lambda m: m["model"].update(context_length=4096),
+    "model.decoder.head_size": lambda m: m["model"]["decoder"].update(head_size=32),
+    "model.decoder.num_key_value_heads": lambda m: m["model"]["decoder"].update(num_key_value_heads=4),
+    "model.decoder.inputs.past_key_names": lambda m: m["model"]["decoder"]["inputs"].update(past_key_names="past.%d"),
+    "model.decoder.sliding_window.window_size": lambda m: m["model"]["decoder"].update(sliding_window={
+        "window_size": 4,
+    }),
+    "search.past_present_share_buffer": lambda m: m["search"].update(past_present_share_buffer=False),
+    "search.temperature": lambda m: m["search"].update(temperature=2.0),
+}  # fmt: skip
+
+
+def test_what_onnxruntime_genai_reads_is_checked_whole(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", llama(depth=1))
+    out = convert(checkpoint, "onnx", "q4", tmp_path / "out", verify=False)
+    source = open_source(checkpoint)
+
+    def packing() -> Check:
+        return Session(source, Door(ONNX).open_artifact(out.out, out.spec, "q4", 1), "q4").packing()
+
+    assert packing().status is Status.PASS
+    file = out.out / "genai_config.json"
+    right = file.read_text()
+    for key, change in GENAI.items():
+        data = json.loads(right)
+        change(data)
+        file.write_text(json.dumps(data))
+        check = packing()
+        assert check.status is Status.FAIL and f"genai_config.json {key}: " in check.reason, key
+    file.unlink()
+    with pytest.raises(UserError, match=r"genai_config\.json"):
+        packing()
+    file.write_text(right)
+    generation = out.out / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": 5}))
+    assert packing().status is Status.FAIL
+    assert verify(out.out, "onnx", checkpoint, "q4").checks[0].status is Status.FAIL
+
+
+MARKS: dict[str, Any] = {
+    "backend": "onnxx", "level": "q5", "spec": 3, "receipt": [],
+    "options": [
+        None, [], {}, {"compute": "f64", "profile": "ort"}, {"compute": "f32", "profile": "ortx"}, {"compute": "f32"},
+        {"compute": "f32", "profile": "ort", "more": "x"}, {"compute": 3, "profile": "ort"},
+    ],
+}  # fmt: skip
+
+
+def test_a_mark_that_is_not_ours_is_one_line(tmp_path: Path) -> None:
+    spec = FEATURES["llama"]
+    path = write("onnx", spec, random_weights(spec), tmp_path / "m", "q4")
+    right = json.loads((path / "allotrope.json").read_text())
+    for key, wrong in MARKS.items():
+        for value in wrong if key == "options" else [wrong]:
+            (path / "allotrope.json").write_text(json.dumps(right | {key: value}))
+            for attempt in (lambda: opened("onnx", path), lambda: backends.load(path, "onnx")):
+                with pytest.raises(UserError) as e:
+                    attempt()
+                assert "allotrope.json" in str(e.value) or "spec" in str(e.value), (key, value)
+                assert "\n" not in str(e.value)
+    del right["options"]
+    (path / "allotrope.json").write_text(json.dumps(right))
+    with pytest.raises(UserError, match="options"):
+        opened("onnx", path)
 
 
 def test_damaged_files_are_one_line_errors(tmp_path: Path) -> None:

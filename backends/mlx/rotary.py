@@ -99,6 +99,8 @@ def read(config: Mapping[str, Any], head_dim: int, local: bool) -> RopeTable:
     """
     own = local and "rope_local_base_freq" in config
     base = float(config["rope_local_base_freq" if own else "rope_theta"])
+    if base <= 0:
+        raise ValueError(base)
     s = {} if own else config.get("rope_scaling") or {}
     dim = int(head_dim * config.get("partial_rotary_factor", 1.0))
     kind, scale, factor = s.get("rope_type", "default"), float(s.get("factor", 1.0)), 1.0

@@ -11,6 +11,8 @@ from backends.onnx.kernels import Kernel, kernel
 from backends.onnx.layout import MODEL
 from spec.config import Spec
 
+CONFIG = "genai_config.json"
+
 TYPE = "decoder"
 """The model type: all of onnxruntime-genai's decoders take one path, which the graph's inputs decide."""
 
@@ -20,7 +22,7 @@ LENGTH = 4096
 
 def write_config(folder: Path, spec: Spec, tokenizer: Tokenizer | None, *, profile: str, compute: str) -> None:
     """Write the file."""
-    write_json(folder / "genai_config.json", config(spec, tokenizer, profile, compute))
+    write_json(folder / CONFIG, config(spec, tokenizer, profile, compute))
 
 
 def config(spec: Spec, tokenizer: Tokenizer | None, profile: str, compute: str) -> dict[str, Any]:

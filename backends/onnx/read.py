@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Floats, Planned, QuantizedTensor, Values
-from backends.folder import marked_spec, read_mark
+from backends.onnx.genai import CONFIG, config
 from backends.onnx.kernels import Kernel, kernel
 from backends.onnx.layout import (
     BITS,
@@ -29,7 +28,8 @@ from backends.onnx.layout import (
     part_names,
     unpack,
 )  # fmt: skip
-from backends.onnx.support import session
+from backends.onnx.support import OPTIONS, levels, session
+from backends.reading import differences, load_json, own_mark, read_back, tokenizer_problems
 from spec.config import Spec
 from spec.errors import UserError
 from spec.params import params
@@ -141,13 +141,10 @@ class Artifact:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        mark = read_mark(path)
-        self.source = self.spec = marked_spec(mark, path)
-        options = mark.get("options", {})
-        self.level: str = str(mark.get("level"))
-        self.receipt: dict[str, Any] = mark.get("receipt", {})
-        self.compute: str = options.get("compute", "f32")
-        self.profile: Profile = "portable" if options.get("profile") == "portable" else "ort"
+        mark = own_mark(path, "onnx", levels(), OPTIONS)
+        self.source = self.spec = mark.source
+        self.level, self.receipt, self.compute = mark.level, mark.receipt, mark.options["compute"]
+        self.profile: Profile = "portable" if mark.options["profile"] == "portable" else "ort"
         self._weights = GraphReader(path, self.spec, self.profile)
 
     @property
@@ -165,8 +162,12 @@ class Artifact:
         return Arithmetic(self.compute, self.compute, "int8" if quantized else None, tables=tables)
 
     def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
-        """Tensors and constants that are not as planned."""
-        return self._weights.problems(planned, self.compute)
+        """Tensors, constants, and what onnxruntime-genai reads, that are not as planned."""
+        words = read_back(self.path)
+        want = config(self.spec, words, self.profile, self.compute)
+        out = differences({CONFIG: (load_json(self.path / CONFIG), want)})
+        out |= tokenizer_problems(self.path, words, self.spec.context)
+        return out | self._weights.problems(planned, self.compute)
 
     def rows(self, name: str, start: int, stop: int) -> Values:
         """Rows of a canonical tensor as the file holds them."""

@@ -131,10 +131,11 @@ class OnnxRuntime(Session):
     def prefill(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """Start a new sequence: [T] -> [V] logits after the last token."""
         checked = self.checked(ids, 1)
-        self._caches = self._new(1)
-        last = np.empty(0, np.float32)
-        for chunk in self._chunked(checked[None], self._caches):
+        self._caches = None  # the old one's memory first
+        caches, last = self._new(1), np.empty(0, np.float32)
+        for chunk in self._chunked(checked[None], caches):
             last = chunk[0, -1].copy()
+        self._caches = caches
         return last
 
     def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:

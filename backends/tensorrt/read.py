@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from backends.base import Arithmetic, Floats, Planned, Values
-from backends.folder import marked_spec, read_mark
+from backends.folder import MARK, read_mark
+from backends.reading import own_mark, read_back, tokenizer_problems
 from backends.tensorrt import graph
 from backends.tensorrt.build import ENGINE
+from backends.tensorrt.support import OPTIONS, levels
 from spec.errors import UserError
 
 
@@ -18,13 +19,13 @@ class Artifact:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        mark = read_mark(path)
-        self.source = self.spec = marked_spec(mark, path)
-        self.level: str = str(mark.get("level"))
-        self.receipt: dict[str, Any] = mark.get("receipt", {})
-        self.compute: str = mark.get("options", {}).get("compute", "f16")
-        self.made_for: dict[str, str] = mark.get("engine", {})
+        mark = own_mark(path, "tensorrt", levels(), OPTIONS)
+        self.source = self.spec = mark.source
+        self.level, self.receipt, self.compute = mark.level, mark.receipt, mark.options["compute"]
+        self.made_for: dict[str, str] = read_mark(path).get("engine", {})
         """`gpu` and `tensorrt`, the version."""
+        if not isinstance(self.made_for, dict):
+            raise UserError(f"{path / MARK}: engine: is no mapping")
         self._weights = graph.reader(path, self.spec)
 
     @property
@@ -38,8 +39,9 @@ class Artifact:
         return Arithmetic(self.compute, self.compute)
 
     def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
-        """Tensors and constants that are not as planned, and an engine that is not there."""
+        """Tensors, constants and files of the tokenizer that are not as planned, and an engine that is not there."""
         lost = {} if (self.path / ENGINE).is_file() else {ENGINE: "missing"}
+        lost |= tokenizer_problems(self.path, read_back(self.path), self.spec.context)
         return lost | self._weights.problems(planned, self.compute)
 
     def rows(self, name: str, start: int, stop: int) -> Values:

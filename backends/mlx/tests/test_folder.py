@@ -142,6 +142,29 @@ def test_truncated_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> 
         open_artifact(other)
 
 
+@pytest.mark.parametrize("change", [
+    {"backend": "onnx"}, {"level": "q5"}, {"options": None}, {"options": []}, {"options": {}}, {"receipt": None},
+    {"options": {"compute": "f64"}}, {"options": {"compute": "f16", "profile": "ort"}},
+], ids=str)  # fmt: skip
+def test_a_mark_that_is_not_ours_is_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    path = write("mlx", SPEC, WEIGHTS, tmp_path / "m", "q4")
+    mark = json.loads((path / "allotrope.json").read_text())
+    (path / "allotrope.json").write_text(json.dumps(mark | change))
+    with pytest.raises(UserError, match=r"allotrope\.json") as e:
+        open_artifact(path)
+    assert "\n" not in str(e.value)
+
+
+def test_damaged_rotary_settings_are_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("mlx.core")
+    path = write("mlx", SPEC, WEIGHTS, tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    for change in ({"rope_theta": None}, {"rope_theta": 0}, {"rope_scaling": 3}, {"rope_scaling": {"rope_type": "x"}}):
+        (path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match="rotary settings are damaged"):
+            backends.load(path)
+
+
 def test_an_aborted_folder_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "m"
     w = build.writer(SPEC, plan(SPEC, "q4"), None, out, level="q4", metadata={}, threads=1)
@@ -170,6 +193,15 @@ def test_vectors_beyond_the_dtype_are_refused(tmp_path: Path) -> None:
     weights = {**WEIGHTS, "final_norm.weight": np.full(SPEC.width, 1e6, np.float32)}
     with pytest.raises(UserError, match=r"final_norm\.weight: 1e\+06 is beyond f16"):
         write("mlx", SPEC, weights, tmp_path / "m", "q8")
+    shutil.rmtree(tmp_path / "m", ignore_errors=True)
+    w = build.writer(SPEC, plan(SPEC, "f16"), None, tmp_path / "m", level="f16", metadata={}, threads=1)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up\.weight: 70000 is beyond f16 \(use --quant bf16 or f32\)"):
+        w.write("layers.0.mlp.up.weight", 0, np.full((64, 32), 7e4, np.float32))
+    w.abort()
+    shutil.rmtree(tmp_path / "m", ignore_errors=True)
+    huge = {**WEIGHTS, "layers.0.mlp.up.weight": np.full((64, 32), 7e6, np.float32)}
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up\.weight: .* is beyond f16 \(use --compute f32\)"):
+        write("mlx", SPEC, huge, tmp_path / "m", "q8")
     shutil.rmtree(tmp_path / "m", ignore_errors=True)
     check_packing("mlx", write("mlx", SPEC, weights, tmp_path / "m", "q8", compute="bf16"), SPEC, weights, "q8")
 

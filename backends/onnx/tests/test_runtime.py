@@ -76,6 +76,26 @@ def test_a_refused_step_leaves_the_sequence_as_it_was(runtime: Runtime) -> None:
     assert np.array_equal(got, runtime.step(ids[10:]))
 
 
+def test_a_prefill_that_fails_leaves_nothing_to_continue(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = random_ids(SPEC, 1, 12)[0]
+    runtime.prefill(ids[:5])
+    monkeypatch.setattr("backends.onnx.runtime.CHUNK", 4)
+    plain, calls = type(runtime)._call, []
+
+    def failing(self: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise UserError("out of memory")
+        return plain(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(runtime), "_call", failing)
+        with pytest.raises(UserError, match="out of memory"):
+            runtime.prefill(ids)
+    with pytest.raises(UserError, match="no sequence to continue"):
+        runtime.step(ids[:1])
+
+
 def test_logits_leave_the_sequence_alone(runtime: Runtime) -> None:
     ids = random_ids(SPEC, 2, 12)
     runtime.prefill(ids[0, :11])
