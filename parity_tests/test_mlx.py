@@ -59,6 +59,15 @@ def test_every_feature_is_exact_in_float32(name: str, tmp_path: Path) -> None:
     check_graph("mlx", path)
 
 
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_feature_is_the_sources_function(name: str, tmp_path: Path) -> None:
+    """Nothing of the artifact's own: the source's spec and weights against the folder that runs."""
+    spec, weights = FEATURES[name], random_weights(FEATURES[name])
+    path, ids = write("mlx", spec, weights, tmp_path / "m"), random_ids(spec, 1, spec.context - 1)
+    with backends.load(path, exact=True) as runtime:
+        assert nmse(runtime.logits(ids), Oracle(spec, weights).logits(ids)) <= EXACT
+
+
 def test_features_keep_their_carrier() -> None:
     assert {n for n, s in FEATURES.items() if support(s, "f32").carrier == "model.py"} == OURS
     assert not [n for n, s in FEATURES.items() if not support(s, "q4").ok]

@@ -82,6 +82,8 @@ def test_mlx_lm_computes_what_the_row_says(name: str, tmp_path: Path) -> None:
     check_packing("mlx", path, spec, weights, "f32")
     check_graph("mlx", path)
     check(path)
+    ids = random_ids(spec, 1, spec.context - 1)
+    assert nmse(mlx_lm_logits(path, ids)[0], Oracle(spec, weights).logits(ids)) <= EXACT  # nothing of the artifact's
 
 
 @pytest.mark.parametrize("name", [n for n, s in FEATURES.items() if support(s, "f32").carrier == "model.py"])

@@ -56,6 +56,19 @@ def test_every_feature_matches_the_oracle(name: str, profile: str, tmp_path: Pat
     proved(FEATURES[name], tmp_path / "m", profile=profile)
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_feature_is_the_sources_function(name: str, profile: str, tmp_path: Path) -> None:
+    """Nothing of the artifact's own: the source's spec and weights against the folder that runs."""
+    spec, weights = FEATURES[name], random_weights(FEATURES[name])
+    path, ids = (
+        write("onnx", spec, weights, tmp_path / "m", profile=profile),
+        random_ids(spec, 1, spec.context - 1),
+    )
+    with backends.load(path, exact=True, threads=1) as runtime:
+        assert nmse(runtime.logits(ids), Oracle(spec, weights).logits(ids)) <= EXACT
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_feature_matches_the_oracle_in_the_fused_attention(name: str, tmp_path: Path) -> None:
     spec = wide(name, 32)
