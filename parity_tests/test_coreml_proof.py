@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from parity_tests import artifacts
 from parity_tests.cases import BASE, FEATURES, nmse, random_ids, random_weights
 from spec import Spec, dump, parse
 from spec.config import merge
+from spec.errors import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="the interpreter is the runtime only elsewhere")
 
@@ -187,3 +189,59 @@ def test_a_changed_program_does_not_pass(name: str, tmp_path: Path) -> None:
         assert nmse(runtime.logits(ids), exact) > 50 * artifacts.EXACT
     with pytest.raises(AssertionError):
         artifacts.check_graph("coreml", path, batches=(1,))
+
+
+def _operations(model: Any, function: str = "main") -> Any:
+    return model.mlProgram.functions[function].block_specializations["CoreML8"].operations
+
+
+def _shape(model: Any) -> None:
+    op = next(o for o in _operations(model) if o.type == "linear")
+    op.outputs[0].type.tensorType.dimensions[-1].constant.size += 7
+
+
+def _mixed(model: Any) -> None:
+    """Half of a head is no longer made float32 before it is multiplied by the float32 rotary table."""
+    operations = _operations(model)
+    halves = {v.name for o in operations if o.type == "split" for v in o.outputs}
+    n = next(n for n, o in enumerate(operations) if o.type == "cast" and o.inputs["x"].arguments[0].name in halves)
+    held, made = operations[n].inputs["x"].arguments[0].name, operations[n].outputs[0].name
+    del operations[n]
+    for argument in (a for o in operations for arg in o.inputs.values() for a in arg.arguments):
+        if argument.name == made:
+            argument.name = held
+
+
+def _short(model: Any) -> None:
+    model.description.input[0].type.multiArrayType.shapeRange.sizeRanges[1].upperBound = 2
+
+
+def _elsewhere(model: Any) -> None:
+    """Decode's matrix of one layer is another layer's."""
+    first, second = (_named(_operations(model, "decode"), f"layers_{i}_mlp_up_weight") for i in (0, 1))
+    first.inputs["data"].CopyFrom(second.inputs["data"])
+
+
+FORBIDDEN: dict[str, tuple[Callable[[Any], None], str, str, str]] = {
+    "a declared shape is wrong by 7": (_shape, "main", "Mismatch between var types", "is declared"),
+    "float16 and float32 operands mix": (_mixed, "main", "coremltools does not load it", "which MIL does not mix"),
+    "calls of two tokens at most": (_short, "main, description of inputs", r"\(1, 2\)\)\)\], not", ""),
+    "decode's weight is another": (_elsewhere, "layers.0.mlp.up.weight", "is another in the function decode", ""),
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_a_package_that_a_client_could_not_run_does_not_pass(name: str, tmp_path: Path) -> None:
+    spec, (change, key, problem, refusal) = FEATURES["gemma2"], FORBIDDEN[name]
+    count = "two" if change is _elsewhere else "one"
+    path = artifacts.write("coreml", spec, random_weights(spec), tmp_path / "m.mlpackage", "q8", functions=count)
+    plan = planned(backends.get("coreml"), spec, "q8")
+    assert artifacts.opened("coreml", path).problems(plan) == {}
+    model = read_model(path)
+    change(model)
+    write_model(path, model)
+    found = artifacts.opened("coreml", path).problems(plan)
+    assert list(found) == [key] and re.search(problem, found[key]), found
+    if refusal:
+        with pytest.raises(UserError, match=refusal):
+            artifacts.check_graph("coreml", path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LANGUAGE = "swift"
+
 _SWIFT = """\
 // Xcode compiles {name} to {stem}.mlmodelc. The tokenizer is in {name}/{tokenizer}: add that folder to the app too.
 import CoreML

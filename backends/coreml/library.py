@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
+
+
+@contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect afterwards: bare `except:` clauses in the imports would swallow them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, _: kept.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        for number in kept:
+            signal.raise_signal(number)
 
 
 @lru_cache(maxsize=1)
@@ -21,7 +42,7 @@ def coremltools() -> Any:
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _interrupts_kept():
             warnings.simplefilter("ignore")
             import coremltools as ct
             from coremltools.converters.mil import Builder  # noqa: F401

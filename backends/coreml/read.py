@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Floats, Planned, QuantizedTensor, Values
 from backends.coreml import package
+from backends.coreml.contract import differences
 from backends.coreml.mil.program import Function, Instruction, default_function, functions
+from backends.coreml.mil.types import dtype_of
 from backends.coreml.mil.weights import Blob
 from backends.coreml.names import by_name, in_linear, mil_name
 from backends.coreml.palettes import BITS, Palette, group_rows, palettize
@@ -78,8 +80,7 @@ class CoreMLArtifact:
 
     @cached_property
     def _constants(self) -> dict[str, Instruction]:
-        body = self.functions[self.default].body
-        return {i.outputs[0].name: i for i in body if i.type == "const" or i.type.startswith("constexpr_")}
+        return _constants(self.functions[self.default])
 
     def rows(self, name: str, start: int, stop: int) -> Values:
         """Rows of a canonical tensor: codes and scales where it is on the portable grid, else float32."""
@@ -96,7 +97,7 @@ class CoreMLArtifact:
                 return self._palette(i, start, stop)
             case _:
                 codes, scales = _rows(i.args["data"], at), _rows(i.args["scale"], at).astype(np.float32)
-                bits = 4 if _dtype(i.args["data"]) == "INT4" else 8
+                bits = 4 if dtype_of(i.args["data"]) == "INT4" else 8
                 return QuantizedTensor(codes, scales, bits, codes.shape[1] // scales.shape[1])
 
     def _palette(self, i: Instruction, start: int, stop: int) -> Floats:
@@ -113,20 +114,29 @@ class CoreMLArtifact:
         return i
 
     def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
-        """Tensors that are missing or of another type or shape than planned, and constants with other values."""
+        """Tensors that are missing or of another type or shape than planned, constants with other values or that differ
+        between functions, and whatever a client could not rely on."""
         out = {}
         for p in planned:
             i = self._constants.get(mil_name(p.name))
             how = "is missing" if i is None else self._difference(p, i)
             if how:
                 out[p.name] = how
-        for name, value in constants(self.source).items():
+        made = constants(self.source)
+        for name, value in made.items():
             i = self._constants.get(name)
             if i is None:
                 out[name] = "is missing"
             elif not np.array_equal(_rows(i.args["val"], None).reshape(value.shape), value):
                 out[name] = "differs from what the spec gives"
-        return out
+        for function in sorted(set(self.functions) - {self.default}):
+            others = _constants(self.functions[function])
+            for name in (*(p.name for p in planned), *made):
+                a, b = (held.get(mil_name(name)) for held in (self._constants, others))
+                if a is None or b is None or not _same(a, b):
+                    out.setdefault(name, f"is another in the function {function}")
+        dtype = "FLOAT16" if self.compute == "f16" else "FLOAT32"
+        return out | differences(self._model, self.functions, self.path / package.WEIGHTS, self.source, dtype)
 
     def _difference(self, p: Planned, i: Instruction) -> str:
         shape = list(i.outputs[0].shape)
@@ -134,7 +144,7 @@ class CoreMLArtifact:
             return f"has shape {shape}, not {list(p.shape)}"
         want, dtype = _type(p, self.compute, in_linear(self._params[p.name]))
         kinds = {"const": "val", HALF: "source_val", SCALED: "data", TABLE: "indices"}
-        got = i.type, _dtype(i.args[kinds[i.type]])
+        got = i.type, dtype_of(i.args[kinds[i.type]])
         return "" if got == (want, dtype) else f"is stored as {got[0]} of {got[1]}, not {want} of {dtype}"
 
     def rows_together(self, name: str, level: str) -> int:
@@ -152,6 +162,24 @@ class CoreMLArtifact:
         return palettize(values, BITS[level], group=group)
 
 
+def _constants(f: Function) -> dict[str, Instruction]:
+    return {i.outputs[0].name: i for i in f.body if i.type == "const" or i.type.startswith("constexpr_")}
+
+
+def _same(a: Instruction, b: Instruction) -> bool:
+    """Whether two constants are one: the same tensors of the weight file, or equal values in the
+    program."""
+    if (a.type, a.outputs, set(a.args)) != (b.type, b.outputs, set(b.args)):
+        return False
+    return all(_equal(a.args[key], b.args[key]) for key in a.args)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Blob) or isinstance(b, Blob):
+        return a == b
+    return bool(np.array_equal(a, b))
+
+
 def _type(p: Planned, compute: str, in_product: bool) -> tuple[str, str]:
     """The operation and data type that hold a planned tensor."""
     if len(p.shape) == 1:
@@ -167,12 +195,6 @@ def _rows(value: Any, at: tuple[int, int] | None) -> NDArray[Any]:
     if isinstance(value, Blob):
         return value.read() if at is None else value.rows(*at)
     return value if at is None else value[at[0] : at[1]]
-
-
-def _dtype(value: Any) -> str:
-    if isinstance(value, Blob):
-        return value.dtype
-    return {"float32": "FLOAT32", "float16": "FLOAT16", "int8": "INT8", "uint8": "UINT8"}[str(value.dtype)]
 
 
 def open_artifact(path: str | Path) -> CoreMLArtifact:

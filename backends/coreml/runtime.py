@@ -173,5 +173,8 @@ def load(
         except Exception as e:  # coremltools passes on what the framework says, as bare exceptions
             raise UserError(f"{path}: Core ML cannot load it: {' '.join(str(e).split())}") from None
     else:
-        engine = Interpreter(artifact, "f32" if exact else "f16")
+        try:
+            engine = Interpreter(artifact, "f32" if exact else "f16")
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
     return CoreMLRuntime(path, artifact, engine, tokens, exact)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from backends.coreml.mil import types
 from backends.coreml.mil.ops import OPS
 from backends.coreml.mil.program import FLOATS, Function, Instruction, Output, Ref, Value
 from backends.coreml.mil.weights import Array, Blob
@@ -42,7 +43,8 @@ States = dict[str, Array]
 
 
 class Machine:
-    """Functions of one package, with their constants."""
+    """Functions of one package, with their constants. Raises `UserError` for a program that MIL's rules forbid: types
+    when it is made, shapes other than the declared ones when it runs."""
 
     def __init__(self, functions: Mapping[str, Function], precision: str = "f16") -> None:
         self.functions = dict(functions)
@@ -53,6 +55,8 @@ class Machine:
         unknown = {i.type for f in functions.values() for i in f.body} - {*OPS, "const", "read_state", "write_state"}
         if unknown:
             raise UserError(f"the program uses operations that the interpreter lacks: {', '.join(sorted(unknown))}")
+        for f in functions.values():
+            types.check(f)
 
     def new_states(self, function: str) -> States:
         """Zeros, as Core ML makes them."""
@@ -61,6 +65,8 @@ class Machine:
     def run(self, function: str, inputs: Mapping[str, Array], states: States) -> dict[str, Array]:
         """One call. `states` are updated."""
         f, plan, env = self.functions[function], self._plans[function], dict(inputs)
+        for i in f.inputs:
+            _shaped(env[i.name], i)
         with np.errstate(all="ignore"):  # infinities and NaNs are the program's results, for the caller to see
             for n, i in enumerate(f.body):
                 self._step(i, n, plan, env, states)
@@ -70,13 +76,14 @@ class Machine:
 
     def _step(self, i: Instruction, n: int, plan: Plan, env: dict[str, Any], states: States) -> None:
         if i.type == "const" or i.type.startswith("constexpr_"):
-            env[i.outputs[0].name] = self._constant(i)
+            env[i.outputs[0].name] = _shaped(self._constant(i), i.outputs[0])
             return
         if i.type == "read_state":
-            env[i.outputs[0].name] = states[i.args["input"].name]
+            env[i.outputs[0].name] = _shaped(states[i.args["input"].name], i.outputs[0])
             return
         if i.type == "write_state":
             name, x = i.args["input"].name, self._argument(i.args["data"], env)
+            assert x.shape == states[name].shape, f"write_state: {x.shape} into {name} of {states[name].shape}"
             states[name] = x if x is states[name] else x.copy()  # later updates in place must not reach `x`
             return
         args = {key: self._argument(a, env) for key, a in i.args.items()}
@@ -85,7 +92,7 @@ class Machine:
         op = OPS[i.type]
         found = op.run(**args)
         for o, value in zip(i.outputs, found if isinstance(found, list) else [found], strict=True):
-            env[o.name] = self._typed(value, o, op.rounds)
+            env[o.name] = _shaped(self._typed(value, o, op.rounds), o)
             if n in plan.reads_state and i.type != "slice_update":  # a view would see later updates
                 env[o.name] = env[o.name].copy()
 
@@ -162,6 +169,15 @@ class Plan:
             back = written is not None and f.body[written].type == "write_state"
             if back and not others and count[result] == 1 and uses[result] == written and uses[read[0]] == n:
                 self.in_place.add(n)
+
+
+def _shaped(value: Any, o: Output) -> Any:
+    """The value, which has the declared shape. Raises `UserError`."""
+    shape = getattr(value, "shape", ())
+    if len(shape) != len(o.shape) or any(n not in (None, m) for n, m in zip(o.shape, shape, strict=True)):
+        declared = ", ".join("any" if n is None else str(n) for n in o.shape)
+        raise UserError(f"{o.name}: has the shape {list(shape)}, and [{declared}] is declared")
+    return value
 
 
 def _fixed(s: Output) -> tuple[int, ...]:

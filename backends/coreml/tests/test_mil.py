@@ -96,8 +96,8 @@ def write(name: str) -> Instruction:
     return Instruction("write_state", {"input": Ref("s"), "data": Ref(name)}, ())
 
 
-def add(a: str, b: str, name: str) -> Instruction:
-    return Instruction("add", {"x": Ref(a), "y": Ref(b)}, (Output(name, "FLOAT16", (4,)),))
+def add(a: str, b: str, name: str, size: int = 4, dtype: str = "FLOAT16") -> Instruction:
+    return Instruction("add", {"x": Ref(a), "y": Ref(b)}, (Output(name, dtype, (size,)),))
 
 
 def run(f: Function, state: Any, x: Any, precision: str = "f16") -> tuple[dict[str, Any], Any, int]:
@@ -145,7 +145,7 @@ def test_written_values_do_not_change_with_a_later_update() -> None:
 
 
 def test_half_results_are_rounded_after_every_operation_and_others_are_not() -> None:
-    f = function(add("x", "x", "a"), add("a", "x", "y"), outputs=("y",))
+    f = function(add("x", "x", "a", 2), add("a", "x", "y", 2), outputs=("y",))
     x = np.array([1 + 2**-10, 1 / 3], np.float32)
     rounded = (x + x).astype(np.float16).astype(np.float32)
     assert np.array_equal(run(f, 0, x)[0]["y"], (rounded + x).astype(np.float16).astype(np.float32))
@@ -157,3 +157,30 @@ def test_an_unknown_operation_is_refused_before_anything_runs() -> None:
     f = function(Instruction("conv", {"x": Ref("x")}, (Output("y", "FLOAT16", (2,)),)), outputs=("y",))
     with pytest.raises(UserError, match="conv"):
         Machine({"main": f})
+
+
+def test_types_that_mil_does_not_mix_are_refused_before_anything_runs() -> None:
+    cast = Instruction("cast", {"x": Ref("x"), "dtype": "fp32"}, (Output("wide", "FLOAT32", (2,)),))
+    with pytest.raises(UserError, match="main, y: add of FLOAT32 and FLOAT16, which MIL does not mix"):
+        Machine({"main": function(cast, add("wide", "x", "y", 2), outputs=("y",))})
+    with pytest.raises(UserError, match="main, y: add gives FLOAT16, and FLOAT32 is declared"):
+        Machine({"main": function(add("x", "x", "y", 2, "FLOAT32"), outputs=("y",))})
+    less = Instruction("less", {"x": Ref("x"), "y": Ref("x")}, (Output("y", "FLOAT16", (2,)),))
+    with pytest.raises(UserError, match="less gives BOOL"):
+        Machine({"main": function(less, outputs=("y",))})
+    narrow = Instruction("cast", {"x": Ref("x"), "dtype": "int8"}, (Output("y", "INT16", (2,)),))
+    with pytest.raises(UserError, match="cast gives INT8, and INT16 is declared"):
+        Machine({"main": function(narrow, outputs=("y",))})
+    half = Instruction("const", {"val": np.zeros(2, np.float16)}, (Output("c", "FLOAT16", (2,)),))
+    both = Instruction(
+        "concat", {"values": [Ref("c"), Ref("wide")], "axis": np.int32(0)}, (Output("y", "FLOAT16", (4,)),)
+    )
+    with pytest.raises(UserError, match="concat of FLOAT16 and FLOAT32"):
+        Machine({"main": function(half, cast, both, outputs=("y",))})
+
+
+def test_a_shape_other_than_the_declared_is_refused() -> None:
+    with pytest.raises(UserError, match=r"y: has the shape \[2\], and \[9\] is declared"):
+        run(function(add("x", "x", "y", 9), outputs=("y",)), 0, [1, 2])
+    with pytest.raises(UserError, match=r"x: has the shape \[3\], and \[2\] is declared"):
+        run(function(add("x", "x", "y", 2), outputs=("y",)), 0, [1, 2, 3])

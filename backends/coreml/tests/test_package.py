@@ -76,17 +76,9 @@ def test_the_package_keeps_the_clients_contract(tmp_path: Path) -> None:
     assert (logits.dtype, logits.shape) == ("FLOAT16", (1, None, spec.vocab_size))
 
 
-def test_the_program_parses_with_coremltools_and_is_for_ios_18(tmp_path: Path) -> None:
-    """Its own loader infers every type again."""
-    ct = coremltools()
-    from coremltools.converters.mil.frontend.milproto.load import load as parse_program
-
-    for name, level in (("gemma2", "q4"), ("sinks", "lut6"), ("neox", "f16"), ("odd_heads", "f32")):
-        path = write(tmp_path / f"{name}.mlpackage", name, level)
-        model = ct.utils.load_spec(str(path))
-        assert model.specificationVersion == 9 and model.mlProgram.functions["main"].opset == "CoreML8"
-        program = parse_program(model, specification_version=9, file_weights_dir=str(path / package.WEIGHTS))
-        assert [o.name for o in program.functions["main"].outputs] == ["logits"]
+def test_the_program_is_for_ios_18(tmp_path: Path) -> None:
+    model = coremltools().utils.load_spec(str(write(tmp_path / "m.mlpackage")))
+    assert model.specificationVersion == 9 and model.mlProgram.functions["main"].opset == "CoreML8"
 
 
 def test_operations_are_named_by_layer_and_tap(tmp_path: Path) -> None:
@@ -316,6 +308,7 @@ def test_problems_are_found(tmp_path: Path) -> None:
     package.write_model(path, model)
     assert open_artifact(path).problems(planned(spec, "q8")) == {
         "final_norm.weight": "is missing", "rope_0_cos": "differs from what the spec gives",
+        "main": "coremltools does not load it: KeyError: 'Var final_norm_weight not found'",
     }  # fmt: skip
 
 
