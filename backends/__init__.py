@@ -19,7 +19,7 @@ REGISTRY: tuple[Backend, ...] = (
         packages=("gguf", "llama-cpp-python"), tool="llama-cli -m {name} -p 'Once upon a time'",
     ),
     Backend(
-        "mlx", "backends.mlx", "", "mlx", (), ("mlx",), packages=("mlx", "mlx-lm"),
+        "mlx", "backends.mlx", "", "mlx", (), ("mlx",), packages=("mlx", "mlx-lm"), hub="mlx",
         tool="mlx_lm.generate --model {name}{flags} --prompt 'Once upon a time'",
     ),
     Backend(
@@ -33,7 +33,7 @@ REGISTRY: tuple[Backend, ...] = (
     Backend("coreml", "backends.coreml", ".mlpackage", "coreml", ("coremltools",), packages=("coremltools",)),
     Backend(
         "hf", "backends.hf", "", "hf", (), ("torch", "transformers"), ("config.json",),
-        packages=("transformers", "torch", "compressed-tensors"),
+        packages=("transformers", "torch", "compressed-tensors"), hub="transformers",
     ),
 )  # fmt: skip
 

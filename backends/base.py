@@ -318,6 +318,8 @@ class Backend:
     """Whether an artifact is a folder."""
     packages: tuple[str, ...] = ()
     """Distributions whose versions a report names."""
+    hub: str = ""
+    """The library that the Hugging Face hub names for its folders, whose clients read them by AutoTokenizer."""
     tool: str = ""
     """How its own tools run an artifact called {name}, for the model card; {flags} are the carrier's."""
 

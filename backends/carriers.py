@@ -72,6 +72,10 @@ def distinct(spec: Spec) -> Iterator[tuple[str, Block]]:
             yield layer_path(spec, i), b
 
 
+SHOWN = 3
+"""Fields that an alternative's refusals name."""
+
+
 def explained(fit: Fit, fits: Sequence[Fit], runtime: str) -> list[str]:
     """A fit's refusals, a field refused in several layers once, each with the carrier that has this field and what it
     would refuse instead. fits: the spec's to every carrier. runtime: whose architectures they are."""
@@ -94,5 +98,6 @@ def _with_alternative(refusal: str, fits: Sequence[Fit], runtime: str) -> str:
     if not others:
         return f"{refusal} (no {runtime} architecture has it: change this field)"
     other = min(others, key=lambda f: len(f.refusals))
-    against = ", ".join({_field(_path(r)): _path(r) for r in reversed(other.refusals)}.values())
-    return f"{refusal} (nearest: {other.carrier.arch} has it, but not this {against})"
+    paths = list({_field(_path(r)): _path(r) for r in reversed(other.refusals)}.values())
+    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return f"{refusal} (nearest: {other.carrier.arch} has it, but not this {', '.join(paths[:SHOWN])}{more})"

@@ -68,7 +68,7 @@ def list_backends(*, json: Json = False) -> None:
 def generate(
     artifact: Path,
     *,
-    prompt: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     max_tokens: int = 128,
     temperature: float = 0.8,
     top_k: int = 0,

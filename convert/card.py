@@ -31,7 +31,8 @@ def card(result: Result, backend: Backend, receipt: dict[str, Any], report: Repo
     ]
     if receipt["weights_hash"]:
         rows.append(("codes and scales sha256", receipt["weights_hash"]))
-    lines = [f"# {name}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""]
+    front = ["---", f"library_name: {backend.hub}", "pipeline_tag: text-generation", "---", ""] if backend.hub else []
+    lines = [*front, f"# {name}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""]
     if receipt["folds"]:
         lines += ["Exact rewrites on the way:", "", *(f"- {f}" for f in receipt["folds"]), ""]
     if result.notes:
@@ -47,7 +48,8 @@ def card(result: Result, backend: Backend, receipt: dict[str, Any], report: Repo
         lines.append(backend.tool.format(name=name, flags=flags))
     lines += [f"python -m convert.verify {name} --source CHECKPOINT", "```", ""]
     if backends.has(backend, "card"):
-        lines += ["```swift", backends.part(backend, "card").snippet(name).rstrip(), "```", ""]
+        own = backends.part(backend, "card")
+        lines += [f"```{own.LANGUAGE}", own.snippet(name).rstrip(), "```", ""]
     lines += ["Made with " + ", ".join(f"{k} {v}" for k, v in receipt["versions"].items()) + "."]
     return "\n".join(lines) + "\n"
 

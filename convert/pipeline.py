@@ -230,10 +230,10 @@ def _beside(t: Target) -> tuple[Path, ...]:
 
 def _backends(names: Sequence[str]) -> list[Backend]:
     known = [b.name for b in backends.REGISTRY if backends.has(b, "build")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--to {name}: nothing is converted to it ({nearest(name, known)})")
     out = [backends.get(name) for name in dict.fromkeys(names)]
-    for b in out:
-        if b.name not in known:
-            raise UserError(f"--to {b.name}: nothing is converted to it (targets: {', '.join(known)})")
     if not out:
         raise UserError(f"--to: names no target (targets: {', '.join(known)})")
     return out
@@ -284,7 +284,7 @@ def _prepare(
     if len(chosen) > 1 and level.lower() not in LEVELS:
         own = [b.name for b in chosen if level.lower() in supports[b.name].levels()]
         if own:
-            raise UserError(f"--quant {level}: is {own[0]}'s own type, which is converted alone "
+            raise UserError(f"--quant {level}: a type of {' and '.join(own)} alone, converted to one target at a time "
                             f"(for several targets: {', '.join(LEVELS)})")  # fmt: skip
     for b in chosen:
         level = levels.check(level, supports[b.name].levels(), b.name if len(chosen) > 1 else "")

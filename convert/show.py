@@ -151,7 +151,7 @@ def show_summary(results: Sequence[Result]) -> None:
     from rich.table import Table
 
     table = Table()
-    for column in ("artifact", "carrier", "size", "bits/weight", "parity", "verified in"):
+    for column in ("artifact", "size", "bits/weight", "parity", "verified in"):
         right = column in ("size", "bits/weight", "verified in")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     for r in results:
@@ -161,9 +161,8 @@ def show_summary(results: Sequence[Result]) -> None:
             verdict = ", ".join(f"{n} {status}" for status, n in counts.items())
             took = _duration(r.report.seconds)
         where = f"{r.out} (not written)" if r.failed else str(r.out)
-        carrier = f"{r.backend} {r.support.carrier}".strip()
         style = "bold red" if r.failed else None
-        table.add_row(where, carrier, f"{r.size / 1e6:,.1f} MB", f"{r.file_bits:.2f}", verdict, took, style=style)
+        table.add_row(where, f"{r.size / 1e6:,.1f} MB", f"{r.file_bits:.2f}", verdict, took, style=style)
     console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
     for r in results:
         for kind, words in _remarks(r):
@@ -177,6 +176,7 @@ def show_summary(results: Sequence[Result]) -> None:
 
 def _remarks(result: Result) -> Iterator[tuple[str, str]]:
     """What a reader must know of one artifact among several."""
+    yield "carrier", result.support.carrier
     yield from (("exact rewrite", fold) for fold in result.support.folds)
     yield from (("note", note) for note in result.notes)
     yield from (("flag", flag) for flag in (result.report.flagged if result.report else ()))

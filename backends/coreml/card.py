@@ -12,11 +12,13 @@ import Models
 import Tokenizers
 
 let tokenizer = try await AutoTokenizer.from(modelFolder: tokenizerFolder)
-let model = try LanguageModel.loadCompiled(url: Bundle.main.url(forResource: "{stem}", withExtension: "mlmodelc")!)
+let compiled = Bundle.main.url(forResource: "{stem}", withExtension: "mlmodelc")!
+let model = try LanguageModel.loadCompiled(url: compiled, tokenizer: tokenizer)  // without one it asks the Hub
 await model.resetState()
+var config = GenerationConfig(maxNewTokens: 64)
+config.eosTokenId = tokenizer.eosTokenId  // the one token that ends it
 let text = await model.generate(
-    config: GenerationConfig(maxNewTokens: 64), prompt: "Once upon a time",
-    model: model.callAsFunction, tokenizer: tokenizer)
+    config: config, prompt: "Once upon a time", model: model.predictNextTokenScores, tokenizer: tokenizer)
 """
 
 

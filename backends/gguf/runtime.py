@@ -79,10 +79,10 @@ class GGUFRuntime:
             raise UserError(f"{path}: llama.cpp cannot load it: {_last_words()}")
         self._vocab = lib.llama_model_get_vocab(self._model)
         trained = int(lib.llama_model_n_ctx_train(self._model))
-        self._context = context or min(trained, DEFAULT_CONTEXT)
-        if self._context > trained:
+        self._context = min(trained, DEFAULT_CONTEXT) if context is None else context
+        if not 1 <= self._context <= trained:
             self.close()
-            raise UserError(f"context: {context} is longer than the model's {trained} tokens")
+            raise UserError(f"context={context}: must be between 1 and the model's {trained} tokens")
         self.threads = threads or max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
         self._ctx = lib.llama_init_from_model(self._model, self._session(lib))
         if not self._ctx:
@@ -155,12 +155,14 @@ class GGUFRuntime:
     def logits(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """[B, T] -> [B, T, V]: rows one after the other, each from an empty cache."""
         ids = np.asarray(ids)
+        if ids.ndim != 2 or not ids.size:
+            raise UserError(f"ids: shape {list(ids.shape)}, and [B, T] is needed")
         out = []
         for row in ids:
             self._reset()
             out.append(self._decode(row, True))
         self._reset()
-        return np.stack(out) if out else np.empty((*ids.shape, self.vocab_size), np.float32)
+        return np.stack(out)
 
     def prefill(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """Start a new sequence: [T] ids -> [V] logits after the last token."""

@@ -201,9 +201,9 @@ def broken(checkpoint: Path, how: str, small: Spec) -> tuple[list[str], str]:
         case "level":
             return ["--quant", "q4_k_x"], "no such level (did you mean q4_k_"
         case "target":
-            return ["--to", "gguv"], "gguv: no such backend (did you mean gguf?)"
+            return ["--to", "gguv"], "--to gguv: nothing is converted to it (did you mean gguf?)"
         case "runtime":
-            return ["--to", "torch"], "--to torch: nothing is converted to it (targets: gguf"
+            return ["--to", "torch"], "--to torch: nothing is converted to it (known: coreml, gguf"
         case "threads":
             return ["--threads", "0"], "--threads 0"
         case "option":

@@ -76,9 +76,9 @@ def test_an_interrupt_while_the_second_is_verified_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"targets": ["gguf", "onnx"], "level": "q4_k_m"}, "q4_k_m: is gguf's own type, which is converted alone"),
+        ({"targets": ["gguf", "onnx"], "level": "q4_k_m"}, "q4_k_m: a type of gguf alone, converted to one target"),
         ({"targets": ["coreml", "onnx"], "level": "bf16"}, r"bf16: no level of coreml \(did you mean f16"),
-        ({"targets": ["gguf", "onx"], "level": "q4"}, r"onx: no such backend \(did you mean onnx"),
+        ({"targets": ["gguf", "onx"], "level": "q4"}, r"onx: nothing is converted to it \(did you mean onnx"),
         ({"targets": [], "level": "q4"}, "--to: names no target"),
         ({"targets": ["torch"], "level": "f32"}, "nothing is converted to it"),
         ({"targets": ["gguf"], "level": "q4", "options": {"profile": "ort"}}, "no option of gguf .it is one of onnx"),

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from backends.base import QuantizedTensor
+from backends.base import QuantizedTensor, Tokenizer
+from backends.folder import write_json, write_tokenizer
 from backends.numpy.model import Oracle
+from backends.text import Text
 from convert import gates
 from convert.quantize import quantize
 from convert.sources import open_source
 from convert.verify import sample
 from convert.verify.packing import compare_values, difference
 from convert.verify.report import Check, Report, Status, dumps
-from convert.verify.tokens import fuzz
+from convert.verify.tokens import check_stock, check_tokenizer, fuzz
 from convert.verify.weights import SourceRows, source_weights
 from parity_tests.cases import FEATURES, random_ids
 from parity_tests.checkpoints import llama, write_checkpoint
@@ -161,3 +164,51 @@ def test_one_code_one_scale_and_one_row_are_differences() -> None:
         q[np.array([1, 0, 2, 3])], q, 0
     )
     assert difference("values", x, x[:2], 0) == "values of shape [4, 64], not [2, 64]"
+
+
+def test_a_tokenizer_that_a_client_builds_by_rules_of_its_own_is_noticed(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers builds Qwen's tokenizer for `qwen2`, whatever tokenizer.json says."""
+    pytest.importorskip("transformers")
+    source = open_source(checkpoint)
+    assert source.tokenizer is not None
+    write_tokenizer(tmp_path, source.tokenizer, 64)
+    config = {"vocab_size": 384, "hidden_size": 64, "num_attention_heads": 4}
+    for kind, equal in (("llama", True), ("qwen2", False)):
+        write_json(tmp_path / "config.json", {"model_type": kind, **config})
+        check = check_stock(tmp_path, source.tokenizer, 300)
+        assert (check is None) == equal
+        if check is not None:
+            assert check.status is Status.FAIL and "AutoTokenizer (Qwen2Tokenizer)" in check.reason
+
+
+@pytest.mark.parametrize("strips", [True, False])
+def test_a_prefix_space_may_stay_or_go_but_always(strips: bool) -> None:
+    """What SentencePiece puts before a text: llama.cpp gives it back, `tokenizers` takes it away."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, normalizers, trainers
+
+    fast = Fast(models.BPE(byte_fallback=True, unk_token="<unk>"))  # noqa: S106
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokens = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    fast.train_from_iterator([sample.corpus()[:5000]], trainers.BpeTrainer(vocab_size=300, special_tokens=tokens))
+    words = Text(fast, {})
+
+    class Runtime:
+        forgets = False
+        """Whether it does the other thing for long texts."""
+
+        def encode(self, text: str) -> list[int]:
+            return fast.encode(text, add_special_tokens=False).ids
+
+        def decode(self, ids: Sequence[int]) -> bytes:
+            whole = b"".join((words._pieces or {}).get(i, b"") for i in ids)
+            return words.decode(ids) if strips != (self.forgets and len(ids) > 3) else whole
+
+    tokenizer = Tokenizer(json=json.loads(fast.to_str()))
+    runtime = Runtime()
+    assert check_tokenizer(runtime, tokenizer, 40).status is Status.PASS
+    runtime.forgets = True
+    assert check_tokenizer(runtime, tokenizer, 40).status is Status.FAIL

@@ -62,6 +62,11 @@ class Shipped:
         self._shapes = {p.name: p.shape for p in params(self.spec)}
 
     @property
+    def folder(self) -> Path | None:
+        """Where transformers' AutoTokenizer finds the tokenizer; none for formats that it does not read."""
+        return self.path if self.backend.hub else None
+
+    @property
     def emulated(self) -> bool:
         """Whether an interpreter stands in for the hardware."""
         return self.artifact.arithmetic.emulated

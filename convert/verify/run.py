@@ -21,7 +21,7 @@ from convert import levels
 from convert.verify import numeric, sample
 from convert.verify.packing import check_packing
 from convert.verify.report import Check, Report, Status, dumps
-from convert.verify.tokens import check_tokenizer
+from convert.verify.tokens import check_stock, check_tokenizer
 from convert.verify.weights import source_weights
 from spec.config import Spec
 from spec.errors import UserError
@@ -51,6 +51,11 @@ class Shipped(Protocol):
     @property
     def session(self) -> int | None:
         """The session length whose rotary tables are fixed in the artifact; none where the runtime chooses."""
+        ...
+
+    @property
+    def folder(self) -> Path | None:
+        """Where clients that read it by transformers' AutoTokenizer look; none for other formats."""
         ...
 
     @property
@@ -228,7 +233,10 @@ class Session:
         return check
 
     def tokenizer(self) -> Check:
-        return self.ran.words
+        words = self.ran.words
+        if words.status is Status.PASS and self.shipped.folder is not None:
+            return check_stock(self.shipped.folder, self.source.tokenizer) or words
+        return words
 
 
 def _reach(spec: Spec) -> int:

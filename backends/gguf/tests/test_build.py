@@ -147,7 +147,7 @@ def test_beyond_the_context_is_refused(tmp_path: Path) -> None:
         runtime.prefill(np.zeros(10, int))
         with pytest.raises(UserError, match="17 tokens exceed"):
             runtime.step(np.zeros(7, int))
-    with pytest.raises(UserError, match="longer than the model's 48"):
+    with pytest.raises(UserError, match="must be between 1 and the model's 48"):
         load(path, context=49)
 
 
