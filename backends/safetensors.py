@@ -46,7 +46,10 @@ class Tensor:
 
 
 def narrow(x: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Values rounded to nearest even at a float dtype, as stored. Raises `OverflowError` where one is too large."""
+    """Values rounded to nearest even at a float dtype, as stored. Raises `UserError` where one is too large for it, or
+    no finite number to begin with."""
+    if not np.isfinite(x).all():
+        raise UserError(f"a value is {x[~np.isfinite(x)][0]}: the source is damaged")
     if dtype == "BF16":
         bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
         out = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
@@ -56,7 +59,7 @@ def narrow(x: NDArray[Any], dtype: str) -> NDArray[Any]:
             out = x.astype(STORED[dtype])
         finite = bool(np.isfinite(out).all())
     if not finite:
-        raise OverflowError(f"a value of {np.abs(x).max():.6g} is beyond {dtype.lower()}")
+        raise UserError(f"a value of {np.abs(x).max():.6g} is beyond {dtype.lower()}: use --quant f32")
     return out
 
 

@@ -118,8 +118,8 @@ class FolderWriter:
                 continue
             try:
                 self._floats(shipped, start, values, self._store.fit.origins[shipped].add)
-            except OverflowError as e:
-                raise UserError(f"{name}: {e}: use --quant f32") from None
+            except UserError as e:
+                raise UserError(f"{name}: {e}") from None
         if name in self._store.dense:
             assert isinstance(values, QuantizedTensor) and self._scales is not None
             self._scales.rows(name, start, values.scales.astype("<f2"))

@@ -11,18 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Planned, QuantizedTensor, Values
-from backends.folder import marked_spec, read_mark
-from backends.hf.build import INDEX, LEVELS_KEY, SCALES
+from backends.hf.build import INDEX, LEVELS_KEY, SCALES, configuration
 from backends.hf.carriers import BY_ARCH
-from backends.hf.config import config
 from backends.hf.fit import examine
-from backends.hf.store import BITS, GROUP, TORCH, Slot, Store, codes_of, unpack
+from backends.hf.store import BITS, GROUP, Slot, Store, codes_of, unpack
+from backends.hf.support import levels
+from backends.reading import differences, load_json, own_mark, read_back, tokenizer_problems
 from backends.safetensors import FileReader, narrow, widen
+from spec.config import Spec
 from spec.errors import UserError
 from spec.layout import Run
 from spec.params import params
 
 Floats = NDArray[np.float32]
+
+WEIGHTS, GENERATION = "model.safetensors", "generation_config.json"
 
 
 class Artifact:
@@ -34,12 +37,13 @@ class Artifact:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        mark = read_mark(path)
-        self.source = self.spec = marked_spec(mark, path)
-        self.level = str(mark.get("level", ""))
-        self.receipt: dict[str, Any] = mark.get("receipt") or {}
-        self.config = _json(path / "config.json")
-        self._files = [FileReader(path / name) for name in _weight_files(path)]
+        mark = own_mark(path, "hf", levels(), ())
+        self.source: Spec = mark.source
+        self.spec: Spec = mark.source
+        self.level, self.receipt = mark.level, mark.receipt
+        self.config = load_json(path / "config.json")
+        self._weight_map = _weight_map(path)
+        self._files = [FileReader(path / name) for name in sorted(set(self._weight_map.values())) or [WEIGHTS]]
         self._of = {name: f for f in self._files for name in f.tensors}
         carrier = BY_ARCH.get(str(self.config.get("model_type")))
         if carrier is None:
@@ -96,14 +100,22 @@ class Artifact:
         out |= {name: "is no tensor of this model" for name in self._of if name not in expected}
         if {t.name for t in want.scales()} != set(self._scales.tensors if self._scales else ()):
             out[SCALES] = "does not hold the scales of what is stored as floats"
+        out |= self._texts(want)
         return out or self._constants(want)
+
+    def _texts(self, want: Store) -> dict[str, str]:
+        """What is wrong with the files beside the weights."""
+        words = read_back(self.path)
+        out = differences({"config.json": (self.config, configuration(want, words))})
+        out |= tokenizer_problems(self.path, words, self.source.context)
+        if words is None and (self.path / GENERATION).exists():
+            out[GENERATION] = "does not belong into a folder without a tokenizer"
+        if self._weight_map and self._weight_map != {n: f.path.name for n, f in self._of.items()}:
+            out[INDEX] = "does not say where the tensors are"
+        return out
 
     def _constants(self, want: Store) -> dict[str, str]:
         out: dict[str, str] = {}
-        told = config(self.source, self._fit.carrier, TORCH[want.dtype], None) | want.quantization()
-        for key, value in told.items():
-            if not key.endswith("_token_id") and self.config.get(key) != json.loads(json.dumps(value)):
-                out[f"config.json: {key}"] = f"is {self.config.get(key)!r}, not {value!r}"
         for name, origin in self._fit.origins.items():
             if origin.name is None and not (self._vector(name) == np.float32(origin.fill)).all():
                 out[name] = f"is not {origin.fill:g} throughout"
@@ -150,7 +162,10 @@ class Artifact:
             out[r.take] = self._floats(self.store.slots[r.tensor], r)
         if origin in self.store.dense and self._scales is not None:
             scales = self._scales.rows(origin, start, stop).astype(np.float32)
-            return codes_of(out, scales, BITS[self.levels[origin]])
+            found = codes_of(out, scales, BITS[self.levels[origin]])
+            if not isinstance(found, QuantizedTensor):
+                raise UserError(f"{self.path}: {origin}: rows {start}..{stop - 1} are no codes times {SCALES}'s scales")
+            return found
         return out
 
     def _place(self, name: str) -> str:
@@ -182,23 +197,16 @@ class Artifact:
         return self._unfolded(shipped, widen(narrow(folded, slot.dtype), slot.dtype))
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file}: cannot be read ({e})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: not a JSON object")
-    return data
-
-
-def _weight_files(folder: Path) -> list[str]:
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of every tensor; empty where there is one file for all."""
     if not (folder / INDEX).is_file():
-        return ["model.safetensors"]
-    weight_map = _json(folder / INDEX).get("weight_map")
+        return {}
+    if (folder / WEIGHTS).exists():
+        raise UserError(f"{folder}: holds {WEIGHTS} beside {INDEX}, and clients take the first")
+    weight_map = load_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX}: has no weight_map")
-    return sorted({str(v) for v in weight_map.values()})
+    return {str(k): str(v) for k, v in weight_map.items()}
 
 
 def open_artifact(path: Path) -> Artifact:

@@ -184,6 +184,17 @@ def test_a_gain_beyond_float16_is_refused(tmp_path: Path) -> None:
     out.abort()
 
 
+@pytest.mark.parametrize("level", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFF800000])
+def test_what_is_no_number_is_called_so(bits: int, level: str, tmp_path: Path) -> None:
+    """Every level, though a NaN of all ones would round to a bfloat16 zero."""
+    spec = FEATURES["llama"]
+    out = writer(spec, plan(spec, level), None, tmp_path / "m", level=level, metadata={}, threads=1)
+    with pytest.raises(UserError, match=r"final_norm\.weight: a value is (nan|-inf): the source is damaged$"):
+        out.write("final_norm.weight", 0, np.full(32, bits, np.uint32).view(np.float32))
+    out.abort()
+
+
 def _damaged(path: Path, what: str) -> None:
     file = path / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -227,7 +238,10 @@ def test_what_was_changed_afterwards_is_named(tmp_path: Path) -> None:
     planned = plan(spec, "f32")
     assert open_artifact(path).problems(planned) == {}
     _change(path, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 10001.0})
-    assert set(open_artifact(path).problems(planned)) == {"config.json: rms_norm_eps", "config.json: rope_parameters"}
+    assert set(open_artifact(path).problems(planned)) == {
+        "config.json rms_norm_eps",
+        "config.json rope_parameters.rope_theta",
+    }
     halved = [Planned(p.name, p.shape, "f16") if p.name == "embed.weight" else p for p in planned]
     assert "model.embed_tokens.weight" in open_artifact(path).problems(halved)
     file = path / "model.safetensors"
@@ -235,6 +249,36 @@ def test_what_was_changed_afterwards_is_named(tmp_path: Path) -> None:
     file.write_bytes(data.replace(np.ones(32, np.float32).tobytes(), np.full(32, 2, np.float32).tobytes(), 1))
     _change(path, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     assert "is not 1 throughout" in str(open_artifact(path).problems(planned))
+
+
+def test_what_was_added_or_taken_away_is_named(tmp_path: Path) -> None:
+    """config.json is compared whole, and files that a client would read besides."""
+    spec, path = FEATURES["gpt2"], tmp_path / "m"
+    write(spec, random_weights(spec), path, 64)
+    planned, kept = plan(spec, "f32"), (path / "config.json").read_text()
+    _change(path, scale_attn_by_inverse_layer_idx=True)
+    found = open_artifact(path).problems(planned)
+    assert found == {"config.json scale_attn_by_inverse_layer_idx": "does not belong there"}
+    (path / "config.json").write_text(json.dumps({k: v for k, v in json.loads(kept).items() if k != "n_inner"}))
+    assert open_artifact(path).problems(planned) == {"config.json n_inner": "is missing"}
+    (path / "config.json").write_text(kept)
+    (path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    assert list(open_artifact(path).problems(planned)) == ["generation_config.json"]
+
+
+def test_an_index_that_points_elsewhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, path = FEATURES["llama"], tmp_path / "m"
+    monkeypatch.setattr(store, "SHARD", 8_000)
+    write(spec, random_weights(spec), path, 64)
+    index = path / "model.safetensors.index.json"
+    assert open_artifact(path).problems(plan(spec, "f32")) == {}
+    data = json.loads(index.read_text())
+    data["weight_map"]["lm_head.weight"] = data["weight_map"]["model.embed_tokens.weight"]
+    index.write_text(json.dumps(data))
+    assert "model.safetensors.index.json" in open_artifact(path).problems(plan(spec, "f32"))
+    (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="clients take the first"):
+        open_artifact(path)
 
 
 def test_the_scales_beside_belong_to_the_folder(tmp_path: Path) -> None:
