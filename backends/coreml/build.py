@@ -63,6 +63,7 @@ class CoreMLWriter:
         held, stop = self._held[name], start + values.shape[0]
         if isinstance(held, QuantizedTensor):
             assert isinstance(values, QuantizedTensor) and values.bits == held.bits, f"{name}: planned on the grid"
+            assert np.isfinite(values.scales).all(), f"{name}: a scale is no number"
             held.codes[start:stop], held.scales[start:stop] = values.codes, values.scales
         else:
             assert not isinstance(values, QuantizedTensor), f"{name}: planned as floats"
@@ -70,13 +71,16 @@ class CoreMLWriter:
         self._missing[name] -= values.shape[0]
 
     def _floats(self, name: str, held: Any, start: int, values: Floats) -> None:
+        rows = held[start : start + len(values)]
         with np.errstate(over="ignore"):
-            held[start : start + len(values)] = values
-        beyond = np.isfinite(values) & ~np.isfinite(held[start : start + len(values)])
-        if held.dtype == np.float16 and beyond.any():
-            at = np.argwhere(beyond)[0]
-            raise UserError(f"{name}: row {start + int(at[0])}: a weight of {float(values[tuple(at)]):.6g} is beyond "
-                            "float16 (at most 65504): use --quant f32")  # fmt: skip
+            rows[...] = values
+        wrong = ~np.isfinite(rows)
+        if wrong.any():
+            at = tuple(int(i) for i in np.argwhere(wrong)[0])
+            value, where = float(values[at]), f"{name}: row {start + at[0]}: a weight of"
+            if not np.isfinite(value):
+                raise UserError(f"{where} {value}, which is no number to convert")
+            raise UserError(f"{where} {value:.6g} is beyond float16 (at most 65504): use --quant f32")
 
     def close(self, receipt: dict[str, Any]) -> None:
         """Build, serialise and write everything."""

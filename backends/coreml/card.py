@@ -18,7 +18,7 @@ await model.resetState()
 var config = GenerationConfig(maxNewTokens: 64)
 config.eosTokenId = tokenizer.eosTokenId  // the one token that ends it
 let text = await model.generate(
-    config: config, prompt: "Once upon a time", model: model.predictNextTokenScores, tokenizer: tokenizer)
+    config: config, prompt: "Once upon a time", model: model.callAsFunction, tokenizer: tokenizer)
 """
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import filecmp
-import shutil
+import hashlib
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -102,11 +101,19 @@ def save(spec: Spec, tensors: Mapping[str, Tensor], compute: str, functions: str
     if functions == "one":
         write(build(spec, tensors, compute, None), spec.context, out)
         return
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix="decode-") as folder:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix="decode-") as folder:  # gone before the other is written
         other = Path(folder) / "decode.mlpackage"
         write(build(spec, tensors, compute, 1), None, other)
-        write(build(spec, tensors, compute, None), spec.context, out)
-        _join(out, other)
+        decode, digest = read_model(other), _digest(other)
+    write(build(spec, tensors, compute, None), spec.context, out)
+    # both were built from the same constants in the same order
+    assert _digest(out) == digest, "the two functions have different weight files"
+    _join(out, decode)
+
+
+def _digest(path: Path) -> bytes:
+    with (path / WEIGHTS / "weight.bin").open("rb") as f:
+        return hashlib.file_digest(f, "sha256").digest()
 
 
 def write(program: Any, longest: int | None, out: Path) -> None:
@@ -133,13 +140,11 @@ def write(program: Any, longest: int | None, out: Path) -> None:
     write_model(out, model)
 
 
-def _join(prefill: Path, decode: Path) -> None:
-    """One package of two functions over one weight file: both were built from the same constants in the same order."""
-    same = filecmp.cmp(prefill / WEIGHTS / "weight.bin", decode / WEIGHTS / "weight.bin", shallow=False)
-    assert same, "the two functions have different weight files"
-    model, other = read_model(prefill), read_model(decode)
+def _join(path: Path, decode: Any) -> None:
+    """Make a written package one of two functions over its weight file, with the function of another model."""
+    model = read_model(path)
     whole = model.description
-    for name, source in ((names.PREFILL, model), (names.DECODE, other)):
+    for name, source in ((names.PREFILL, model), (names.DECODE, decode)):
         one = whole.functions.add(name=name)
         for part in ("input", "output", "state"):
             getattr(one, part).extend(getattr(source.description, part))
@@ -148,7 +153,6 @@ def _join(prefill: Path, decode: Path) -> None:
     whole.defaultFunctionName = names.PREFILL
     program = model.mlProgram.functions
     program[names.PREFILL].CopyFrom(program[names.ONLY])
-    program[names.DECODE].CopyFrom(other.mlProgram.functions[names.ONLY])
+    program[names.DECODE].CopyFrom(decode.mlProgram.functions[names.ONLY])
     del program[names.ONLY]
-    write_model(prefill, model)
-    shutil.rmtree(decode)
+    write_model(path, model)

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("coremltools")
 
 from backends.base import Planned, QuantizedTensor, Tokenizer
-from backends.coreml import package
+from backends.coreml import package, program
 from backends.coreml.build import recipe, size, stamp, writer
 from backends.coreml.card import snippet
 from backends.coreml.library import coremltools
@@ -245,6 +245,35 @@ def test_weights_beyond_float16_are_refused_with_their_place(tmp_path: Path) -> 
     out.abort()
 
 
+@pytest.mark.parametrize("level", ["f32", "f16", "lut4"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_what_is_no_number_is_refused_with_its_place(value: float, level: str, tmp_path: Path) -> None:
+    spec = FEATURES["llama"]
+    out = writer(spec, planned(spec, level), None, tmp_path / "m.mlpackage", metadata={}, threads=1)
+    rows = np.ones((4, 32), np.float32)
+    rows[1, 2] = value
+    with pytest.raises(UserError, match=rf"layers\.0\.attn\.o\.weight: row 9: a weight of {value}, which is no number"):
+        out.write("layers.0.attn.o.weight", 8, rows)
+    with pytest.raises(UserError, match=rf"final_norm\.weight: row 1: a weight of {value}"):
+        out.write("final_norm.weight", 0, rows[:, 2])
+    out.abort()
+
+
+def test_two_functions_take_the_room_of_one_while_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weight files in the partial folder whenever coremltools is done with a function."""
+    real, found = program.write, []
+
+    def watched(*args: Any) -> None:
+        real(*args)
+        found.append(len(list(tmp_path.rglob("weight.bin"))))
+
+    monkeypatch.setattr(program, "write", watched)
+    write(tmp_path / "m.mlpackage", functions="two")
+    assert found == [1, 1]
+
+
 def test_refusals_name_the_field_and_what_works() -> None:
     spec = FEATURES["llama"]
     assert "use f16" in support(spec, "bf16").refusals[0]
@@ -340,6 +369,8 @@ def test_whole_groups_of_a_palette_are_compared_with_the_source(tmp_path: Path) 
         packed.compare(name, 7, weights[name][7:50])
 
 
-def test_the_snippet_names_the_package() -> None:
+def test_the_snippet_names_the_package_and_is_the_docs_one() -> None:
     text = snippet("tiny.q4.mlpackage")
     assert 'forResource: "tiny.q4"' in text and "tiny.q4.mlpackage/Data/allotrope/tokenizer" in text
+    docs = Path(__file__).parents[3] / "docs" / "coreml.md"
+    assert text.partition("\n")[2] in docs.read_text(encoding="utf-8")
