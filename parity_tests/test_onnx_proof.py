@@ -34,6 +34,13 @@ def shipped(spec: Spec, folder: Path, level: str, seed: int = 0, **options: Any)
     return Shipped(ONNX, folder, opened("onnx", folder), spec, level, 1)
 
 
+TURNED = 3
+"""Codes of activations that float32 noise turns in a run of 40 tokens of these specs, at the most. The noise is 3e-7 of
+a value (a float32 NMSE of 1e-13), so 1e-5 of a step where the largest of a block is 3 sigma and 127 steps; a code turns
+where a tie is nearer than that, one in 40,000. A run has 13,000: a third of one is expected, more than 3 come once in
+3,000 runs. A turned code costs at most what two independent roundings of its token differ by, twice the control."""
+
+
 @pytest.mark.parametrize("level", ["q8", "q4"])
 @pytest.mark.parametrize("name", ["llama", "all_bias", "tied", "gpt2"])
 def test_int8_activations_explain_the_whole_error(name: str, level: str, tmp_path: Path) -> None:
@@ -49,7 +56,7 @@ def test_int8_activations_explain_the_whole_error(name: str, level: str, tmp_pat
         emulation = made.emulate(ids, 48)
         rounding = emulation.control(tokens)
         assert rounding > 1e-5
-        assert nmse(got, emulation.tiled) <= (1e-12 if tokens < 5 else 0.2 * rounding)
+        assert nmse(got, emulation.tiled) <= (1e-12 if tokens < 5 else TURNED / tokens * 2 * rounding)
         assert nmse(got, emulation.exact) <= 2 * rounding
 
 
