@@ -1,7 +1,7 @@
 """Seeded bugs. The proof is only worth what it catches, so every one of these must be caught by the check that owns it.
 
 Two families: `GRAPH` and `CACHE` mutants are wrong operations (subclasses of the NumPy ones, run in float32 as if they
-were a runtime); `parity_tests/gguf_mutants.py` holds wrong artifacts, run in the real llama.cpp.
+were a runtime); `gguf_mutants.py` and `hf_mutants.py` hold wrong artifacts, run in the real llama.cpp and transformers.
 """
 
 from __future__ import annotations

@@ -51,6 +51,10 @@ class Artifact:
                 f"{path}: config.json: model_type: {self.config.get('model_type')!r} is none of the carriers"
             )
         self._fit = examine(self.source, carrier)
+        if self._fit.refusals:
+            raise UserError(
+                f"{path}: config.json: model_type: {carrier.arch} does not carry the spec: {self._fit.refusals[0]}"
+            )
         self.levels = self._levels()
         self.store = Store(self._fit, [Planned(p.name, p.shape, self.levels[p.name]) for p in params(self.source)])
         self._scales = FileReader(path / SCALES) if self.store.dense else None

@@ -208,11 +208,13 @@ def _damaged(path: Path, what: str) -> None:
         (path / "config.json").write_text("{")
     elif what == "foreign":
         (path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    elif what == "other":
+        (path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     else:
         (path / "allotrope.json").unlink()
 
 
-@pytest.mark.parametrize("what", ["truncated", "garbage", "gone", "config", "foreign", "mark"])
+@pytest.mark.parametrize("what", ["truncated", "garbage", "gone", "config", "foreign", "other", "mark"])
 def test_a_damaged_folder_is_one_line(what: str, tmp_path: Path) -> None:
     spec, path = FEATURES["llama"], tmp_path / "m"
     write(spec, random_weights(spec), path, 64)
