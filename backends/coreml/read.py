@@ -167,8 +167,7 @@ def _constants(f: Function) -> dict[str, Instruction]:
 
 
 def _same(a: Instruction, b: Instruction) -> bool:
-    """Whether two constants are one: the same tensors of the weight file, or equal values in the
-    program."""
+    """Whether two constants are one: the same tensors of the weight file, or equal values in the program."""
     if (a.type, a.outputs, set(a.args)) != (b.type, b.outputs, set(b.args)):
         return False
     return all(_equal(a.args[key], b.args[key]) for key in a.args)
