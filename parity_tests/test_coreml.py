@@ -134,7 +134,9 @@ def test_any_combination_holds(tmp_path_factory: pytest.TempPathFactory, spec: S
     shipped(spec, level, path, length=31, functions="two" if two else "one")
 
 
-@pytest.mark.parametrize("name", ["mqa", "odd_heads", "window_pattern", "attn_scale"])
+@pytest.mark.parametrize(
+    "name", ["odd_heads", "attn_scale", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mqa", "window_pattern"))]
+)
 def test_the_fused_attention_equals_its_composition(name: str, tmp_path: Path) -> None:
     spec, weights = FEATURES[name], random_weights(FEATURES[name])
     ids, found, kinds = random_ids(spec, 1, 40).astype(np.int32), [], []

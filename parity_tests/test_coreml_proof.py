@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def checkpoint(folder: Path, spec: Spec) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("level", "functions"), [("q4", "two"), ("lut6", "one")])
+@pytest.mark.parametrize(("level", "functions"), [("q4", "two"), pytest.param("lut6", "one", marks=pytest.mark.slow)])
 def test_a_conversion_verifies_itself_as_emulated(level: str, functions: str, tmp_path: Path) -> None:
     spec = parse(merge(BASE, {"name": "small", "vocab_size": 260, "width": 64, "context": 128,
                               "pattern": [{"attention": {"window": 20}}, {}]}))  # fmt: skip
@@ -88,7 +89,7 @@ def test_a_greedy_continuation_is_the_oracle_s(tmp_path: Path) -> None:
             logits = runtime.step(np.array([chosen]))[-1]
 
 
-@pytest.mark.parametrize(("hidden", "budget"), [(40, 1 << 30), (8224, 1 << 30), (8224, 1000)])
+@pytest.mark.parametrize(("hidden", "budget"), [(40, 1000), (8224, 1 << 30)])
 def test_a_table_of_zeros_does_not_pass_for_the_source_s(hidden: int, budget: int, tmp_path: Path) -> None:
     """Blocks of the packing check have whole groups of rows, in matrices so wide that one is larger than a block too,
     and where a sample of blocks is compared."""
@@ -171,12 +172,20 @@ MUTANTS: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_changed_program_does_not_pass(name: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package that passes before anything is changed."""
     spec = FEATURES["window"]
-    weights = random_weights(spec)
-    path = artifacts.write("coreml", spec, weights, tmp_path / "m.mlpackage", "q8")
+    path = tmp_path_factory.mktemp("proven") / "m.mlpackage"
+    artifacts.write("coreml", spec, random_weights(spec), path, "q8")
     artifacts.check_graph("coreml", path, batches=(1,))
+    return path
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_changed_program_does_not_pass(name: str, proven: Path, tmp_path: Path) -> None:
+    spec = FEATURES["window"]
+    path = shutil.copytree(proven, tmp_path / "m.mlpackage")
     before = (path / WEIGHTS / "weight.bin").read_bytes()
     model = read_model(path)
     MUTANTS[name](model.mlProgram.functions["main"].block_specializations["CoreML8"].operations)
@@ -236,7 +245,6 @@ def test_a_package_that_a_client_could_not_run_does_not_pass(name: str, tmp_path
     count = "two" if change is _elsewhere else "one"
     path = artifacts.write("coreml", spec, random_weights(spec), tmp_path / "m.mlpackage", "q8", functions=count)
     plan = planned(backends.get("coreml"), spec, "q8")
-    assert artifacts.opened("coreml", path).problems(plan) == {}
     model = read_model(path)
     change(model)
     write_model(path, model)
