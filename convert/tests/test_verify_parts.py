@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,7 @@ def test_a_prefix_space_may_stay_or_go_but_always(strips: bool) -> None:
     words = Text(fast, {})
 
     class Runtime:
+        eos_ids: frozenset[int] = frozenset()
         forgets = False
         """Whether it does the other thing for long texts."""
 
@@ -210,5 +212,7 @@ def test_a_prefix_space_may_stay_or_go_but_always(strips: bool) -> None:
     tokenizer = Tokenizer(json=json.loads(fast.to_str()))
     runtime = Runtime()
     assert check_tokenizer(runtime, tokenizer, 40).status is Status.PASS
+    ends = check_tokenizer(runtime, replace(tokenizer, eos="<unk>"), 1)
+    assert ends.status is Status.FAIL and "does not end at [0]" in ends.reason
     runtime.forgets = True
     assert check_tokenizer(runtime, tokenizer, 40).status is Status.FAIL

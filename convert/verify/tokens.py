@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from backends.base import Tokenizer
+from backends.folder import end_ids
 from convert.gates import TOKENIZER_DIFFERENCES
 from convert.verify.report import Check, Status
 from convert.verify.sample import corpus, open_tokenizer
@@ -54,6 +55,9 @@ class Encoder(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> bytes: ...
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
 
 
 def fuzz(specials: Sequence[str] = (), count: int = 300, seed: int = 0) -> list[str]:
@@ -171,6 +175,10 @@ def check_tokenizer(runtime: Encoder, tokenizer: Tokenizer | None, count: int = 
         "lossy": len(lossy),
     }
     bad = len(wrong) + len(lossy)
+    endless = sorted(set(end_ids(tokenizer)) - runtime.eos_ids)
+    if endless:
+        reason = f"generation does not end at {endless}, as the source's tokenizer says it must"
+        return Check("tokenizer", Status.FAIL, len(endless), 0, reason, flags, details)
     if bad <= TOKENIZER_DIFFERENCES:
         reason = f"{len(texts)} texts, {tokens} tokens: ids equal, {trips} round trips exact"
         return Check("tokenizer", Status.PASS, 0, TOKENIZER_DIFFERENCES, reason, flags, details)
