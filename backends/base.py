@@ -208,7 +208,7 @@ class Artifact(Protocol):
 
     @property
     def spec(self) -> Spec:
-        """What the shipped graph computes with `rows`: the source's spec, less what was folded into weights."""
+        """What the runtime's answers are compared with, on the weights that `rows` gives: the source's spec."""
         ...
 
     @property
@@ -240,8 +240,8 @@ class Artifact(Protocol):
         ...
 
     def rows(self, name: str, start: int, stop: int) -> Values:
-        """Rows of a canonical tensor as the file holds them: codes and scales where they are on the portable grid,
-        else float32. A vector's rows are its elements."""
+        """Rows of a canonical tensor as the file holds them: codes and scales where they are on the portable grid, else
+        floats, with folds undone (in float64, where that is exact). A vector's rows are its elements."""
         ...
 
     def expected(self, name: str, level: str, start: int, values: Floats) -> RowBlocks:
