@@ -166,7 +166,8 @@ def convert_all(
         results = [_expected(job, t) for t in job.targets]
         for t, result in zip(job.targets, results, strict=True):
             output.check_space(t.path, sum(r.size for r in results if r.out.parent == result.out.parent))
-        _check_text(text)
+        if text is not None:
+            _check_text(text)
         if check:
             seconds = _estimate(job)
             for result in results:
@@ -188,11 +189,11 @@ def convert_all(
     return results
 
 
-def _check_text(text: str | Path | None) -> None:
+def _check_text(text: str | Path) -> None:
     """What `--text` names can be read: now, not after the conversion."""
     from convert.verify.sample import read_text
 
-    if text is not None and not Path(text).is_file():
+    if not Path(text).is_file():
         raise UserError(f"--text {text}: no such file")
     try:
         read_text(text)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("llama_cpp")
 
-from convert.pipeline import convert
-from convert.sources import open_source
 from convert.verify import verify
-from convert.verify.gguf import Door
 from convert.verify.packing import check_packing
-from convert.verify.report import Check, Status
-from convert.verify.run import CHECKS, Session
-from parity_tests.checkpoints import llama, write_checkpoint
+from convert.verify.report import Status
+from convert.verify.run import CHECKS
+from parity_tests.checkpoints import llama
 from parity_tests.gguf_mutants import MUTANTS, Editor, mutate
+from parity_tests.shop import Shop, outcome
 from spec import Spec, params
 
 SPECS: dict[str, Spec] = {
@@ -29,35 +24,9 @@ SPECS: dict[str, Spec] = {
 }
 
 
-class Shop:
-    """Checkpoints and their artifacts, each made once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.checkpoint: Callable[[str], Path] = cache(self._checkpoint)
-        self.artifact: Callable[[str, str], Path] = cache(self._artifact)
-
-    def _checkpoint(self, feature: str) -> Path:
-        return write_checkpoint(self.folder / feature, SPECS[feature])
-
-    def _artifact(self, feature: str, level: str) -> Path:
-        out = self.folder / f"{feature}.{level}.gguf"
-        convert(self.checkpoint(feature), "gguf", level, out, verify=False)
-        return out
-
-    def session(self, artifact: Path, feature: str, level: str) -> Session:
-        source = open_source(self.checkpoint(feature))
-        return Session(source, Door().open_artifact(artifact, source.spec, level, 2), level)
-
-
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop(tmp_path_factory.mktemp("mutants"))
-
-
-def outcome(session: Session, name: str) -> Check:
-    check: Any = getattr(session, name)()
-    return check
+    return Shop(tmp_path_factory.mktemp("mutants"), "gguf", SPECS)
 
 
 @pytest.mark.parametrize(("feature", "level"), [("llama", "q4"), ("llama", "q4_k_m"), ("offset", "q4")])

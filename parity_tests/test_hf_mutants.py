@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,13 @@ pytest.importorskip("compressed_tensors")
 
 import torch
 
-from convert.pipeline import convert
-from convert.sources import open_source
 from convert.verify import verify
 from convert.verify.report import Status
-from convert.verify.run import CHECKS, Session, door
+from convert.verify.run import CHECKS, Session
 from parity_tests.cases import FEATURES
-from parity_tests.checkpoints import VOCAB, llama, write_checkpoint
+from parity_tests.checkpoints import VOCAB, llama
 from parity_tests.hf_mutants import MUTANTS, mutate
+from parity_tests.shop import Shop, outcome
 from spec import Spec, UserError
 
 torch.set_num_threads(1)
@@ -35,37 +32,15 @@ SPECS: dict[str, Spec] = {
 }
 
 
-class Shop:
-    """Checkpoints and their folders, each made once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.checkpoint: Callable[[str], Path] = cache(self._checkpoint)
-        self.artifact: Callable[[str, str], Path] = cache(self._artifact)
-
-    def _checkpoint(self, feature: str) -> Path:
-        spec = SPECS[feature]
-        return write_checkpoint(self.folder / feature, spec, tokenizer=spec.vocab_size == VOCAB)
-
-    def _artifact(self, feature: str, level: str) -> Path:
-        out = self.folder / f"{feature}.{level}"
-        convert(self.checkpoint(feature), "hf", level, out, verify=False)
-        return out
-
-    def session(self, artifact: Path, feature: str, level: str) -> Session:
-        source = open_source(self.checkpoint(feature))
-        return Session(source, door("hf").open_artifact(artifact, source.spec, level, 1), level)
-
-
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop(tmp_path_factory.mktemp("mutants"))
+    return Shop(tmp_path_factory.mktemp("mutants"), "hf", SPECS)
 
 
 @pytest.mark.parametrize(("feature", "level"), sorted({(m.feature, m.level) for m in MUTANTS.values()}))
 def test_the_unmutated_folder_passes_every_check(shop: Shop, feature: str, level: str) -> None:
     session = shop.session(shop.artifact(feature, level), feature, level)
-    found = {n: getattr(session, n)().status for n in CHECKS}
+    found = {n: outcome(session, n).status for n in CHECKS}
     words = Status.PASS if SPECS[feature].vocab_size == VOCAB else Status.NOT_RUN
     assert found == {**dict.fromkeys(CHECKS, Status.PASS), "tokenizer": words}
 
@@ -73,7 +48,7 @@ def test_the_unmutated_folder_passes_every_check(shop: Shop, feature: str, level
 def fails(session: Session, name: str) -> bool:
     """Whether a check fails with a reason; an artifact that cannot be decoded is a FAIL in `run` too."""
     try:
-        check = getattr(session, name)()
+        check = outcome(session, name)
     except UserError as e:
         return "no codes times" in str(e)
     return check.status is Status.FAIL and bool(check.reason)

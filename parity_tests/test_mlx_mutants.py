@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +9,13 @@ import pytest
 
 pytest.importorskip("mlx.core")
 
-import backends
-from convert.pipeline import convert
-from convert.sources import open_source
+from convert.pipeline import Result
 from convert.verify import verify
-from convert.verify.artifact import Door
-from convert.verify.report import Check, Status
-from convert.verify.run import CHECKS, Session
-from parity_tests.checkpoints import llama, write_checkpoint
+from convert.verify.report import Status
+from convert.verify.run import CHECKS
+from parity_tests.checkpoints import llama
 from parity_tests.mlx_mutants import CODE, FILES, HEAD, mutate
+from parity_tests.shop import Shop, outcome
 from spec import Spec
 
 _ONE: dict[str, Any] = {"offset": 1.0}
@@ -40,36 +36,18 @@ SPECS: dict[str, tuple[str, Spec]] = {
 """By name: what carries it, and the spec."""
 
 
-class Shop:
-    """Checkpoints and their artifacts, each made once."""
+class Carried(Shop):
+    """Every artifact has the carrier that its mutants are about."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.checkpoint: Callable[[str], Path] = cache(self._checkpoint)
-        self.artifact: Callable[[str, str], Path] = cache(lambda f, level: self.converted(f, level, f"{f}.{level}"))
-
-    def _checkpoint(self, feature: str) -> Path:
-        return write_checkpoint(self.folder / feature, SPECS[feature][1])
-
-    def converted(self, feature: str, level: str, name: str) -> Path:
-        out = self.folder / f"{name}-mlx"
-        result = convert(self.checkpoint(feature), "mlx", level, out, verify=False)
+    def converted(self, feature: str, level: str, name: str) -> Result:
+        result = super().converted(feature, level, name)
         assert result.support.carrier == SPECS[feature][0]
-        return out
-
-    def session(self, artifact: Path, feature: str, level: str) -> Session:
-        source = open_source(self.checkpoint(feature))
-        return Session(source, Door(backends.get("mlx")).open_artifact(artifact, source.spec, level, None), level)
+        return result
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop(tmp_path_factory.mktemp("mutants"))
-
-
-def outcome(session: Session, name: str) -> Check:
-    check: Any = getattr(session, name)()
-    return check
+    return Carried(tmp_path_factory.mktemp("mutants"), "mlx", {n: spec for n, (_, spec) in SPECS.items()})
 
 
 USED = sorted({(m.feature, m.level) for m in (*FILES.values(), *CODE.values())})
@@ -100,7 +78,7 @@ def test_the_owning_check_kills_a_mistake_that_writer_and_reader_share(
     mutant = CODE[name]
     right = shop.artifact(mutant.feature, mutant.level)
     mutant.seed(monkeypatch)
-    wrong = shop.converted(mutant.feature, mutant.level, f"wrong-{name}")
+    wrong = shop.converted(mutant.feature, mutant.level, f"wrong-{name}").out
     changed = ("model.safetensors", "config.json")
     assert any((wrong / f).read_bytes() != (right / f).read_bytes() for f in changed), "the mutant changes nothing"
     check = outcome(shop.session(wrong, mutant.feature, mutant.level), mutant.killer)

@@ -140,6 +140,7 @@ class CoreMLRuntime(Session):
             "backend": "coreml",
             "runtime": f"coremltools {coremltools().__version__}",
             "device": self.engine.device,
+            "emulated": isinstance(self.engine, Interpreter),
             "precision": "float32 throughout" if self.exact else f"{a.compute}, states f16",
             "level": a.level,
             "functions": sorted(a.functions),

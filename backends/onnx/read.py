@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +13,12 @@ from backends.base import Arithmetic, Floats, Planned, QuantizedTensor, Values
 from backends.onnx.genai import CONFIG, config
 from backends.onnx.kernels import Kernel, kernel
 from backends.onnx.layout import (
-    BITS,
     CODES,
     DATA,
     GROUP,
     MODEL,
     Profile,
+    Stored,
     constants,
     decode,
     encode,
@@ -38,19 +36,6 @@ VIEWS = (".bytes", ".rows")
 """Ends of the names of further initializers over the same bytes."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """An initializer of the graph that lies in the data file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * BITS[self.dtype] // 8
-
-
 class GraphReader:
     """The weights behind a `model.onnx` that `GraphWriter` wrote."""
 
@@ -60,7 +45,7 @@ class GraphReader:
         self._shapes = {p.name: p.shape for p in params(spec)}
 
     @cached_property
-    def initializers(self) -> dict[str, Found]:
+    def initializers(self) -> dict[str, Stored]:
         """Those in the data file. Raises `UserError` where the model cannot be read."""
         import onnx_ir as ir
 
@@ -76,7 +61,7 @@ class GraphReader:
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor) and tensor.dtype in names:
                 shape = tuple(int(d) for d in tensor.shape.numpy())
-                out[name] = Found(names[tensor.dtype], shape, tensor.offset or 0)
+                out[name] = Stored(name, names[tensor.dtype], shape, tensor.offset or 0)
         return out
 
     def _read(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:

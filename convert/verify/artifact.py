@@ -99,9 +99,8 @@ class Shipped:
         return self._load(context)
 
     def _load(self, context: int, **options: Any) -> Runtime:
-        return backends.part(self.backend, "runtime").load(
-            self.path, threads=self.threads, context=context, **options
-        )  # fmt: skip
+        load = backends.part(self.backend, "runtime").load
+        return load(self.path, threads=self.threads, context=context, **options)
 
     def emulate(self, ids: Array, length: int) -> numeric.Emulation:
         """The same weights and ids, exactly and with the runtime's roundings."""
@@ -109,15 +108,14 @@ class Shipped:
 
     def twin(self, folder: Path) -> Twin:
         """The artifact itself, without any rounding but float32's."""
-        length = self.spec.context
-        runtime = self._load(length, exact=True)
+        runtime = self._load(self.spec.context, exact=True)
 
         def exact(name: str) -> Any:
             found = self.weights(name)
             return found.weight if isinstance(found, Typed) else found
 
         what = f"the same graph in float32 ({self.spec.depth} layers) against float64"
-        emulated = "emulated" in str(runtime.info().get("device"))
+        emulated = bool(runtime.info().get("emulated"))
         return Twin(self.spec, exact, runtime, what, self.session or runtime.context, emulated=emulated)
 
 

@@ -134,12 +134,9 @@ def emulate(spec: Spec, weights: Weights, ids: Array, length: int | None = None)
     return Emulation(y[:1], y[1:2], y[2:])
 
 
-def emulate_dtype(
-    spec: Spec, weights: Weights, ids: Array, length: int | None, arithmetic: Arithmetic
-) -> Emulation:  # fmt: skip
+def emulate_dtype(spec: Spec, weights: Weights, ids: Array, length: int | None, a: Arithmetic) -> Emulation:
     """The control of a runtime that computes in one dtype: float32 NumPy, or the oracle with every operation's result
     rounded to 16 bits. Quantized activations are rounded on top, where weights are `Typed`."""
-    a = arithmetic
     if a.compute == "f32" and a.cache == "f32" and a.activations is None:
         exact = Oracle(spec, weights, length=length).logits(ids)
         rounded = Oracle(spec, weights, np.float32, length).logits(ids)
