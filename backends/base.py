@@ -3,7 +3,8 @@
 A backend is a folder that `backends/__init__.py` lists. None imports another, and none is imported before it is needed.
 
     support.py   `levels()`, `support(spec, level, **options)`, `bits(level)`, `OPTIONS`; needs none of its packages
-    build.py     `writer(...)`, `size(...)`, `stamp(path, receipt)`, and for native levels `recipe(spec, level)`, `pack`
+    build.py     `writer(...)`, `size(...)`, `stamp(path, receipt)`; for native levels `recipe(spec, level)` and `pack`;
+                 `ready()`, where building needs more than packages
     read.py      `open_artifact(path)`: an `Artifact`
     runtime.py   `load(path, *, threads, context, exact)`: a `Runtime`
 """

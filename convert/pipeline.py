@@ -159,8 +159,8 @@ def convert_all(
     share_cores()
     job = _prepare(source, targets, level, out, options or {}, threads)
     with job.source:
-        if verify and not check:
-            _check_runtimes([t.backend for t in job.targets])
+        if not check:
+            _check_here(job.targets, verify)
         for t in job.targets:
             output.check(t.path, t.backend, force)
         results = [_expected(job, t) for t in job.targets]
@@ -259,10 +259,13 @@ def _declared(backend: Backend) -> tuple[Option, ...]:
     return getattr(backends.part(backend, "support"), "OPTIONS", ()) if backends.has(backend, "support") else ()
 
 
-def _check_runtimes(chosen: Sequence[Backend]) -> None:
-    """Verification runs the artifact: what that needs is there before any work. Raises `MissingDependency`."""
-    for b in chosen:
-        absent = backends.missing(b)
+def _check_here(targets: Sequence[Target], verify: bool) -> None:
+    """What building needs, and verification, which runs the artifact, is here before any work. Raises `UserError`."""
+    for t in targets:
+        b, ready = t.backend, getattr(t.build, "ready", None)
+        if ready is not None:
+            ready()
+        absent = backends.missing(b) if verify else []
         if absent:
             raise MissingDependency(
                 f"--to {b.name}: verification runs the artifact, which needs {', '.join(absent)}: "

@@ -81,6 +81,15 @@ def test_a_missing_package_costs_one_line_before_any_work(backend: str, module: 
     assert [p.name for p in tmp_path.iterdir() if p.name not in ("runs", "site")] == []
 
 
+@pytest.mark.parametrize("verify", ["--verify", "--no-verify"])
+def test_an_engine_asks_for_what_builds_it(verify: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "runs", FEATURES["llama"], tokenizer=False)
+    done = without(["tensorrt"], tmp_path, "-m", "convert", "runs", "--to", "tensorrt", verify)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "pip install 'allotrope[tensorrt]' on a machine with an NVIDIA GPU" in line and "--no-verify" not in line
+
+
 @pytest.mark.parametrize(("backend", "module"), [("onnx", "onnxruntime"), ("mlx", "mlx"), ("hf", "torch")])
 def test_converting_alone_needs_no_runtime(backend: str, module: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "runs", FEATURES["llama"], tokenizer=False)

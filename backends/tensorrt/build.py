@@ -100,6 +100,11 @@ def writer(
     return TensorRTWriter(spec, planned, tokenizer, out, level, computed_in(level, compute), here)
 
 
+def ready() -> None:
+    """Raises `UserError` in one line where no engine can be built: TensorRT or the GPU is missing."""
+    device("--to tensorrt")
+
+
 def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, *, compute: str = "") -> int:
     """Bytes of the folder, roughly: the weights once in the graph and once in the engine, and the engine's kernels."""
     matrices = {p.level for p in planned if len(p.shape) > 1}
