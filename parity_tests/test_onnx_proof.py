@@ -13,7 +13,8 @@ pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
 import backends
-from backends.onnx.read import Artifact, Found, GraphReader
+from backends.onnx.layout import Stored
+from backends.onnx.read import Artifact, GraphReader
 from convert.pipeline import convert
 from convert.sources import open_source
 from convert.verify import numeric, verify
@@ -108,7 +109,7 @@ def test_a_bfloat16_graph_ships_with_its_graph_proved_and_its_run_not(tmp_path: 
     assert json.loads((tmp_path / "out/allotrope.json").read_text())["report"]
 
 
-def initializers(folder: Path) -> dict[str, Found]:
+def initializers(folder: Path) -> dict[str, Stored]:
     artifact = Artifact(folder)
     return GraphReader(folder, artifact.spec, artifact.profile).initializers
 
