@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.base import Tokenizer
-from convert.sources.safetensors import read_json
+from convert.sources.files import read_json
 from spec.errors import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Floats, Tokenizer, content_hash
-from convert.sources.safetensors import DTYPES, Tensors
+from convert.sources.store import Store
 from spec.config import Spec
 from spec.errors import UserError
 from spec.layout import Layout
@@ -37,15 +37,19 @@ class Source:
         path: Path,
         spec: Spec,
         layout: Layout,
-        tensors: Tensors,
+        tensors: Store,
         tokenizer: Tokenizer | None,
         *,
         aliases: dict[str, str] | None = None,
         ignored: str = r"(?!)",
+        notes: Sequence[str] = (),
+        adapters: Sequence[Mapping[str, str]] = (),
     ) -> None:
         self.path, self.spec, self.tokenizer = path, spec, tokenizer
-        self.notes: list[str] = []
+        self.notes: list[str] = list(notes)
         """What a user should know though nothing is lost."""
+        self.adapters = tuple(dict(a) for a in adapters)
+        """Name and sha256 of each adapter that is merged into what is read."""
         self._layout, self._tensors = layout, tensors
         self._params = {p.name: p for p in params(spec)}
         self._aliases = {c: e for e, c in (aliases or {}).items() if e in tensors.entries}
@@ -59,6 +63,17 @@ class Source:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a canonical tensor."""
         return self._params[name].shape
+
+    @property
+    def name(self) -> str:
+        """What it is called: its folder, or the repository of a folder in the Hub's cache."""
+        found = self.origin
+        return found["repo"].split("/")[-1] if found else self.path.resolve().name
+
+    @property
+    def origin(self) -> dict[str, str] | None:
+        """Repository and commit of a folder in the Hub's cache, which is called after them."""
+        return hub_origin(self.path)
 
     @property
     def weights(self) -> int:
@@ -146,8 +161,8 @@ class Source:
                 problems.append(f"{alias}: shape {list(have[alias].shape)}, the tied {canonical} has "
                                 f"{list(self.shape(canonical))}")  # fmt: skip
         used = [*(n for n in want if n in have), *self._aliases.values()]
-        for dtype in sorted({have[n].dtype for n in used} - set(DTYPES)):
-            names = [n for n in used if have[n].dtype == dtype]
+        for dtype in sorted({have[n].dtype for n in used if not have[n].readable}):
+            names = [n for n in used if have[n].dtype == dtype and not have[n].readable]
             problems.append(f"{len(names)} tensors are {dtype} (F32, F16 and BF16 are read): {collapse(names)}")
         if problems:
             raise UserError("\n".join(f"{self.path}: {p}" for p in problems))
@@ -196,6 +211,15 @@ def _ranges(numbers: list[int]) -> str:
         else:
             out.append([n, n])
     return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in out)
+
+
+def hub_origin(folder: Path) -> dict[str, str] | None:
+    """Repository and commit that a folder of the Hub's cache holds: models--OWNER--NAME/snapshots/COMMIT."""
+    folder = folder.resolve()
+    found = re.fullmatch(r"models--(.+)", folder.parent.parent.name)
+    if found is None or folder.parent.name != "snapshots":
+        return None
+    return {"repo": found[1].replace("--", "/", 1), "revision": folder.name}
 
 
 def weights_hash(tensors: Iterator[tuple[str, str]]) -> str:

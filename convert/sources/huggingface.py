@@ -8,7 +8,8 @@ from typing import Any
 from convert.families import family
 from convert.families.config import Config, Family
 from convert.sources.base import Source
-from convert.sources.safetensors import Tensors, read_json
+from convert.sources.files import read_json
+from convert.sources.safetensors import Tensors
 from convert.tokenizers import read_tokenizer
 from spec.config import Spec
 from spec.errors import UserError
