@@ -14,7 +14,8 @@ from spec.params import Param, params
 BUDGET = 4.95
 """Bits per weight that `q4` may spend over all matrices, scales counted."""
 
-PAYS_MOST = ("head.weight", "embed.weight", "attn.v.weight", "mlp.down.weight", "attn.o.weight", "attn.k.weight")
+PAYS_MOST = ("head.weight", "embed.weight", "attn.v.weight", "mlp.down.weight", "mlp.shared.down.weight",
+             "attn.o.weight", "attn.k.weight")  # fmt: skip
 """`q4` upgrades these to int8 while the budget lasts: what the logits are read from, then what sums up many terms
 or passes straight into the residual stream. Within a kind, outer layers come first (they are the sensitive ones)."""
 
@@ -71,10 +72,15 @@ def _rank(i: int, depth: int) -> int:
     return 1 if (i - eighth) % 3 == 2 else 2
 
 
+def _quantizable(p: Planned) -> bool:
+    """Whether it is a matrix that levels apply to: not a vector, nor what chooses experts."""
+    return len(p.shape) > 1 and not p.name.endswith((".router.weight", ".shared_gate.weight"))
+
+
 def bits_per_weight(planned: Sequence[Planned], stored: Mapping[str, float] | None = None) -> float:
     """Stored bits per weight over all matrices; `stored` gives the bits of native levels."""
     bits = {name: level.stored for name, level in LEVELS.items()} | dict(stored or {})
-    matrices = [p for p in planned if len(p.shape) > 1]
+    matrices = [p for p in planned if _quantizable(p)]
     total = sum(prod(p.shape) for p in matrices)
     return sum(prod(p.shape) * bits[p.level] for p in matrices) / total
 
@@ -82,7 +88,7 @@ def bits_per_weight(planned: Sequence[Planned], stored: Mapping[str, float] | No
 def notes(spec: Spec, planned: Sequence[Planned], level: str) -> list[str]:
     """What a user should know about a portable plan."""
     out = []
-    odd = [p for p in planned if len(p.shape) > 1 and p.level == "f16" != level and p.name != "positions.weight"]
+    odd = [p for p in planned if _quantizable(p) and p.level == "f16" != level and p.name != "positions.weight"]
     if odd:
         names = ", ".join(f"{p.name} [{p.shape[0]}, {p.shape[1]}]" for p in odd[:3])
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""

@@ -35,6 +35,11 @@ def _block(**fields: Any) -> dict[str, Any]:
 
 _LONG = {"short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 2.0, 4.0, 7.5]}
 
+
+def _moe(experts: int, top_k: int, **router: Any) -> dict[str, Any]:
+    return {"kind": "moe", "experts": experts, "hidden": 20, "router": {"top_k": top_k, **router}}
+
+
 PATCHES: dict[str, dict[str, Any]] = {
     "llama": {},
     "tied": {"head": {"tied": True}},
@@ -136,6 +141,24 @@ PATCHES: dict[str, dict[str, Any]] = {
             "parallel": True,
         },
     },
+    "moe": {"block": {"mlp": _moe(5, 2)}},
+    "moe_plain_scores": {"block": {"mlp": _moe(8, 3, renormalise=False)}},
+    "moe_one": {"block": {"mlp": _moe(3, 1, renormalise=False, scale=0.7)}},
+    "moe_sigmoid": {
+        "block": {"mlp": {**_moe(6, 2, score="sigmoid", correction=True, scale=2.5), "shared": {"hidden": 12}}},
+        "overrides": {"0": {"mlp": {"kind": "dense", "hidden": 40}}},
+    },
+    "moe_shared_gate": {
+        "block": {"mlp": {**_moe(4, 2, renormalise=False), "shared": {"hidden": 28, "gate": True}}},
+    },
+    "moe_sinks": {
+        "block": {
+            "attention": {"sinks": True, "bias": True},
+            "mlp": {**_moe(4, 2, bias=True), "activation": "clamped_swiglu", "limit": 0.9, "bias": True},
+        },
+        "pattern": [{"attention": {"window": 5}}, {}],
+    },
+    "moe_ungated": {"block": {"mlp": {**_moe(4, 2), "gated": False, "activation": "gelu_tanh"}}},
 }
 
 FEATURES: dict[str, Spec] = {name: parse(merge(merge(BASE, {"name": name}), p), name) for name, p in PATCHES.items()}
@@ -151,8 +174,10 @@ def random_weights(spec: Spec, seed: int = 0) -> dict[str, NDArray[np.float32]]:
     for p in params(spec):
         x = rng.standard_normal(p.shape)
         match p.role:
-            case "linear":
+            case "linear" | "experts":
                 x *= 1.3 / np.sqrt(p.shape[1])
+            case "router":  # scores far enough apart that routes rarely are a matter of rounding
+                x *= 3.0 / np.sqrt(p.shape[1])
             case "embedding":
                 x *= 0.5
             case "gain":
@@ -248,7 +273,22 @@ def random_specs(draw: st.DrawFn) -> Spec:
     def mlp() -> dict[str, Any]:
         gated = draw(maybe)
         kinds = ["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", *(["clamped_swiglu"] if gated else [])]
+        experts = draw(st.sampled_from([0, 0, 4, 7]))
+        mixture = {
+            "kind": "moe",
+            "experts": experts,
+            "router": {
+                "top_k": draw(st.sampled_from([1, 2])),
+                "score": draw(st.sampled_from(["softmax", "sigmoid"])),
+                "renormalise": draw(maybe),
+                "scale": draw(st.sampled_from([1.0, 1.7])),
+                "bias": draw(maybe),
+                "correction": draw(maybe),
+            },
+            "shared": draw(st.sampled_from([None, {"hidden": 12}, {"hidden": 12, "gate": True}])),
+        }
         return {
+            **(mixture if experts else {}),
             "hidden": draw(st.sampled_from([20, 32])),
             "gated": gated,
             "activation": draw(st.sampled_from(kinds)),

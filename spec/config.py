@@ -21,8 +21,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -241,13 +243,11 @@ class Attention(Model):
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "clamped_swiglu"]
 
 
-class MLP(Model):
-    """The feed-forward part: `down(act(up(x)))`, or gated: `down(act(gate(x)) * up(x))`."""
+class FeedForward(Model):
+    """`down(act(up(x)))`, or gated: `down(act(gate(x)) * up(x))`."""
 
-    kind: Literal["dense"] = "dense"
-    """`dense`. Mixture of experts will be another kind."""
     hidden: Size
-    """Inner width."""
+    """Inner width; of one expert, where there are several."""
     gated: bool = True
     """Whether a gate projection multiplies the up projection (GLU)."""
     activation: Activation = "silu"
@@ -269,11 +269,82 @@ class MLP(Model):
         return self
 
 
+class MLP(FeedForward):
+    """One feed-forward network that every token passes."""
+
+    kind: Literal["dense"] = "dense"
+
+
+class Router(Model):
+    """Which experts a token goes to, and how much each counts (Shazeer et al. 2017; in float32 or wider).
+
+    scores = softmax or sigmoid of the logits; chosen = the top_k of scores + correction, the lower number first among
+    equals; weights = the chosen scores, divided by their sum with `renormalise`, times `scale`.
+    """
+
+    top_k: Size
+    """Experts that a token passes."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes scores of logits: `softmax` over all experts (Mixtral), or `sigmoid` of each (DeepSeek-V3)."""
+    renormalise: bool = True
+    """Whether the chosen scores are divided by their sum. With softmax that is the softmax over the chosen logits."""
+    scale: Positive = 1.0
+    """Factor on the weights (DeepSeek-V3's routed scaling factor)."""
+    bias: bool = False
+    """Whether the logits have a learned bias (GPT-OSS)."""
+    correction: bool = False
+    """Whether a learned number of each expert is added to its score for the choice alone (DeepSeek-V3)."""
+
+
+class SharedExpert(Model):
+    """A network of the experts' kind that every token passes, added to what the chosen experts give."""
+
+    hidden: Size
+    """Its inner width."""
+    gate: bool = False
+    """Whether it is multiplied by the sigmoid of a learned product with the input (Qwen2-MoE)."""
+
+
+class MoE(FeedForward):
+    """Mixture of experts: each token passes the few that its router chooses. `hidden`, `gated`, `activation` and `bias`
+    are those of one expert."""
+
+    kind: Literal["moe"]
+    experts: Size
+    """How many there are."""
+    router: Router
+    """How they are chosen."""
+    shared: SharedExpert | None = None
+    """A network beside them for every token."""
+
+    @property
+    def shared_mlp(self) -> MLP:
+        """The shared expert as a feed-forward network."""
+        assert self.shared is not None, "a mixture with a shared expert"
+        fields = {name: getattr(self, name) for name in FeedForward.model_fields}
+        return MLP(**{**fields, "hidden": self.shared.hidden})
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Self:
+        if self.router.top_k > self.experts:
+            raise ValueError(f"router.top_k={self.router.top_k} exceeds experts={self.experts}")
+        return self
+
+
+def _mlp_kind(value: Any) -> str:
+    kind = value.get("kind", "dense") if isinstance(value, Mapping) else getattr(value, "kind", "dense")
+    return kind if isinstance(kind, str) else str(kind)
+
+
+AnyMLP = Annotated[Annotated[MLP, Tag("dense")] | Annotated[MoE, Tag("moe")], Discriminator(_mlp_kind)]
+
+
 class Block(Model):
     """One decoder layer."""
 
     attention: Attention
-    mlp: MLP
+    mlp: AnyMLP
+    """The feed-forward part: `dense` (the default kind) or `moe`."""
     norm: Norm = Norm()
     """The layer's norms; which there are is `placement`."""
     placement: Literal["pre", "post", "sandwich"] = "pre"
@@ -349,7 +420,7 @@ class Init(Model):
     embed_std: Positive | None = None
     """Standard deviation of embeddings; none = std."""
     depth_scaled: bool = True
-    """Divide the std of the residual outputs (attn.o, mlp.down) by sqrt(2 * depth) (GPT-2)."""
+    """Divide the std of the residual outputs (attn.o, mlp.down, experts too) by sqrt(2 * depth) (GPT-2)."""
 
 
 _RANGE = re.compile(r"(-?\d+)(?:\.\.(-?\d+))?")
@@ -555,13 +626,14 @@ def _without_dropout(data: Any) -> Any:
 def merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with `patch` laid over it, mapping by mapping.
 
-    A position or scaling whose `kind` changes is replaced, not merged: the fields of another kind do not carry over.
+    A position, scaling or MLP whose `kind` changes is replaced, not merged: fields of another kind do not carry over.
     """
     out = dict(copy.deepcopy(base))
     for key, value in patch.items():
         old = out.get(key)
         if isinstance(old, dict) and isinstance(value, Mapping):
-            replaced = key in ("position", "scaling") and value.get("kind", old.get("kind")) != old.get("kind")
+            was = old.get("kind", "dense" if key == "mlp" else None)
+            replaced = key in ("position", "scaling", "mlp") and value.get("kind", was) != was
             out[key] = dict(value) if replaced else merge(old, value)
         else:
             out[key] = copy.deepcopy(value)

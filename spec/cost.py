@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from spec.config import Block, Spec
+from spec.config import Block, MoE, Spec
 from spec.params import Param, params
 
 TRAIN_STATE: Mapping[str, int] = {"weights": 4, "gradients": 4, "AdamW moments": 8}
@@ -58,6 +58,20 @@ def count(spec: Spec) -> Parameters:
     return Parameters(**out)
 
 
+def active(spec: Spec) -> int:
+    """Parameters that one token passes: of a mixture's experts only the chosen ones."""
+    return round(sum(p.size * _used(spec, p) for p in params(spec)))
+
+
+def _used(spec: Spec, p: Param) -> float:
+    """The share of a parameter that one token meets."""
+    if ".mlp.experts." not in p.name:
+        return 1.0
+    m = spec.layers[int(p.name.split(".")[1])].mlp
+    assert isinstance(m, MoE)
+    return m.router.top_k / m.experts
+
+
 def seen(b: Block, length: int) -> int:
     """Keys that the last of `length` tokens sees in a resolved layer: its window, or all of them."""
     return min(length, b.attention.window or length)
@@ -72,7 +86,7 @@ def flops(spec: Spec, length: int | None = None) -> int:
     the figure agrees with published utilisation. Norms, activations, rotations and biases are left out.
     """
     length = length or spec.context
-    linear = sum(p.size for p in params(spec) if p.role == "linear")
+    linear = round(sum(p.size * _used(spec, p) for p in params(spec) if p.role in ("linear", "experts", "router")))
     if spec.head.tied:
         linear += spec.vocab_size * spec.width
     attention = sum(4 * b.attention.heads * _head_dim(b) * seen(b, length) for b in spec.layers)
@@ -131,7 +145,11 @@ def activation_bytes(spec: Spec, length: int | None = None, width: int = 4) -> i
     for b in spec.layers:
         q, kv = b.attention.heads * _head_dim(b), _kv_width(b)
         norms = 2 * (b.pre + b.post)
-        inner = (4 if b.mlp.gated else 2) * b.mlp.hidden
+        m = b.mlp
+        hidden = (
+            m.hidden if not isinstance(m, MoE) else m.hidden * m.router.top_k + (m.shared.hidden if m.shared else 0)
+        )
+        inner = (4 if m.gated else 2) * hidden
         per_token += 2 * norms * spec.width + 3 * q + 3 * kv + inner
     return length * (per_token * width + 2 * 4 * spec.vocab_size)
 

@@ -97,7 +97,7 @@ def _path(loc: Sequence[int | str], data: Any) -> str:
             text += f"[{part}]"
             here = here[part] if isinstance(here, list | tuple) and part < len(here) else None
         else:
-            tag = isinstance(here, dict) and part not in here and here.get("kind") == part
+            tag = isinstance(here, dict) and part not in here and here.get("kind", "dense") == part
             if tag:
                 continue
             text += f".{part}" if text else part

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from spec.config import MLP, Attention, Block, Spec
+from spec.config import Attention, Block, FeedForward, MoE, Spec
 from spec.ops import C, Ops, Step, W, X
 from spec.rope import RopeTable, rope_keys
 
@@ -33,15 +33,29 @@ def attention(
     return ops.tap(ops.linear(y, w.o), "attn.o"), cache
 
 
-def mlp(ops: Ops[X, W, C], m: MLP, w: Any, x: X) -> X:
-    """The feed-forward part: [B, T, D] -> [B, T, D]."""
+def dense(ops: Ops[X, W, C], m: FeedForward, w: Any, x: X, name: str = "mlp") -> X:
+    """A feed-forward network: [B, T, D] -> [B, T, D]."""
     if m.gated:
         gate, up = ops.project(x, [w.gate, w.up])
         h = ops.glu(gate, up, m)
     else:
         h = ops.act(ops.linear(x, w.up), m.activation)
-    h = ops.drop(ops.tap(h, "mlp.act"), m.dropout)
-    return ops.tap(ops.linear(h, w.down), "mlp.down")
+    h = ops.drop(ops.tap(h, f"{name}.act"), m.dropout)
+    return ops.tap(ops.linear(h, w.down), f"{name}.down")
+
+
+def mixture(ops: Ops[X, W, C], m: MoE, w: Any, x: X) -> X:
+    """Mixture of experts: [B, T, D] -> [B, T, D]."""
+    y = ops.experts(x, ops.route(x, w.router, m), w.experts, m)
+    if m.shared is not None:
+        y, shared = ops.tap(y, "mlp.experts"), dense(ops, m.shared_mlp, w.shared, x, "mlp.shared")
+        y = ops.add(y, ops.gate(shared, ops.linear(x, w.shared_gate)) if m.shared.gate else shared)
+    return ops.tap(y, "mlp.mix")
+
+
+def mlp(ops: Ops[X, W, C], m: FeedForward, w: Any, x: X) -> X:
+    """The feed-forward part of a layer: [B, T, D] -> [B, T, D]."""
+    return mixture(ops, m, w, x) if isinstance(m, MoE) else dense(ops, m, w, x)
 
 
 def block(

@@ -1,6 +1,6 @@
 """The operations that every backend implements: what the one forward pass in `spec/forward.py` is written in.
 
-Shapes: B batch, T query, S key, D model, H q-heads, G kv-heads, K head dim, V vocab.
+Shapes: B batch, T query, S key, D model, H q-heads, G kv-heads, K head dim, V vocab, E experts.
 
 `X` is the backend's activation (array, tensor, graph value), `W` its opaque weight handle (an array with its
 quantization, or the layer itself: in torch and MLX `linear(x, w)` is `w(x)`), `C` one layer's cache. Operations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from spec.config import MLP, Activation, Attention, Block, Norm
+from spec.config import Activation, Attention, Block, FeedForward, MoE, Norm
 from spec.rope import RopeTable
 
 X = TypeVar("X")
@@ -137,13 +137,29 @@ class Ops(ABC, Generic[X, W, C]):
         k, v, key_slots, cache = self.store(k, v, step, cache)
         return self.mix(q, k, v, step, key_slots, a, w), cache
 
+    # Mixture of experts
+
+    def route(self, x: X, w: W, m: MoE) -> Any:
+        """Which experts each token of x [B, T, D] goes to and how much each counts (`config.Router` has the formula),
+        computed in at least float32: whatever `experts` of this backend takes."""
+        raise NotImplementedError
+
+    def experts(self, x: X, routes: Any, w: Any, m: MoE) -> X:
+        """Sum over a token's experts of weight * `dense`(x): [B, T, D] -> [B, T, D]. `w` has `gate`, `up`, `down`: the
+        layers of all experts, one below the other."""
+        raise NotImplementedError
+
+    def gate(self, x: X, y: X) -> X:
+        """`x * sigmoid(y)`: [B, T, D], [B, T, 1] -> [B, T, D]."""
+        raise NotImplementedError
+
     # Compounds that runtimes fuse
 
     def project(self, x: X, ws: Sequence[W]) -> list[X]:
         """Several linears of one input: q, k, v or gate, up."""
         return [self.linear(x, w) for w in ws]
 
-    def glu(self, gate: X, up: X, m: MLP) -> X:
+    def glu(self, gate: X, up: X, m: FeedForward) -> X:
         """`act(gate) * up`, or the clamped form of GPT-OSS."""
         if m.activation != "clamped_swiglu":
             return self.mul(self.act(gate, m.activation), up)

@@ -1,6 +1,7 @@
 """Every parameter's canonical name and shape, in canonical order. Checkpoints, converters and initialisation read this.
 
-Shapes: D width, V vocab, H q-heads, G kv-heads, K head_dim, F mlp hidden. Linear weights are [out, in].
+Shapes: D width, V vocab, H q-heads, G kv-heads, K head_dim, F mlp hidden, E experts.
+Linear weights are [out, in]. Experts lie one after another in the rows of one tensor, as heads do in q: [E * F, D].
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from spec.config import Block, Norm, Spec
+from spec.config import Block, FeedForward, MoE, Norm, Spec
 
-Role = Literal["embedding", "linear", "gain", "bias", "sinks"]
+Role = Literal["embedding", "linear", "experts", "router", "gain", "bias", "sinks"]
+"""`experts`: the linear weights of all experts of a layer, one below the other, [E * out, in]; `router`: products that
+choose (or gate) and are never quantized."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Param:
 
     @property
     def matrix(self) -> bool:
-        """Whether quantization applies (linear weights and embeddings)."""
-        return self.role in ("linear", "embedding")
+        """Whether quantization applies (linear weights, those of experts, and embeddings)."""
+        return self.role in ("linear", "embedding", "experts")
 
 
 def _linear(name: str, out: int, into: int, bias: bool) -> Iterator[Param]:
@@ -45,6 +48,28 @@ def _norm(name: str, norm: Norm, size: int) -> Iterator[Param]:
         yield Param(f"{name}.weight", (size,), "gain")
     if norm.bias:
         yield Param(f"{name}.bias", (size,), "bias")
+
+
+def _feed_forward(name: str, m: FeedForward, width: int, experts: int = 1, role: Role = "linear") -> Iterator[Param]:
+    shapes = {"gate": (m.hidden, width), "up": (m.hidden, width), "down": (width, m.hidden)}
+    for part, (out, into) in shapes.items():
+        if part != "gate" or m.gated:
+            yield Param(f"{name}.{part}.weight", (experts * out, into), role)
+            if getattr(m.bias, part):
+                yield Param(f"{name}.{part}.bias", (experts * out,), "bias")
+
+
+def _mixture(m: MoE, width: int) -> Iterator[Param]:
+    yield Param("mlp.router.weight", (m.experts, width), "router")
+    if m.router.bias:
+        yield Param("mlp.router.bias", (m.experts,), "bias")
+    if m.router.correction:
+        yield Param("mlp.router.correction", (m.experts,), "bias")
+    yield from _feed_forward("mlp.experts", m, width, m.experts, "experts")
+    if m.shared is not None:
+        yield from _feed_forward("mlp.shared", m.shared_mlp, width)
+        if m.shared.gate:
+            yield Param("mlp.shared_gate.weight", (1, width), "router")
 
 
 def block_params(b: Block, width: int) -> Iterator[Param]:
@@ -68,10 +93,10 @@ def block_params(b: Block, width: int) -> Iterator[Param]:
         yield from _norm("attn_post_norm", b.norm, width)
     if b.pre and not b.shared_norm:
         yield from _norm("mlp_norm", b.norm, width)
-    if m.gated:
-        yield from _linear("mlp.gate", m.hidden, width, m.bias.gate)
-    yield from _linear("mlp.up", m.hidden, width, m.bias.up)
-    yield from _linear("mlp.down", width, m.hidden, m.bias.down)
+    if isinstance(m, MoE):
+        yield from _mixture(m, width)
+    else:
+        yield from _feed_forward("mlp", m, width)
     if b.post:
         yield from _norm("mlp_post_norm", b.norm, width)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spec import cost
-from spec.config import Alibi, Block, Norm, Rope, Spec
+from spec.config import Alibi, Block, FeedForward, MoE, Norm, Rope, Spec
 from spec.load import load, presets
 from spec.params import params
 
@@ -157,6 +157,20 @@ def _position(b: Block) -> str:
 
 def _mlp(b: Block) -> str:
     m = b.mlp
+    one = _feed_forward(m)
+    if not isinstance(m, MoE):
+        return one
+    r = m.router
+    extras = [
+        "not renormalised" if not r.renormalise else "", f"x {r.scale:g}" if r.scale != 1 else "",
+        "with a bias" if r.bias else "", "with a correction" if r.correction else "",
+    ]  # fmt: skip
+    shared = m.shared and f"a shared one, hidden {m.shared.hidden:,}" + (" behind a gate" if m.shared.gate else "")
+    router = _join([f"{m.router.top_k} of {m.experts:,} experts by {r.score}", *extras])
+    return f"{router}; each {one}" + (f"; {shared}" if shared else "")
+
+
+def _feed_forward(m: FeedForward) -> str:
     kind = f"{m.activation} gate, hidden {m.hidden:,}" if m.gated else f"{m.activation}, hidden {m.hidden:,}, no gate"
     clamped = f"alpha {m.alpha:g}, limit {m.limit:g}" if m.activation == "clamped_swiglu" else ""
     return _join([kind, clamped, _biases(m.bias.model_dump()), f"dropout {m.dropout:g}" if m.dropout else ""])
@@ -237,6 +251,8 @@ def print_facts(spec: Spec, length: int | None = None) -> None:
             t.add_row(name, f"{n:,}", f"{n / total:.1%}")
     t.add_section()
     t.add_row("total", f"{total:,}", "")
+    if (active := cost.active(spec)) != total:
+        t.add_row("used by a token", f"{active:,}", f"{active / total:.1%}")
     console.print(t)
 
     t = _table(f"Cost at {length:,} tokens", "", ">", header=False)

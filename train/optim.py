@@ -18,6 +18,8 @@ def build(decoder: nn.Module, spec: Spec, config: Optimizer) -> torch.optim.Adam
     """AdamW over a decoder's parameters; who decays is decided by the parameter's role in the spec."""
     decaying = {
         "linear": True,
+        "experts": True,
+        "router": True,
         "embedding": config.decay_embeddings,
         "gain": config.decay_norms,
         "bias": config.decay_norms,

@@ -39,7 +39,11 @@ def layer_handles(b: Block, width: int, fetch: Weights) -> SimpleNamespace:
         if p.role == "sinks":
             attn.sinks = fetch(p.name)
             continue
-        owner = top if len(path) == 1 else getattr(top, path[0])
+        owner = top
+        for part in path[:-1]:
+            if not hasattr(owner, part):
+                setattr(owner, part, SimpleNamespace())
+            owner = getattr(owner, part)
         handle = getattr(owner, path[-1], None) or Handle()
         setattr(handle, leaf, fetch(p.name))
         setattr(owner, path[-1], handle)

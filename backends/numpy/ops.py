@@ -6,14 +6,16 @@ Shapes: B batch, T query, S key, D model, H q-heads, G kv-heads, K head dim, V v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from spec.config import Activation, Attention, Block, Norm
+from spec.config import Activation, Attention, Block, MoE, Norm
+from spec.forward import dense
 from spec.ops import Ops, Step
 from spec.rope import RopeTable
 
@@ -29,6 +31,35 @@ class Handle:
 
     weight: Any = None
     bias: Any = None
+    correction: Any = None
+    """Of a router: added to scores for the choice."""
+
+    def expert(self, e: int, experts: int) -> Handle:
+        """Expert e of `experts` whose layers lie one below the other."""
+        return Handle(*(None if t is None else _Rows(t, e * (t.shape[0] // experts), t.shape[0] // experts)
+                        for t in (self.weight, self.bias)))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """`count` rows from `start` of an array-like, read when they are asked for."""
+
+    of: Any
+    start: int
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.count, *self.of.shape[1:])
+
+    @property
+    def activation(self) -> Any:
+        """How a runtime rounds what these rows are multiplied with (`convert.verify.emulate.Typed`)."""
+        return getattr(self.of, "activation", None)
+
+    def __getitem__(self, rows: slice) -> Any:
+        first, last, _ = rows.indices(self.count)
+        return self.of[self.start + first : self.start + last]
 
 
 @dataclass
@@ -65,6 +96,8 @@ class NumpyOps(Ops[Array, Handle, Cache]):
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._number: Any = self.dtype.type  # a constant in the compute dtype
         self.taps = taps
+        self.forced: Mapping[str, Array] | None = None
+        """The experts of each token [B, T, k] by the layer's scope (`L3.`), where another run's are to be taken."""
         self._scope = ""
 
     def embed(self, ids: Array, w: Handle, offset: int = 0) -> Array:
@@ -177,6 +210,40 @@ class NumpyOps(Ops[Array, Handle, Cache]):
                 total = total + np.exp(self._number(w.sinks[h]) - top)
             out[:, one] = (p / total) @ v[:, h // group : h // group + 1]
         return self.tap(out, "attn.heads")
+
+    def route(self, x: Array, w: Handle, m: MoE) -> tuple[Array, Array]:
+        """The chosen experts [B, T, k], and their weights."""
+        r, logits = m.router, self.linear(x, w)
+        if r.score == "softmax":
+            scores = np.exp(logits - logits.max(-1, keepdims=True))
+            scores /= scores.sum(-1, keepdims=True)
+        else:
+            scores = _sigmoid(logits)
+        ranked = scores if w.correction is None else scores + np.asarray(w.correction[:], dtype=self.dtype)
+        chosen = self.choose(self.tap(ranked, "mlp.scores"), r.top_k)
+        weights = np.take_along_axis(scores, chosen, -1)
+        if r.renormalise:
+            weights = weights / weights.sum(-1, keepdims=True)
+        return chosen, weights * self._number(r.scale)
+
+    def choose(self, scores: Array, k: int) -> Array:
+        """The k largest of the last axis, the lower number first among equals; or those that are forced."""
+        if self.forced is not None:
+            return self.forced[self._scope]
+        return np.argsort(-scores, -1, kind="stable")[..., :k]
+
+    def experts(self, x: Array, routes: tuple[Array, Array], w: Any, m: MoE) -> Array:
+        chosen, weights = routes
+        out, taps, self.taps = np.zeros_like(x), self.taps, None  # one expert's intermediates have no name
+        for e in np.unique(chosen):
+            own = SimpleNamespace(**{part: h.expert(int(e), m.experts) for part, h in vars(w).items()})
+            b, t, place = np.nonzero(chosen == e)
+            out[b, t] += dense(self, m, own, x[b, t]) * weights[b, t, place][:, None]
+        self.taps = taps
+        return out
+
+    def gate(self, x: Array, y: Array) -> Array:
+        return x * _sigmoid(y)
 
     def call(
         self, i: int, b: Block, w: Any, x: Array, step: Step[Array], rotation: Any, cache: Cache | None

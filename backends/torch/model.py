@@ -26,6 +26,40 @@ from spec.params import Param, params
 from spec.rope import rope_tables
 
 
+def assemble(module: nn.Module, spec: Spec, length: int) -> list[Attention]:
+    """Give a module the decoder's layers, under the canonical names, and the rotary tables for sequences of `length`.
+
+    Returns the distinct attention settings, which `Attention.kind` counts.
+    """
+    positions = spec.embedding.positions
+    if positions is not None and length + positions.offset > spec.position_rows:
+        rows = spec.position_rows - positions.offset
+        raise UserError(f"length: {length} tokens need more than the {rows} learned positions (use {rows})")
+    kinds = list(dict.fromkeys(b.attention for b in spec.layers))
+    module.embed = nn.Embedding(spec.vocab_size, spec.width)
+    if positions is not None:
+        module.positions = nn.Embedding(spec.position_rows, spec.width)
+    if spec.embedding.norm is not None:
+        module.embed_norm = Norm(spec.embedding.norm, spec.width)
+    module.layers = nn.ModuleList(Block(b, spec.width, kinds.index(b.attention)) for b in spec.layers)
+    if spec.final_norm is not None:
+        module.final_norm = Norm(spec.final_norm, spec.width)
+    module.head = Head(spec, module.embed)
+    module.rope = nn.ModuleList(Rotary(t) for t in rope_tables(spec, length))
+    return kinds
+
+
+def computed_in(weight: Tensor) -> torch.dtype:
+    """The dtype of queries and keys: autocast's where it is on, else the weights'."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def angles_in(weight: Tensor) -> torch.dtype:
+    """The dtype of rotary angles, by the weights'."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 class Decoder(nn.Module):
     """A decoder transformer.
 
@@ -35,24 +69,15 @@ class Decoder(nn.Module):
     `init_weights` or a checkpoint fills them.
     """
 
+    embed: nn.Embedding
+    layers: nn.ModuleList
+    head: Head
+    rope: nn.ModuleList
+
     def __init__(self, spec: Spec, *, length: int | None = None, attention: str = "auto") -> None:
         super().__init__()
         self.spec, self.length, self.attention = spec, length or spec.context, attention
-        positions = spec.embedding.positions
-        if positions is not None and self.length + positions.offset > spec.position_rows:
-            rows = spec.position_rows - positions.offset
-            raise UserError(f"length: {self.length} tokens need more than the {rows} learned positions (use {rows})")
-        self.kinds: list[Attention] = list(dict.fromkeys(b.attention for b in spec.layers))
-        self.embed = nn.Embedding(spec.vocab_size, spec.width)
-        if positions is not None:
-            self.positions = nn.Embedding(spec.position_rows, spec.width)
-        if spec.embedding.norm is not None:
-            self.embed_norm = Norm(spec.embedding.norm, spec.width)
-        self.layers = nn.ModuleList(Block(b, spec.width, self.kinds.index(b.attention)) for b in spec.layers)
-        if spec.final_norm is not None:
-            self.final_norm = Norm(spec.final_norm, spec.width)
-        self.head = Head(spec, self.embed)
-        self.rope = nn.ModuleList(Rotary(t) for t in rope_tables(spec, self.length))
+        self.kinds = assemble(self, spec, self.length)
 
     def forward(
         self,
@@ -77,16 +102,9 @@ class Decoder(nn.Module):
         Raises `UserError` for sequences beyond `length` or beyond the cache's end.
         """
         step, start = self._step(ids, positions, segments, cache)
-        dtype = self.embed.weight.dtype
-        device = ids.device.type
-        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-        request = Request(step, start, computed, self.training, torch.is_grad_enabled())
-        ops = TorchOps(
-            plans=[plan(a, self.attention, request) for a in self.kinds],
-            training=self.training,
-            angle_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-            taps=taps,
-        )
+        weight = self.embed.weight
+        request = Request(step, start, computed_in(weight), self.training, torch.is_grad_enabled())
+        ops = TorchOps([plan(a, self.attention, request) for a in self.kinds], self.training, angles_in(weight), taps)
         tables: Any = self.rope
         x, _ = forward.hidden(ops, self.spec, self, ids, step, tables, cache)
         if last:
@@ -174,8 +192,8 @@ def initial(spec: Spec, p: Param, seed: int) -> Tensor:
         return torch.zeros(p.shape)
     if p.role == "gain":
         return torch.full(p.shape, 1.0 - _gain_offset(spec, p.name))
-    std = i.std if p.role == "linear" or i.embed_std is None else i.embed_std
-    if i.depth_scaled and p.name.endswith(("attn.o.weight", "mlp.down.weight")):
+    std = i.embed_std if p.role == "embedding" and i.embed_std is not None else i.std
+    if i.depth_scaled and p.name.endswith((".o.weight", ".down.weight")):
         std /= (2 * spec.depth) ** 0.5
     digest = hashlib.sha256(f"{seed}:{p.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

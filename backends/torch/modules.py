@@ -1,13 +1,15 @@
 """The decoder's layers as torch modules. They hold parameters under the canonical names and are the weight handles of
 the shared forward pass: `ops.linear(x, w)` is `w(x)`, so FSDP, tensor parallelism, LoRA and quantized layers keep
-working. `Attention` and `MLP` are only containers; `Block` runs the shared `spec.forward.block`.
+working. `Attention`, `MLP` and `MoE` are only containers; `Block` runs the shared `spec.forward.block`.
 
-Shapes: B batch, T query, D model, H q-heads, G kv-heads, K head dim, V vocab.
+Shapes: B batch, T query, D model, H q-heads, G kv-heads, K head dim, V vocab, E experts.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,10 +44,14 @@ class Constants(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
         super()._apply(fn, recurse)
+        self.restore()
+        return self
+
+    def restore(self) -> None:
+        """Give the constants their values again, on the device that they are on."""
         for name, values in self._constants.items():
             device = self._buffers[name].device  # type: ignore[union-attr]
             self._buffers[name] = torch.from_numpy(values.copy()).to(device)
-        return self
 
 
 class Rotation:
@@ -124,14 +130,90 @@ class Attention(Constants):
 
 
 class MLP(nn.Module):
-    """The parameters of one feed-forward part."""
+    """The parameters of one feed-forward network."""
 
-    def __init__(self, m: config.MLP, width: int) -> None:
+    def __init__(self, m: config.FeedForward, width: int) -> None:
         super().__init__()
         if m.gated:
             self.gate = nn.Linear(width, m.hidden, bias=m.bias.gate)
         self.up = nn.Linear(width, m.hidden, bias=m.bias.up)
         self.down = nn.Linear(m.hidden, width, bias=m.bias.down)
+
+
+class Router(nn.Linear):
+    """The scores' linear, and the correction that joins them for the choice."""
+
+    correction: nn.Parameter | None
+
+    def __init__(self, m: config.MoE, width: int) -> None:
+        super().__init__(width, m.experts, bias=m.router.bias)
+        correction = nn.Parameter(torch.zeros(m.experts)) if m.router.correction else None
+        self.register_parameter("correction", correction)
+
+
+class GroupedLinear(nn.Module):
+    """The same linear of every expert, one below the other: weight [E * out, in], bias [E * out]."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, experts: int, into: int, out: int, bias: bool) -> None:
+        super().__init__()
+        self.experts, self.out = experts, out
+        self.weight = nn.Parameter(torch.empty(experts * out, into))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(experts * out)) if bias else None)
+
+    def forward(self, x: Tensor, counts: Tensor, owner: Tensor) -> Tensor:
+        """[N, in] -> [N, out]. The first counts[0] rows are expert 0's, and so on; `owner` [N] is each row's expert."""
+        weight = self.weight.unflatten(0, (self.experts, self.out))
+        if self._grouped(x):
+            y = F.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+        else:
+            parts = x.split(counts.tolist())
+            y = torch.cat([F.linear(part, w.to(x.dtype)) for part, w in zip(parts, weight, strict=True)])
+        return y if self.bias is None else y + self.bias.unflatten(0, (self.experts, self.out))[owner].to(y.dtype)
+
+    def _grouped(self, x: Tensor) -> bool:
+        """Whether torch's grouped product takes it: rows of whole 16 bytes on both sides, and not float64."""
+        aligned = all(n * x.element_size() % 16 == 0 for n in (x.shape[-1], self.out))
+        return aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Experts(nn.Module):
+    """The feed-forward networks of a layer's experts."""
+
+    def __init__(self, m: config.MoE, width: int) -> None:
+        super().__init__()
+        if m.gated:
+            self.gate = GroupedLinear(m.experts, width, m.hidden, m.bias.gate)
+        self.up = GroupedLinear(m.experts, width, m.hidden, m.bias.up)
+        self.down = GroupedLinear(m.experts, m.hidden, width, m.bias.down)
+
+    def forward(self, ops: Any, x: Tensor, chosen: Tensor, weights: Tensor, m: config.MoE) -> Tensor:
+        """x [B, T, D], chosen and weights [B, T, k] -> [B, T, D]: tokens sorted by expert, and back."""
+        flat, k = x.flatten(0, -2), chosen.shape[-1]
+        order = chosen.flatten().argsort(stable=True)
+        owner = chosen.flatten()[order]
+        counts = torch.bincount(owner, minlength=m.experts)
+        parts = SimpleNamespace(
+            **{name: functools.partial(part, counts=counts, owner=owner) for name, part in self.named_children()}
+        )
+        y = forward.dense(ops.untapped(), m, parts, flat[order // k])
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        y = y[back].unflatten(0, (-1, k)) * weights.flatten(0, -2)[..., None].to(y.dtype)
+        return y.sum(1).view_as(x)
+
+
+class MoE(nn.Module):
+    """The parameters of one mixture of experts."""
+
+    def __init__(self, m: config.MoE, width: int) -> None:
+        super().__init__()
+        self.router = Router(m, width)
+        self.experts = Experts(m, width)
+        if m.shared is not None:
+            self.shared = MLP(m.shared_mlp, width)
+            if m.shared.gate:
+                self.shared_gate = nn.Linear(width, 1, bias=False)
 
 
 class Block(nn.Module):
@@ -147,7 +229,7 @@ class Block(nn.Module):
             self.attn_post_norm = Norm(b.norm, width)
         if b.pre and not b.shared_norm:
             self.mlp_norm = Norm(b.norm, width)
-        self.mlp = MLP(b.mlp, width)
+        self.mlp = MoE(b.mlp, width) if isinstance(b.mlp, config.MoE) else MLP(b.mlp, width)
         if b.post:
             self.mlp_post_norm = Norm(b.norm, width)
 
@@ -164,15 +246,30 @@ class Head(nn.Module):
     """The output projection. A tied one has no weight of its own and reads the embedding's, which must then share its
     FSDP group (the root)."""
 
-    weight: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(self, spec: config.Spec, embed: nn.Embedding) -> None:
         super().__init__()
-        tied = spec.head.tied
-        self._tied = (embed,) if tied else ()  # in a tuple: a registered submodule would name its weight twice
-        self.register_parameter("weight", None if tied else nn.Parameter(torch.empty(spec.vocab_size, spec.width)))
+        self._tied: tuple[nn.Module, ...] = ()
+        if spec.head.tied:
+            self.tie(embed)
+        else:
+            self.weight = nn.Parameter(torch.empty(spec.vocab_size, spec.width))
         self.register_parameter("bias", nn.Parameter(torch.zeros(spec.vocab_size)) if spec.head.bias else None)
+
+    @property
+    def tied(self) -> bool:
+        """Whether it reads the embedding's weight."""
+        return bool(self._tied)
+
+    def tie(self, embed: nn.Module) -> None:
+        """Read this embedding's weight from now on."""
+        self._tied = (embed,)  # in a tuple: a registered submodule would name its weight twice
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self._tied:
+            return self._tied[0].weight
+        return super().__getattr__(name)
 
     def forward(
         self,
@@ -187,7 +284,6 @@ class Head(nn.Module):
         logits never exist.
         """
         weight = self._tied[0].weight if self._tied else self.weight
-        assert weight is not None
         if targets is None:
             return F.linear(x, weight, self.bias)
         finish = logits if logits is not None else _bare

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from backends.torch.attention import KERNELS, Plan
 from backends.torch.cache import LayerCache
-from backends.torch.modules import Rotation
-from spec.config import Activation, Attention, Block, Norm
+from backends.torch.modules import Rotation, at_least_float32
+from spec.config import Activation, Attention, Block, MoE, Norm
 from spec.ops import Ops, Step
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -115,6 +115,29 @@ class TorchOps(Ops[Tensor, Any, LayerCache]):
         """The plan already knows the slots: masks are built from them before the first layer."""
         plan = self.plans[w.kind]
         return self.tap(KERNELS[plan.kernel](q, k, v, plan, a, w), "attn.heads")
+
+    def route(self, x: Tensor, w: Any, m: MoE) -> tuple[Tensor, Tensor]:
+        """The chosen experts [B, T, k], and their weights in at least float32."""
+        r, logits = m.router, at_least_float32(w(x))
+        scores = logits.softmax(-1) if r.score == "softmax" else logits.sigmoid()
+        ranked = scores if w.correction is None else scores + w.correction.to(scores.dtype)
+        chosen = self.tap(ranked, "mlp.scores").topk(r.top_k, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        if r.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return chosen, weights * r.scale
+
+    def experts(self, x: Tensor, routes: tuple[Tensor, Tensor], w: Any, m: MoE) -> Tensor:
+        return w(self, x, *routes, m)
+
+    def gate(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y.sigmoid()
+
+    def untapped(self) -> TorchOps:
+        """The same operations, whose intermediates have no name."""
+        if self.taps is None:
+            return self
+        return TorchOps(self.plans, self.training, self.angle_dtype)
 
     def call(
         self, i: int, b: Block, w: Any, x: Tensor, step: Step[Tensor], rotation: Any, cache: LayerCache | None

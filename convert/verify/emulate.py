@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from backends.numpy.ops import Handle, NumpyOps
-from spec.config import Activation, Attention, Norm
+from spec.config import Activation, Attention, MoE, Norm
 from spec.ops import Step
 from spec.rope import RopeTable
 
@@ -119,7 +119,7 @@ class EmulatedOps(NumpyOps):
     emulated ones. `linears`: round the inputs of products by each weight's `Typed.activation`. `kv`: rounding of
     keys and values in the cache. `tables`: GELU through float16. `online`: those batch rows whose attention rounds
     queries too and sums values key by key in float16, as ggml's flash attention does for fewer than `FLASH_TILE`
-    queries (for more it works in float32 tiles).
+    queries (for more it works in float32 tiles). `follow`: every batch row takes the experts that the first chooses.
     """
 
     def __init__(
@@ -131,8 +131,10 @@ class EmulatedOps(NumpyOps):
         tables: bool = True,
         rows: slice = slice(None),
         online: slice = slice(0, 0),
+        follow: bool = False,
     ) -> None:
         super().__init__(dtype)
+        self.follow = follow
         self.linears, self.kv, self.tables, self.rows, self.online = linears, kv, tables, rows, online
 
     def _round(self, x: Array, rounding: Rounding, rows: slice) -> Array:
@@ -141,8 +143,21 @@ class EmulatedOps(NumpyOps):
         return out
 
     def linear(self, x: Array, w: Handle) -> Array:
-        kind = w.weight.activation if self.linears and isinstance(w.weight, Typed) else "f64"
-        return super().linear(self._round(x, ROUNDINGS[kind], self.rows) if kind in ROUNDINGS else x, w)
+        rounding = ROUNDINGS.get(getattr(w.weight, "activation", "")) if self.linears else None
+        return super().linear(x if rounding is None else self._round(x, rounding, self.rows), w)
+
+    def choose(self, scores: Array, k: int) -> Array:
+        chosen = super().choose(scores, k)
+        return np.broadcast_to(chosen[:1], chosen.shape) if self.follow else chosen
+
+    def experts(self, x: Array, routes: tuple[Array, Array], w: Any, m: MoE) -> Array:
+        """Batch row by batch row: experts see tokens of all of them in one heap, where `rows` means nothing."""
+        rows, out = self.rows, np.empty_like(x)
+        for b in range(len(x)):
+            self.rows = slice(None) if b in range(len(x))[rows] else slice(0, 0)
+            out[b : b + 1] = super().experts(x[b : b + 1], (routes[0][b : b + 1], routes[1][b : b + 1]), w, m)
+        self.rows = rows
+        return out
 
     def act(self, x: Array, kind: Activation) -> Array:
         y = super().act(x, kind)
@@ -204,8 +219,9 @@ class RoundedOps(EmulatedOps):
         rows: slice = slice(None),
         rotary: bool = False,
         gains: bool = False,
+        follow: bool = False,
     ) -> None:
-        super().__init__(dtype, kv=kv, tables=False, rows=rows)
+        super().__init__(dtype, kv=kv, tables=False, rows=rows, follow=follow)
         self.compute, self.rotary, self.gains, self._fused = compute, rotary, gains, False
 
     def _rounded(self, x: Array) -> Array:
@@ -245,6 +261,16 @@ class RoundedOps(EmulatedOps):
 
     def rope(self, x: Array, rotation: tuple[Array, Array]) -> Array:
         return self._rounded(super().rope(x, rotation))
+
+    def route(self, x: Array, w: Handle, m: MoE) -> tuple[Array, Array]:
+        chosen, weights = super().route(x, w, m)
+        return chosen, self._rounded(weights)
+
+    def experts(self, x: Array, routes: tuple[Array, Array], w: Any, m: MoE) -> Array:
+        return self._rounded(super().experts(x, routes, w, m))
+
+    def gate(self, x: Array, y: Array) -> Array:
+        return self._rounded(super().gate(x, y))
 
     def mix(self, q: Array, k: Array, v: Array, step: Step[Array], key_slots: Any, a: Attention, w: Any) -> Array:
         self._fused = True  # scores and probabilities stay in float32

@@ -32,6 +32,8 @@ Array = NDArray[Any]
 VERIFIABLE: tuple[str, ...] = tuple(b.name for b in backends.REGISTRY if backends.has(b, "read"))
 """Backends whose artifacts can be decoded."""
 
+DRAWS = 4
+"""Sets of random tokens that the graph check tries with mixtures of experts."""
 QUICK = 200_000_000
 """Weights up to which the original's forward is float64 too; beyond, float32 (its rounding is a millionth of the
 mildest quantization's cost)."""
@@ -181,8 +183,7 @@ class Session:
         with tempfile.TemporaryDirectory(prefix="twin-") as folder:
             twin = self.shipped.twin(Path(folder))
             with twin.runtime as runtime:
-                ids = _twin_ids(twin.spec)
-                graph = numeric.graph_reference(twin.spec, twin.weights, ids, twin.tables, twin.length)
+                ids, graph = _certain(twin)
                 whole = numeric.check_graph(runtime.logits(ids), graph, twin.what)
                 stepped, tokens = numeric.stepwise(runtime, ids, ids.shape[1])
                 what = f"prefill {tokens.start + 1}, then token by token to {tokens.stop}, in float32"
@@ -245,8 +246,22 @@ def _reach(spec: Spec) -> int:
     return min(max([64, *(w + 16 for w in windows if w <= 512)]), spec.context - 1)
 
 
-def _twin_ids(spec: Spec) -> Array:
-    return np.random.default_rng(1).integers(0, spec.vocab_size, (1, _reach(spec)))
+def _certain(twin: Twin) -> tuple[Array, numeric.Graph]:
+    """Random tokens for the graph check and what must come out, drawn again where a router is near a tie."""
+    best: tuple[Array, numeric.Graph] | None = None
+    for seed in range(1, 1 + DRAWS):
+        ids = _twin_ids(twin.spec, seed)
+        graph = numeric.graph_reference(twin.spec, twin.weights, ids, twin.tables, twin.length)
+        if best is None or graph.certain > best[1].certain:
+            best = ids, graph
+        if graph.certain == ids.shape[1]:
+            break
+    assert best is not None, "at least one draw"
+    return best
+
+
+def _twin_ids(spec: Spec, seed: int) -> Array:
+    return np.random.default_rng(seed).integers(0, spec.vocab_size, (1, _reach(spec)))
 
 
 CHECKS: tuple[str, ...] = ("packing", "runtime", "graph", "arithmetic", "invariants", "quality", "tokenizer")
