@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from convert.hub import located
 from convert.sources.base import Source
+from convert.sources.files import present
 from spec.errors import UserError
 
 __all__ = ["Source", "open_source"]
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, adapters: Sequence[str | Path] = ()) -> Source:
     """Open a checkpoint: everything about it is checked, and no weight is read.
 
-    Raises `UserError` (or `SpecError`, with every problem at once) where it is missing, damaged or of no known kind.
+    path: a folder, or hf:owner/name[@revision]. adapters: LoRA adapters to merge into its weights, likewise. Raises
+    `UserError` (or `SpecError`, with every problem at once) where it is missing, damaged or of no known kind.
     """
-    path = Path(path)
+    path, folders = located(path), [located(a) for a in adapters]
     if not path.exists():
         raise UserError(f"{path}: no such folder")
     if not path.is_dir():
-        hint = "give the folder that holds it" if path.suffix in (".safetensors", ".yaml", ".json") else ""
+        hint = "give the folder that holds it" if path.suffix in (".safetensors", ".bin", ".yaml", ".json") else ""
         raise UserError(f"{path}: a source is a checkpoint folder" + (f" ({hint})" if hint else ""))
-    if (path / "spec.yaml").is_file():
+    if present(path / "spec.yaml"):
         from convert.sources.checkpoint import open_checkpoint
 
-        return open_checkpoint(path)
-    if (path / "config.json").is_file():
+        return open_checkpoint(path, folders)
+    if present(path / "config.json"):
         from convert.sources.huggingface import open_huggingface
 
-        return open_huggingface(path)
+        return open_huggingface(path, folders)
+    if present(path / "adapter_config.json"):
+        raise UserError(f"{path}: an adapter is no model: convert its base model with --adapter {path}")
     raise UserError(f"{path}: neither spec.yaml (our checkpoint) nor config.json (Hugging Face) is in it")

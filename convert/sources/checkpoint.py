@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from convert.sources.adapter import merge
 from convert.sources.base import Source
 from convert.sources.safetensors import Tensors
 from convert.tokenizers import read_tokenizer
@@ -12,8 +14,10 @@ from spec.load import load
 from spec.params import params
 
 
-def open_checkpoint(folder: Path) -> Source:
-    """Open a folder with a spec.yaml. Raises `UserError`, `SpecError`."""
+def open_checkpoint(folder: Path, adapters: Sequence[Path] = ()) -> Source:
+    """Open a folder with a spec.yaml, with LoRA adapters merged into its weights. Raises `UserError`, `SpecError`."""
     spec = load(folder)
     rules = [Rule(p.name, p.name) for p in params(spec)]
-    return Source(folder, spec, Layout(rules, spec), Tensors(folder), read_tokenizer(folder))
+    rules += [Rule("head.weight", "head.weight")] if spec.head.tied else []
+    tensors, spec, named, notes = merge(adapters, Tensors(folder), spec, rules)
+    return Source(folder, spec, Layout(rules, spec), tensors, read_tokenizer(folder), notes=notes, adapters=named)
