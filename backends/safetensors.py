@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,7 +29,7 @@ WIDTHS = {name: np.dtype(kind).itemsize for name, kind in STORED.items()}
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file; a vector's rows are its elements."""
+    """A tensor of a file; a vector's rows are its elements, those of a stack of matrices are theirs."""
 
     name: str
     dtype: str
@@ -37,8 +37,8 @@ class Tensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one step along the first axis."""
-        return prod(self.shape[1:]) * WIDTHS[self.dtype]
+        """Bytes of one row."""
+        return prod(self.shape[1:][-1:]) * WIDTHS[self.dtype]
 
     @property
     def nbytes(self) -> int:
@@ -102,17 +102,18 @@ class FileWriter:
         self._file.write(lead, 0)
 
     def rows(self, name: str, start: int, data: NDArray[Any]) -> None:
-        """Rows start... of a tensor, in its stored dtype."""
+        """Rows start... of a tensor, in its stored dtype; elements start..., where the data are a vector."""
         t = self.tensors[name]
         assert data.dtype == np.dtype(STORED[t.dtype]), f"{name}: {data.dtype} for {t.dtype}"
-        self._file.write(data, self._at[name] + start * t.row_bytes)
+        step = t.row_bytes if data.ndim > 1 else WIDTHS[t.dtype]
+        self._file.write(data, self._at[name] + start * step)
 
     def columns(self, name: str, start: int, data: NDArray[Any]) -> None:
-        """Columns start... of a matrix, given as rows: one write for each row of the file, nothing kept."""
-        t = self.tensors[name]
-        width, at = WIDTHS[t.dtype], self._at[name]
-        for i, row in enumerate(np.ascontiguousarray(data.T)):
-            self._file.write(row, at + (i * t.shape[1] + start) * width)
+        """Columns start... of a matrix (of the matrices of a stack, one after another), given as rows: one write for
+        each row of the file, nothing kept."""
+        for at, row, rows in _strips(self.tensors[name], start, start + len(data)):
+            for i, values in enumerate(np.ascontiguousarray(data[rows].T)):
+                self._file.write(values, self._at[name] + at + i * row)
 
     def close(self) -> None:
         """Flush to disk."""
@@ -121,6 +122,15 @@ class FileWriter:
     def abort(self) -> None:
         """Close and delete."""
         self._file.abort()
+
+
+def _strips(t: Tensor, start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
+    """For columns start..stop of a stack of matrices: where those of each begin, bytes from a row to the next, and
+    which of the columns they are."""
+    rows, cols = t.shape[-2:]
+    for n in range(start // cols, (stop - 1) // cols + 1):
+        left, right = max(start, n * cols), min(stop, (n + 1) * cols)
+        yield (n * rows * cols + left - n * cols) * WIDTHS[t.dtype], t.row_bytes, slice(left - start, right - start)
 
 
 class FileReader:
@@ -152,22 +162,32 @@ class FileReader:
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows start..stop as stored."""
         t = self.tensors[name]
-        out = np.empty((stop - start, *t.shape[1:]), STORED[t.dtype])
+        out = np.empty((stop - start, *t.shape[1:][-1:]), STORED[t.dtype])
         with self.path.open("rb", buffering=0) as f:
             self._fill(
                 f.fileno(), memoryview(out.view(np.uint8).reshape(-1).data), self._at[name] + start * t.row_bytes
             )
         return out
 
-    def columns(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Columns start..stop of a matrix, as rows."""
+    def elements(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Elements start..stop of a tensor of any shape, as a vector."""
         t = self.tensors[name]
-        width, out = WIDTHS[t.dtype], np.empty((t.shape[0], stop - start), STORED[t.dtype])
+        out = np.empty(stop - start, STORED[t.dtype])
         with self.path.open("rb", buffering=0) as f:
-            for i, row in enumerate(out):
-                at = self._at[name] + (i * t.shape[1] + start) * width
-                self._fill(f.fileno(), memoryview(row.view(np.uint8).data), at)
-        return np.ascontiguousarray(out.T)
+            self._fill(f.fileno(), memoryview(out.view(np.uint8).data), self._at[name] + start * out.itemsize)
+        return out
+
+    def columns(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Columns start..stop of a matrix (of the matrices of a stack, one after another), as rows."""
+        t = self.tensors[name]
+        out = np.empty((stop - start, t.shape[-2]), STORED[t.dtype])
+        with self.path.open("rb", buffering=0) as f:
+            for at, row, rows in _strips(t, start, stop):
+                part = np.empty((t.shape[-2], rows.stop - rows.start), out.dtype)
+                for i, values in enumerate(part):
+                    self._fill(f.fileno(), memoryview(values.view(np.uint8).data), self._at[name] + at + i * row)
+                out[rows] = part.T
+        return out
 
     def _fill(self, fd: int, into: memoryview, at: int) -> None:
         done = 0

@@ -2,7 +2,8 @@
 
 A `Rule` says which canonical tensors become which external ones, and how: every operation rearranges whole rows, so
 a bound rule is one gather over rows, its inverse is derived, and either side can be streamed in row blocks. `{i}`
-in a name stands for the layer. Operations read from canonical to external.
+in a name stands for the layer, `{e}` in an external one for each of its experts. Operations read from canonical to
+external.
 
     RULES = (
         Rule("embed.weight",                  "model.embed_tokens.weight"),
@@ -10,6 +11,7 @@ in a name stands for the layer. Operations read from canonical to external.
               "layers.{i}.attn.k.weight",
               "layers.{i}.attn.v.weight"),    "h.{i}.attn.c_attn.weight", Concat(), Transpose()),
         Rule("layers.{i}.attn.q.weight",      "blk.{i}.attn_q.weight", RopeInterleave()),
+        Rule("layers.{i}.mlp.experts.down.weight", "h.{i}.experts.{e}.down.weight", Split()),
     )
 """
 
@@ -17,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spec.config import Block, Rope, Spec
+from spec.config import Block, MoE, Rope, Spec
 from spec.params import Param, params
 
 Index = NDArray[np.intp]
@@ -62,7 +64,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Transpose(Op):
-    """[out, in] to [in, out]; the last step of a rule (vectors are left alone)."""
+    """[out, in] to [in, out], of stacked matrices each; the last step of a rule (vectors are left alone)."""
 
     def apply(self, parts: list[Rows], layer: Block | None, outputs: int) -> list[Rows]:
         return parts  # whole rows keep their order: `Bound.transposed` says how they lie
@@ -111,6 +113,23 @@ class Stack(Op):
         assert len({p.shape for p in parts}) == 1, "only equal shapes stack"
         whole = _joined(parts)
         return [Rows(whole.tensor, whole.row, (len(parts), *parts[0].shape))]
+
+
+@dataclass(frozen=True)
+class StackExperts(Op):
+    """The experts of a layer apart: tensors [E * r, c] to one [E, r + r + ..., c], in which each expert's rows of one
+    follow its rows of the other (gate, up); vectors to [E, r + ...]."""
+
+    def apply(self, parts: list[Rows], layer: Block | None, outputs: int) -> list[Rows]:
+        n = experts(layer)
+        whole = _joined(parts, _alternating(parts, n))
+        return [Rows(whole.tensor, whole.row, (n, len(whole.row) // n, *parts[0].shape[1:]))]
+
+
+def experts(layer: Block | None) -> int:
+    """How many experts a layer has."""
+    assert layer is not None and isinstance(layer.mlp, MoE), "a mixture's own rows only"
+    return layer.mlp.experts
 
 
 @dataclass(frozen=True)
@@ -197,6 +216,11 @@ class Bound:
         return any(isinstance(op, Transpose) for op in self.ops) and len(self.canonical[0].shape) == 2
 
     @property
+    def folded(self) -> bool:
+        """Whether vectors lie outside as matrices, whose rows are several of their elements."""
+        return len(self.canonical[0].shape) == 1 and not self.plain and len(self._outside[0].shape) > 1
+
+    @property
     def added(self) -> float:
         """Constant added to canonical values on the way out."""
         return sum(op.value for op in self.ops if isinstance(op, Add))
@@ -206,33 +230,23 @@ class Bound:
         """Whether rows lie outside as they do inside."""
         return not self.ops
 
-    @cached_property
+    @property
     def _outside(self) -> list[Rows]:
-        parts = [Rows(np.full(p.shape[0], n), np.arange(p.shape[0]), p.shape) for n, p in enumerate(self.canonical)]
-        for op in self.ops:
-            parts = op.apply(parts, self.layer, len(self.external))
-        assert not (self.transposed and len(parts[0].shape) > 2), f"{self.external}: stacked tensors do not transpose"
-        assert len(parts) == len(self.external), f"{self.external}: {len(parts)} tensors for {len(self.external)} names"
-        return parts
+        found = _moved(self.ops, tuple(p.shape for p in self.canonical), len(self.external), self.layer)[0]
+        assert len(found) == len(self.external), f"{self.external}: {len(found)} tensors for {len(self.external)} names"
+        return found
 
-    @cached_property
+    @property
     def _inside(self) -> list[Rows]:
         """The inverse gather: where outside each canonical row lies."""
-        out = [Rows(np.full(p.shape[0], -1), np.empty(p.shape[0], np.intp), p.shape) for p in self.canonical]
-        for n, rows in enumerate(self._outside):
-            for m, mine in enumerate(out):
-                here = np.flatnonzero(rows.tensor == m)
-                mine.tensor[rows.row[here]] = n
-                mine.row[rows.row[here]] = here
-        assert all((o.tensor >= 0).all() for o in out), f"{self.external}: rows are lost"
-        return out
+        return _moved(self.ops, tuple(p.shape for p in self.canonical), len(self.external), self.layer)[1]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """External names and their shapes."""
         if self.plain:
             return {self.external[0]: self.canonical[0].shape}
-        flip = self.transposed
-        return {n: r.shape[::-1] if flip else r.shape for n, r in zip(self.external, self._outside, strict=True)}
+        shapes = [(*r.shape[:-2], *r.shape[:-3:-1]) if self.transposed else r.shape for r in self._outside]
+        return dict(zip(self.external, shapes, strict=True))
 
     def runs(self, name: str, start: int, stop: int) -> list[Run]:
         """Where outside rows start..stop of the canonical tensor `name` lie, as few consecutive pieces as possible."""
@@ -253,14 +267,13 @@ class Bound:
                 mine = rows.tensor == n
                 block[mine] = v[rows.row[mine]]
             block = block.reshape(rows.shape)
-            block = block.T if self.transposed else block
+            block = block.swapaxes(-1, -2) if self.transposed else block
             out.append(block + np.float32(self.added) if self.added else block)
         return out
 
     def inverse(self, values: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """Whole external tensors to whole canonical ones."""
-        width = self.canonical[0].shape[1:] if not self.transposed else values[0].shape[1:]
-        flat = {n: v.reshape(-1, *width) for n, v in zip(self.external, values, strict=True)}
+        flat = {n: v.reshape(-1, *v.shape[1:][-1:]) for n, v in zip(self.external, values, strict=True)}
         return [self.read(p.name, 0, p.shape[0], lambda n, a, b: flat[n][a:b]) for p in self.canonical]
 
     def read(self, name: str, start: int, stop: int, fetch: Fetch) -> NDArray[np.float32]:
@@ -269,6 +282,8 @@ class Bound:
         runs = self.runs(name, start, stop)
         if self.transposed:
             fetch = self._columns(fetch)
+        elif self.folded:
+            fetch = self._elements(fetch)
         if len(runs) == 1 and (np.diff(runs[0].take) == 1).all():
             return fetch(runs[0].tensor, runs[0].start, runs[0].start + stop - start)
         return _gather(runs, stop - start, fetch)
@@ -277,15 +292,46 @@ class Bound:
         shapes = self.shapes()
 
         def columns(name: str, start: int, stop: int) -> NDArray[np.float32]:
-            rows, cols = shapes[name]
+            rows, cols = shapes[name][-2:]
             out = np.empty((stop - start, rows), np.float32)
             step = max(1, budget // cols)
-            for a in range(0, rows, step):
-                b = min(rows, a + step)
-                out[:, a:b] = fetch(name, a, b)[:, start:stop].T
+            for n in range(start // cols, (stop - 1) // cols + 1):  # matrices of a stack
+                left, right = max(start, n * cols), min(stop, (n + 1) * cols)
+                for a in range(0, rows, step):
+                    b = min(rows, a + step)
+                    block = fetch(name, n * rows + a, n * rows + b)[:, left - n * cols : right - n * cols]
+                    out[left - start : right - start, a:b] = block.T
             return out
 
         return columns
+
+    def _elements(self, fetch: Fetch) -> Fetch:
+        shapes = self.shapes()
+
+        def elements(name: str, start: int, stop: int) -> NDArray[np.float32]:
+            n = shapes[name][-1]
+            first = start // n
+            return fetch(name, first, -(-stop // n)).reshape(-1)[start - first * n : stop - first * n]
+
+        return elements
+
+
+@lru_cache(maxsize=16)
+def _moved(
+    ops: tuple[Op, ...], shapes: tuple[tuple[int, ...], ...], outputs: int, layer: Block | None
+) -> tuple[list[Rows], list[Rows]]:
+    """The gathers of a rule, outwards and back. Layers alike share theirs: those of many experts are large."""
+    parts = [Rows(np.full(shape[0], n), np.arange(shape[0]), shape) for n, shape in enumerate(shapes)]
+    for op in ops:
+        parts = op.apply(parts, layer, outputs)
+    back = [Rows(np.full(shape[0], -1), np.empty(shape[0], np.intp), shape) for shape in shapes]
+    for n, rows in enumerate(parts):
+        for m, mine in enumerate(back):
+            here = np.flatnonzero(rows.tensor == m)
+            mine.tensor[rows.row[here]] = n
+            mine.row[rows.row[here]] = here
+    assert all((r.tensor >= 0).all() for r in back), f"{ops}: rows are lost"
+    return parts, back
 
 
 def _gather(runs: Sequence[Run], rows: int, fetch: Fetch, waste: int = 4) -> NDArray[np.float32]:
@@ -349,7 +395,9 @@ def _bind(rules: Iterable[Rule], spec: Spec) -> Iterator[Bound]:
             if not present:
                 continue
             assert len(present) == len(names), f"{rule.external}: the spec has {present} and not the rest of {names}"
-            yield Bound(tuple(known[n] for n in names), tuple(n.format(i=i) for n in rule.external), rule.ops, layer)
+            outside = [m.format(i=i, e="{e}") for m in rule.external]
+            outside = [m.format(e=e) for m in outside for e in (range(experts(layer)) if "{e}" in m else (0,))]
+            yield Bound(tuple(known[n] for n in names), tuple(outside), rule.ops, layer)
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

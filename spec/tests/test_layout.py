@@ -20,6 +20,7 @@ from spec.layout import (
     Rule,
     Split,
     Stack,
+    StackExperts,
     Transpose,
     rope_order,
 )
@@ -130,7 +131,7 @@ def test_row_blocks_equal_the_whole_in_both_directions(name: str, data: st.DataO
     stop = data.draw(st.integers(start + 1, p.shape[0]))
 
     def fetch(n: str, a: int, z: int) -> np.ndarray:
-        flat = out[n] if b.transposed else out[n].reshape(-1, *p.shape[1:])
+        flat = out[n].reshape(-1, *out[n].shape[1:][-1:])
         assert 0 <= a < z <= len(flat)
         return flat[a:z]
 
@@ -138,6 +139,93 @@ def test_row_blocks_equal_the_whole_in_both_directions(name: str, data: st.DataO
     for run in layout.runs(p.name, start, stop):
         there = (out[run.tensor].T if b.transposed else out[run.tensor]).reshape(-1, *p.shape[1:])
         np.testing.assert_array_equal(there[run.start : run.start + len(run.take)], w[p.name][start:stop][run.take])
+
+
+GATE, UP, DOWN = (f"layers.{{i}}.mlp.experts.{n}" for n in ("gate", "up", "down"))
+EXPERTS: dict[str, tuple[Rule, ...]] = {
+    "apart": tuple(
+        Rule(f"{n}.{p}", f"l.{{i}}.experts.{{e}}.{n.split('.')[-1]}.{p}", Split())
+        for n in (GATE, UP, DOWN)
+        for p in ("weight", "bias")
+    ),
+    "stacked": tuple(
+        rule
+        for p in ("weight", "bias")
+        for rule in (
+            Rule((f"{GATE}.{p}", f"{UP}.{p}"), f"l.{{i}}.gate_up.{p}", StackExperts()),
+            Rule(f"{DOWN}.{p}", f"l.{{i}}.down.{p}", StackExperts()),
+        )
+    ),
+    "transposed": tuple(
+        rule
+        for p in ("weight", "bias")
+        for rule in (
+            Rule((f"{GATE}.{p}", f"{UP}.{p}"), f"l.{{i}}.gate_up.{p}", Interleave(), StackExperts(), Transpose()),
+            Rule(f"{DOWN}.{p}", f"l.{{i}}.down.{p}", StackExperts(), Transpose()),
+        )
+    ),
+}
+
+
+def mixture(name: str, experts: int = 3) -> tuple[Layout, dict[str, np.ndarray]]:
+    """Layers of which the first is dense, and their layout outside."""
+    moe = {"kind": "moe", "experts": experts, "hidden": 5, "bias": True, "router": {"top_k": 1, "correction": True}}
+    s = spec(
+        block={"attention": {"heads": 4, "head_dim": 8}, "mlp": moe},
+        overrides={"0": {"mlp": {"kind": "dense", "hidden": 20}}},
+    )
+    rules = table(
+        *(Rule(f"{n}.weight", f"l.{{i}}.{n[-1]}") for n in (Q, K, V)),
+        Rule("layers.{i}.mlp.router.weight", "l.{i}.router"),
+        Rule("layers.{i}.mlp.router.correction", "l.{i}.correction", Stack()),
+    )
+    layout = Layout((*rules, *EXPERTS[name]), s)
+    return layout, weights(s)
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_lie_apart_stacked_or_transposed(name: str, experts: int) -> None:
+    layout, w = mixture(name, experts)
+    out = outside(layout, w)
+    assert {n: v.shape for n, v in out.items()} == layout.external
+    assert out["l.1.correction"].shape == (1, experts)
+    gate, up, down = (w[f"layers.1.mlp.experts.{n}.weight"] for n in ("gate", "up", "down"))
+    last = {n: v.reshape(experts, -1, v.shape[1])[-1] for n, v in (("gate", gate), ("up", up), ("down", down))}
+    bias = w["layers.1.mlp.experts.up.bias"].reshape(experts, -1)[-1]
+    if name == "apart":
+        np.testing.assert_array_equal(out[f"l.1.experts.{experts - 1}.gate.weight"], last["gate"])
+        np.testing.assert_array_equal(out[f"l.1.experts.{experts - 1}.up.bias"], bias)
+    elif name == "stacked":
+        np.testing.assert_array_equal(out["l.1.gate_up.weight"][-1], np.concatenate([last["gate"], last["up"]]))
+        np.testing.assert_array_equal(out["l.1.down.weight"][-1], last["down"])
+        np.testing.assert_array_equal(out["l.1.gate_up.bias"][-1, 5:], bias)
+    else:
+        np.testing.assert_array_equal(out["l.1.gate_up.weight"][-1][:, 0::2], last["gate"].T)
+        np.testing.assert_array_equal(out["l.1.gate_up.weight"][-1][:, 1::2], last["up"].T)
+        np.testing.assert_array_equal(out["l.1.down.weight"][-1], last["down"].T)
+        np.testing.assert_array_equal(out["l.1.gate_up.bias"][-1, 1::2], bias)
+    for b in layout.rules:
+        for p, back in zip(b.canonical, b.inverse([out[n] for n in b.external]), strict=True):
+            np.testing.assert_array_equal(back, w[p.name])
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_row_blocks_of_experts_equal_the_whole(name: str, data: st.DataObject) -> None:
+    layout, w = mixture(name)
+    out = outside(layout, w)
+    p = data.draw(st.sampled_from([p for b in layout.rules for p in b.canonical if ".mlp." in p.name]))
+    start = data.draw(st.integers(0, p.shape[0] - 1))
+    stop = data.draw(st.integers(start + 1, p.shape[0]))
+
+    def fetch(n: str, a: int, z: int) -> np.ndarray:
+        flat = out[n].reshape(-1, *out[n].shape[1:][-1:])
+        assert 0 <= a < z <= len(flat)
+        return flat[a:z]
+
+    np.testing.assert_array_equal(layout.read(p.name, start, stop, fetch), w[p.name][start:stop])
 
 
 def test_rope_order_is_the_rotation_of_adjacent_pairs() -> None:
