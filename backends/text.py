@@ -41,6 +41,11 @@ class Text:
         self.eos_ids = frozenset(int(i) for i in [*ids, *([] if self._eos is None else [self._eos])])
         """Tokens that end generation."""
 
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, where the configuration names one."""
+        return self._bos
+
     def _id(self, token: Any) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token
         return self._fast.token_to_id(content) if isinstance(content, str) else None

@@ -31,6 +31,16 @@ Setting = Literal["auto", "sdpa", "flex", "varlen", "math"]
 
 
 @dataclass(frozen=True)
+class Keys:
+    """The keys of a cache whose rows are padded, S of them."""
+
+    slots: Tensor
+    """[B, S] int."""
+    segments: Tensor
+    """[B, S] int."""
+
+
+@dataclass(frozen=True)
 class Request:
     """What the choice depends on, besides the attention setting itself."""
 
@@ -43,6 +53,8 @@ class Request:
     """Whether dropout is active."""
     grad: bool
     """Whether a backward pass may follow."""
+    keys: Keys | None = None
+    """Where a cache's keys are not simply slots 0 and on, the same in every row."""
 
     @property
     def tokens(self) -> int:
@@ -161,13 +173,13 @@ def plan(a: Attention, setting: str, r: Request) -> Plan:
     if kernel == "varlen":
         cumulative, longest = documents(r.step)
         return Plan(kernel, cumulative=cumulative, longest=longest)
-    keys = _key_slots(a, r)
+    keys, key_segments = _keys(a, r)
     if kernel == "flex":
-        return Plan(kernel, block_mask=_block_mask(a, r, keys), query_slots=r.step.slots, key_slots=keys)
-    whole = r.step.layout == "causal" or (r.step.layout == "cached" and r.start == 0)
+        return Plan(kernel, block_mask=_block_mask(a, r, keys, key_segments), query_slots=r.step.slots, key_slots=keys)
+    whole = r.step.layout == "causal" or (r.step.layout == "cached" and r.start == 0 and r.keys is None)
     if whole and kernel == "sdpa" and not alibi and "window" not in present:
         return Plan(kernel, causal=True, dropout=dropout)
-    if r.step.layout == "cached" and r.tokens == 1 and not alibi:
+    if r.step.layout == "cached" and r.tokens == 1 and not alibi and r.keys is None:
         return Plan(kernel, dropout=dropout)  # the cache hands out exactly what one token sees
     slots, segments = r.step.slots, r.step.segments
     if segments is None:
@@ -177,8 +189,8 @@ def plan(a: Attention, setting: str, r: Request) -> Plan:
     mask = distance >= 0
     if a.window is not None:
         mask = mask & (distance < a.window)
-    if segments is not None:
-        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    if segments is not None and key_segments is not None:
+        mask = mask & (segments[:, None, :, None] == key_segments[:, None, None, :])
     return Plan(kernel, mask=mask, distance=distance if alibi else None, dropout=dropout)
 
 
@@ -191,12 +203,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _key_slots(a: Attention, r: Request) -> Tensor:
-    """[B or 1, S]"""
+def _keys(a: Attention, r: Request) -> tuple[Tensor, Tensor | None]:
+    """Slots [B or 1, S] of the keys, and their segments [B, S]."""
+    if r.keys is not None:
+        return r.keys.slots, r.keys.segments
     if r.step.layout != "cached":
-        return r.step.slots
+        return r.step.slots, r.step.segments
     seen = visible(r.start, r.tokens, a.window)
-    return torch.arange(seen.start, seen.stop, device=r.device)[None]
+    return torch.arange(seen.start, seen.stop, device=r.device)[None], None
 
 
 def documents(step: Step[Tensor]) -> tuple[Tensor, int]:
@@ -331,7 +345,7 @@ def _flex(device: str) -> Callable[..., Any]:
     return torch.compile(flex) if device == "cuda" else reference
 
 
-def _block_mask(a: Attention, r: Request, keys: Tensor) -> Any:
+def _block_mask(a: Attention, r: Request, keys: Tensor, key_segments: Tensor | None) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     slots, segments, window = r.step.slots, r.step.segments, a.window
@@ -342,7 +356,7 @@ def _block_mask(a: Attention, r: Request, keys: Tensor) -> Any:
         ok = distance >= 0
         if window is not None:
             ok = ok & (distance < window)
-        return ok if segments is None else ok & (segments[b, i] == segments[b, j])
+        return ok if segments is None or key_segments is None else ok & (segments[b, i] == key_segments[b, j])
 
     make = torch.compile(create_block_mask) if r.device.type == "cuda" else create_block_mask
     return make(seen, slots.shape[0], None, r.tokens, keys.shape[1], device=r.device)

@@ -49,10 +49,9 @@ def assemble(module: nn.Module, spec: Spec, length: int) -> list[Attention]:
     return kinds
 
 
-def computed_in(weight: Tensor) -> torch.dtype:
+def computed_in(weight: Tensor, device: torch.device) -> torch.dtype:
     """The dtype of queries and keys: autocast's where it is on, else the weights'."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
 
 
 def angles_in(weight: Tensor) -> torch.dtype:
@@ -103,7 +102,7 @@ class Decoder(nn.Module):
         """
         step, start = self._step(ids, positions, segments, cache)
         weight = self.embed.weight
-        request = Request(step, start, computed_in(weight), self.training, torch.is_grad_enabled())
+        request = Request(step, start, computed_in(weight, ids.device), self.training, torch.is_grad_enabled())
         ops = TorchOps([plan(a, self.attention, request) for a in self.kinds], self.training, angles_in(weight), taps)
         tables: Any = self.rope
         x, _ = forward.hidden(ops, self.spec, self, ids, step, tables, cache)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -167,6 +166,10 @@ class GroupedLinear(nn.Module):
         weight = self.weight.unflatten(0, (self.experts, self.out))
         if self._grouped(x):
             y = F.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+        elif torch.compiler.is_compiling():  # every expert over every row, rather than a graph cut at the counts
+            y = x.new_zeros(x.shape[0], self.out)
+            for e in range(self.experts):
+                y = torch.where(owner[:, None] == e, F.linear(x, weight[e].to(x.dtype)), y)
         else:
             parts = x.split(counts.tolist())
             y = torch.cat([F.linear(part, w.to(x.dtype)) for part, w in zip(parts, weight, strict=True)])
@@ -176,6 +179,14 @@ class GroupedLinear(nn.Module):
         """Whether torch's grouped product takes it: rows of whole 16 bytes on both sides, and not float64."""
         aligned = all(n * x.element_size() % 16 == 0 for n in (x.shape[-1], self.out))
         return aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Sorted:
+    """Handles of all experts' layers for rows that are sorted by expert."""
+
+    def __init__(self, experts: Experts, counts: Tensor, owner: Tensor) -> None:
+        for name, part in experts.named_children():
+            setattr(self, name, functools.partial(part, counts=counts, owner=owner))
 
 
 class Experts(nn.Module):
@@ -193,11 +204,8 @@ class Experts(nn.Module):
         flat, k = x.flatten(0, -2), chosen.shape[-1]
         order = chosen.flatten().argsort(stable=True)
         owner = chosen.flatten()[order]
-        counts = torch.bincount(owner, minlength=m.experts)
-        parts = SimpleNamespace(
-            **{name: functools.partial(part, counts=counts, owner=owner) for name, part in self.named_children()}
-        )
-        y = forward.dense(ops.untapped(), m, parts, flat[order // k])
+        counts = (owner[:, None] == torch.arange(m.experts, device=owner.device)).sum(0)
+        y = forward.dense(ops.untapped(), m, _Sorted(self, counts, owner), flat[order // k])
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = y[back].unflatten(0, (-1, k)) * weights.flatten(0, -2)[..., None].to(y.dtype)
         return y.sum(1).view_as(x)
@@ -246,11 +254,12 @@ class Head(nn.Module):
     """The output projection. A tied one has no weight of its own and reads the embedding's, which must then share its
     FSDP group (the root)."""
 
+    weight: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(self, spec: config.Spec, embed: nn.Embedding) -> None:
         super().__init__()
-        self._tied: tuple[nn.Module, ...] = ()
+        self._tied: tuple[Any, ...] = ()
         if spec.head.tied:
             self.tie(embed)
         else:
