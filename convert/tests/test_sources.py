@@ -162,8 +162,8 @@ def test_missing_files_are_named(tmp_path: Path, huggingface: Writes) -> None:
     with pytest.raises(UserError, match=r"1 of 3 shards are missing: model-00002-of-00003.safetensors"):
         open_source(folder)
     (folder / "model.safetensors.index.json").unlink()
-    (folder / "pytorch_model.bin").touch()
-    with pytest.raises(UserError, match=r"no model.safetensors .*pytorch_model.bin is a pickle"):
+    (folder / "consolidated.00.pth").touch()
+    with pytest.raises(UserError, match=r"no model.safetensors and no pytorch_model.bin.*; consolidated.00.pth: not"):
         open_source(folder)
 
 
