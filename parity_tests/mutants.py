@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from backends.numpy.model import Oracle
 from backends.numpy.ops import Array, Cache, Handle, NumpyOps
 from spec import Spec
-from spec.config import Activation, Attention, Norm
+from spec.config import Activation, Attention, MoE, Norm
 from spec.ops import Step
 from spec.rope import RopeTable
 
@@ -157,6 +157,84 @@ class LogitsCappedLow(Float32):
         return super().softcap(x, cap * 1.01)
 
 
+class _Router(Float32):
+    """Mutants that change a field of the router."""
+
+    def changed(self, m: MoE) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def route(self, x: Array, w: Handle, m: MoE) -> tuple[Array, Array]:
+        router = m.router.model_copy(update=self.changed(m))
+        return super().route(x, w, m.model_copy(update={"router": router}))
+
+
+class NotRenormalised(_Router):
+    def changed(self, m: MoE) -> dict[str, Any]:
+        return {"renormalise": not m.router.renormalise}
+
+
+class OneExpertMore(_Router):
+    def changed(self, m: MoE) -> dict[str, Any]:
+        return {"top_k": m.router.top_k + 1}
+
+
+class RoutedScaleMissed(_Router):
+    def changed(self, m: MoE) -> dict[str, Any]:
+        return {"scale": 1.0}
+
+
+class SoftmaxForSigmoid(_Router):
+    def changed(self, m: MoE) -> dict[str, Any]:
+        return {"score": "softmax"}
+
+
+class CorrectionMissed(Float32):
+    def route(self, x: Array, w: Handle, m: MoE) -> tuple[Array, Array]:
+        return super().route(x, Handle(w.weight, w.bias), m)
+
+
+class RouterBiasMissed(Float32):
+    def route(self, x: Array, w: Handle, m: MoE) -> tuple[Array, Array]:
+        return super().route(x, Handle(w.weight, None, w.correction), m)
+
+
+class CorrectionInWeights(Float32):
+    """The corrected scores weigh the experts too."""
+
+    def route(self, x: Array, w: Handle, m: MoE) -> tuple[Array, Array]:
+        chosen, _ = super().route(x, w, m)
+        scores = 1 / (1 + np.exp(-self.linear(x, w))) + np.asarray(w.correction, np.float32)
+        weights = np.take_along_axis(scores, chosen, -1)
+        return chosen, weights / weights.sum(-1, keepdims=True) * np.float32(m.router.scale)
+
+
+class ExpertsSwapped(Float32):
+    """The first two experts' weights in each other's place."""
+
+    def experts(self, x: Array, routes: tuple[Array, Array], w: Any, m: MoE) -> Array:
+        chosen, weights = routes
+        order = np.array([1, 0, *range(2, m.experts)])
+        return super().experts(x, (order[chosen], weights), w, m)
+
+
+class WeightsOnInput(Float32):
+    """Experts see weighted inputs instead of being weighted themselves (Llama 4)."""
+
+    def experts(self, x: Array, routes: tuple[Array, Array], w: Any, m: MoE) -> Array:
+        chosen, weights = routes
+        one = np.ones_like(weights[..., :1])
+        places = range(chosen.shape[-1])
+        parts = [
+            super(WeightsOnInput, self).experts(x * weights[..., [j]], (chosen[..., [j]], one), w, m) for j in places
+        ]
+        return np.sum(parts, 0, dtype=np.float32)
+
+
+class SharedGateMissed(Float32):
+    def gate(self, x: Array, y: Array) -> Array:
+        return x
+
+
 class UpperLeftCausal(Float32):
     """With a cache, queries are aligned with the first keys instead of the last ones."""
 
@@ -229,6 +307,17 @@ GRAPH: dict[str, Mutant] = {
     "embedding_scale_1%": Mutant(EmbeddingScaleTwice, "llama"),
     "learned_offset_missed": Mutant(LearnedOffsetMissed, "learned_offset"),
     "logit_softcap_1%": Mutant(LogitsCappedLow, "logit_softcap"),
+    "weights_not_renormalised": Mutant(NotRenormalised, "moe"),
+    "weights_renormalised": Mutant(NotRenormalised, "moe_plain_scores"),
+    "one_expert_more": Mutant(OneExpertMore, "moe"),
+    "routed_scale_missed": Mutant(RoutedScaleMissed, "moe_one"),
+    "softmax_for_sigmoid": Mutant(SoftmaxForSigmoid, "moe_sigmoid"),
+    "correction_missed": Mutant(CorrectionMissed, "moe_sigmoid"),
+    "correction_in_weights": Mutant(CorrectionInWeights, "moe_sigmoid"),
+    "router_bias_missed": Mutant(RouterBiasMissed, "moe_sinks"),
+    "experts_swapped": Mutant(ExpertsSwapped, "moe"),
+    "weights_on_the_input": Mutant(WeightsOnInput, "moe"),
+    "shared_gate_missed": Mutant(SharedGateMissed, "moe_shared_gate"),
 }
 """Caught by the graph check."""
 

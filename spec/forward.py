@@ -48,7 +48,7 @@ def mixture(ops: Ops[X, W, C], m: MoE, w: Any, x: X) -> X:
     """Mixture of experts: [B, T, D] -> [B, T, D]."""
     y = ops.experts(x, ops.route(x, w.router, m), w.experts, m)
     if m.shared is not None:
-        y, shared = ops.tap(y, "mlp.experts"), dense(ops, m.shared_mlp, w.shared, x, "mlp.shared")
+        y, shared = ops.tap(y, "mlp.experts"), dense(ops, m, w.shared, x, "mlp.shared")
         y = ops.add(y, ops.gate(shared, ops.linear(x, w.shared_gate)) if m.shared.gate else shared)
     return ops.tap(y, "mlp.mix")
 

@@ -146,7 +146,8 @@ class Router(nn.Linear):
 
     def __init__(self, m: config.MoE, width: int) -> None:
         super().__init__(width, m.experts, bias=m.router.bias)
-        correction = nn.Parameter(torch.zeros(m.experts)) if m.router.correction else None
+        # the choice of experts has no gradient, so what only the choice reads has none
+        correction = nn.Parameter(torch.zeros(m.experts), requires_grad=False) if m.router.correction else None
         self.register_parameter("correction", correction)
 
 

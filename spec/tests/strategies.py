@@ -103,12 +103,25 @@ def mlps() -> Strategy:
     return plain | clamped
 
 
+def mixtures() -> Strategy:
+    router = st.fixed_dictionaries(
+        {"top_k": st.integers(1, 3)},
+        optional={"score": st.sampled_from(["softmax", "sigmoid"]), "renormalise": st.booleans(), "scale": positive,
+                  "bias": st.booleans(), "correction": st.booleans()},
+    )  # fmt: skip
+    shared = st.none() | st.fixed_dictionaries({"hidden": st.integers(1, 64)}, optional={"gate": st.booleans()})
+    return st.fixed_dictionaries(
+        {"kind": st.just("moe"), "hidden": st.integers(1, 64), "experts": st.integers(3, 9), "router": router},
+        optional={"shared": shared, "gated": st.booleans(), "bias": biases("gate", "up", "down")},
+    )
+
+
 @st.composite
 def patches(draw: st.DrawFn, head_dim: int) -> Data:
     """Part of a block, as `pattern` and `overrides` hold it."""
     return draw(some(
-        attention=attentions(head_dim), mlp=mlps(), norm=norms(), residual_scale=st.floats(-2, 2), dropout=probability,
-        placement=st.sampled_from(["pre", "post", "sandwich"]),
+        attention=attentions(head_dim), mlp=mlps() | mixtures(), norm=norms(), residual_scale=st.floats(-2, 2),
+        dropout=probability, placement=st.sampled_from(["pre", "post", "sandwich"]),
     ))  # fmt: skip
 
 

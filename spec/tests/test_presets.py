@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spec import Spec, load, params, presets
+from spec.config import MoE
 from spec.cost import count, weight_bytes
 
 PUBLISHED = {
@@ -17,8 +18,9 @@ PUBLISHED = {
     "gemma-2-2b": 2_614_341_888,
     "phi-3-mini": 3_821_079_552,
     "mistral-7b": 7_241_732_096,
+    "qwen3-30b-a3b": 30_532_122_624,
 }
-OURS = {"tiny": 3_410_176, "nano": 26_223_104}
+OURS = {"tiny": 3_410_176, "tiny-moe": 8_136_960, "nano": 26_223_104}
 
 
 def test_every_preset_is_tested() -> None:
@@ -68,9 +70,12 @@ def _config(spec: Spec) -> object:
         "gemma-2-2b": t.Gemma2Config,
         "phi-3-mini": t.Phi3Config,
         "mistral-7b": t.MistralConfig,
+        "qwen3-30b-a3b": t.Qwen3MoeConfig,
     }
     if spec.name not in ("olmo-2-1b", "phi-3-mini"):
         common["head_dim"] = a.head_dim
+    if isinstance(m, MoE):
+        common |= {"num_experts": m.experts, "moe_intermediate_size": m.hidden}
     return kinds.get(spec.name, t.LlamaConfig)(**common, pad_token_id=None)
 
 
@@ -85,4 +90,4 @@ def test_transformers_counts_the_same(name: str) -> None:
     theirs = dict(model.named_parameters())  # a tied head appears once
     assert sum(p.numel() for p in theirs.values()) == PUBLISHED[name]
     largest = max(p.size for p in params(spec))
-    assert max(p.numel() for p in theirs.values()) in (largest, 2 * 3072 * 8192)  # Phi-3 fuses gate and up
+    assert max(p.numel() for p in theirs.values()) in (largest, 2 * 3072 * 8192, 2 * 128 * 768 * 2048)  # some fuse gate and up
