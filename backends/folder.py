@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.base import Tokenizer
+from backends.tokens import TEMPLATES, steps, surrounding
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import dump, parse, read_yaml
@@ -134,10 +135,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, context: int) -> 
 
 def _post_processor(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """The tokenizer's own steps, less what adds special tokens, then the policy as a template."""
-    steps = _steps(tokenizer.json.get("post_processor"))
-    kept = [s for s in steps if s.get("type") not in ("TemplateProcessing", "BertProcessing", "RobertaProcessing")]
-    before = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
-    after = [tokenizer.eos] if tokenizer.add_eos and tokenizer.eos is not None else []
+    kept = [s for s in steps(tokenizer.json.get("post_processor"), "processors") if s.get("type") not in TEMPLATES]
+    before, after = surrounding(tokenizer)
     if before or after:
 
         def around(name: str, kind: int) -> list[dict[str, Any]]:
@@ -152,11 +151,3 @@ def _post_processor(tokenizer: Tokenizer) -> dict[str, Any] | None:
     if not kept:
         return None
     return kept[0] if len(kept) == 1 else {"type": "Sequence", "processors": kept}
-
-
-def _steps(processor: Any) -> list[dict[str, Any]]:
-    if not isinstance(processor, dict):
-        return []
-    if processor.get("type") == "Sequence":
-        return [step for inner in processor.get("processors", []) for step in _steps(inner)]
-    return [processor]

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backends.tokens import around
 from spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ class Text:
         self._fast = fast
         self._data: dict[str, Any] = json.loads(fast.to_str())
         self._add_bos, self._add_eos = config.get("add_bos_token"), config.get("add_eos_token")
-        self._bos, self._eos = (self._id(config.get(name)) for name in ("bos_token", "eos_token"))
+        self._bos, self._eos = (self._known(config.get(name)) for name in ("bos_token", "eos_token"))
         more = (generation or {}).get("eos_token_id") or []
         ids = more if isinstance(more, list) else [more]
-        self.eos_ids = frozenset(int(i) for i in [*ids, *([] if self._eos is None else [self._eos])])
+        end = None if self._eos is None else fast.token_to_id(self._eos)
+        self.eos_ids = frozenset(int(i) for i in [*ids, *([] if end is None else [end])])
         """Tokens that end generation."""
 
     @property
@@ -46,9 +48,9 @@ class Text:
         """The token that begins a text, where the configuration names one."""
         return self._bos
 
-    def _id(self, token: Any) -> int | None:
+    def _known(self, token: Any) -> str | None:
         content = token.get("content") if isinstance(token, dict) else token
-        return self._fast.token_to_id(content) if isinstance(content, str) else None
+        return content if isinstance(content, str) and self._fast.token_to_id(content) is not None else None
 
     @classmethod
     def read(cls, folder: Path) -> Text | None:
@@ -67,12 +69,17 @@ class Text:
     def encode(self, text: str) -> list[int]:
         """Text to ids. `add_bos_token` and `add_eos_token` rule where the configuration has them; where it does not,
         the tokenizer's own post-processor does."""
-        if self._add_bos is None and self._add_eos is None:
-            return self._fast.encode(text).ids
         ids = self._fast.encode(text, add_special_tokens=False).ids
-        head = [self._bos] if self._add_bos and self._bos is not None else []
-        tail = [self._eos] if self._add_eos and self._eos is not None else []
+        head, tail = self._around
         return head + ids + tail
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        sides = around(self._data.get("post_processor"), self._bos, self._eos, self._add_bos, self._add_eos)
+        found = [[self._fast.token_to_id(t) for t in side] for side in sides]
+        if None in found[0] + found[1]:
+            raise UserError(f"tokenizer.json: its post-processor adds {sides[0] + sides[1]}, not all of them tokens")
+        return [i for i in found[0] if i is not None], [i for i in found[1] if i is not None]
 
     def decode(self, ids: Sequence[int]) -> bytes:
         """Ids to bytes; special and unknown ids are left out."""
