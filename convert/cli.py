@@ -56,6 +56,7 @@ def convert(
     profile: str | None = None,
     compute: str | None = None,
     functions: str | None = None,
+    architecture: str | None = None,
     json: Annotated[bool, Flag] = False,
 ) -> int:
     """Convert a checkpoint.
@@ -88,13 +89,16 @@ def convert(
         target's own for the level.
     functions
         Core ML: one (prompts and single tokens) or two (prefill and decode, which share the weights).
+    architecture
+        Hugging Face: transformers' class of models, such as llama; by default that of the source, where it has one
+        that fits, else the simplest that computes the same.
     json
         Print the result as JSON.
     """
     from convert.pipeline import convert_all as run
     from convert.show import dumps, progress, show_expected, show_result, show_summary
 
-    given = {"profile": profile, "compute": compute, "functions": functions}
+    given = {"profile": profile, "compute": compute, "functions": functions, "architecture": architecture}
     options = {name: value for name, value in given.items() if value is not None}
     targets = [t for t in (name.strip().lower() for name in to.split(",")) if t]
 

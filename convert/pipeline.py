@@ -296,6 +296,10 @@ def _prepare(
         raise UserError(f"--threads {threads}: must be at least 1")
     opened = open_source(source)
     try:
+        for b in chosen:  # back to where it came from, where that works and nothing else was asked for
+            own = given[b.name] | {n: v for n, v in opened.choices.get(b.name, {}).items() if n not in options}
+            if own != given[b.name] and supports[b.name].support(opened.spec, level, **own).ok:
+                given[b.name] = own
         verdicts = {b.name: supports[b.name].support(opened.spec, level, **given[b.name]) for b in chosen}
         refused = [f"{name}: {r}" for name, verdict in verdicts.items() for r in verdict.refusals]
         if refused:

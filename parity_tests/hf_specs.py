@@ -43,6 +43,8 @@ def spec_for(c: Carrier, seed: int, width: int = 64) -> Spec:
     heads, kv, head_dim = rng.choice([(n, n // 2, 16), (n, n, 16), (n, 1, 16), (n // 2, n // 2, 32)])
     if not c.gqa:
         kv = heads
+    if c.mqa:
+        kv = 1
     if not c.square and some():
         head_dim = 24
     if not c.square and not c.divisible and some():

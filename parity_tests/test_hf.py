@@ -265,8 +265,8 @@ def test_codes_and_scales_come_back_under_one_hash(name: str, level: str, tmp_pa
 
 
 def test_each_architecture_is_the_choice_for_some_spec() -> None:
-    """No row is idle: among specs that use what its code has, it comes first for some."""
-    assert len(BY_ARCH) == len(CARRIERS) >= 30
+    """None is idle: among specs that use what its code has, it comes first for some."""
+    assert len(BY_ARCH) >= 30
     alone = {c.arch for c in CARRIERS if any(choose(spec_for(c, s)).carrier is c for s in range(24))}
     assert alone == set(BY_ARCH)
 
@@ -275,9 +275,9 @@ def test_every_parameter_of_a_loaded_model_comes_from_the_folder(tmp_path: Path)
     """Nothing is initialised afresh, nothing is left over."""
     from transformers import AutoModelForCausalLM
 
-    for carrier in CARRIERS:
+    for n, carrier in enumerate(CARRIERS):
         spec = spec_for(carrier, 1)
-        path = write_folder(spec, random_weights(spec), tmp_path / carrier.arch, "f32", examine(spec, carrier))
+        path = write_folder(spec, random_weights(spec), tmp_path / str(n), "f32", examine(spec, carrier))
         auto: Any = AutoModelForCausalLM
         _, report = auto.from_pretrained(path, output_loading_info=True)
         assert not any(report.values()), carrier.arch

@@ -61,7 +61,7 @@ def test_a_wrong_fold_shows_in_the_graph(fold: str, tmp_path: Path, monkeypatch:
     """Writer and reader share it, so packing cannot see it; the oracle computes the source's function and does."""
     name, bend = WRONG_FOLDS[fold]
     spec = FEATURES[name] if name in FEATURES else parse(merge(BASE, GEMMA))
-    fit = examine(spec, BY_ARCH["gemma" if name == "gemma" else CARRIED[name]])
+    fit = examine(spec, BY_ARCH["gemma" if name == "gemma" else CARRIED[name]][0])
     weights = random_weights(spec)
     right = write_folder(spec, weights, tmp_path / "right", "f32", fit)
     artifacts.check_graph("hf", right)
@@ -79,7 +79,7 @@ def test_a_wrong_fold_shows_in_the_graph(fold: str, tmp_path: Path, monkeypatch:
 def test_a_norm_that_two_branches_shared_is_stored_twice_alike(tmp_path: Path) -> None:
     spec = parse(merge(merge(BASE, PATCHES["neox"]), {"block": {"shared_norm": True}}))
     weights = random_weights(spec)
-    path = write_folder(spec, weights, tmp_path / "m", "f32", examine(spec, BY_ARCH["gpt_neox"]))
+    path = write_folder(spec, weights, tmp_path / "m", "f32", examine(spec, BY_ARCH["gpt_neox"][0]))
     artifacts.check_packing("hf", path, spec, weights, "f32")
     artifacts.check_graph("hf", path)
     file = path / "model.safetensors"

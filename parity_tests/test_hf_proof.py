@@ -22,10 +22,9 @@ from backends import folder
 from backends.base import Tokenizer
 from backends.hf.support import levels, support
 from backends.text import Text
-from convert.families import family
+from convert.families import read
 from convert.pipeline import convert
 from convert.sources import open_source
-from convert.sources.huggingface import spec_from
 from convert.verify.report import Status
 from convert.verify.run import Session, door
 from parity_tests import artifacts
@@ -103,8 +102,7 @@ SIZES: dict[str, Any] = {
 @pytest.mark.parametrize("case", CONFIGS)
 def test_what_is_written_is_read_as_the_same_spec_and_weights(case: str, tmp_path: Path) -> None:
     kind = case.split("-")[0]
-    f = family(kind, "")
-    spec = spec_from({"model_type": kind, **SIZES, **CONFIGS[case]}, f, "config.json", "m")
+    spec = read({"model_type": kind, **SIZES, **CONFIGS[case]}, "config.json").spec
     weights = random_weights(spec)
     path = artifacts.write("hf", spec, weights, tmp_path / "m")
     told = json.loads((path / "config.json").read_text())["model_type"]

@@ -37,13 +37,13 @@ LEVELS_KEY = "allotrope.levels"
 INDEX = "model.safetensors.index.json"
 
 
-def carried(spec: Spec) -> Fit:
+def carried(spec: Spec, architecture: str) -> Fit:
     """The carrier. Raises `UserError` with everything that stands in the way."""
-    fit = choose(spec)
+    fit = choose(spec, architecture)
     if fit.refusals:
         from backends.hf.support import support
 
-        raise UserError("\n".join(support(spec, "f32").refusals))
+        raise UserError("\n".join(support(spec, "f32", architecture).refusals))
     return fit
 
 
@@ -169,13 +169,14 @@ def writer(
     level: str,
     metadata: Mapping[str, Any],
     threads: int,
+    architecture: str = "",
 ) -> FolderWriter:
     """A writer for the folder `out`, with every file laid out and every constant in place.
 
     metadata: not written, as config.json has no place for it; the receipt says the same. Raises `UserError` where no
     architecture carries the spec or the disk is full.
     """
-    fit = carried(spec)
+    fit = carried(spec, architecture)
     return writer_for(fit, spec, planned, tokenizer, out, level=level)
 
 
@@ -189,9 +190,9 @@ def writer_for(
     return FolderWriter(spec, store, tokenizer, out, level)
 
 
-def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None) -> int:
+def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, architecture: str = "") -> int:
     """Bytes of the folder, without the model card."""
-    store = Store(carried(spec), planned)
+    store = Store(carried(spec, architecture), planned)
     files = [(t, {LEVELS_KEY: describe(store.levels)}) for t in store.shards().values()]
     files += [(store.scales(), {})] if store.dense else []
     weights = sum(len(header(tensors, meta)[0]) + sum(t.nbytes for t in tensors) for tensors, meta in files)

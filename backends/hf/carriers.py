@@ -83,6 +83,9 @@ class Carrier:
     divisible: bool = False
     """Whether loading insists that the number of heads divides the width."""
     gqa: bool = True
+    """Whether there may be fewer kv-heads than heads."""
+    mqa: bool = False
+    """Whether there is one kv-head."""
     biases: tuple[tuple[str, str], ...] = (("attention_bias", "q k v o"), ("mlp_bias", "gate up down"))
     """Groups of biases that are there together, by a key; an empty key: always."""
     qk_norm: Need = "no"
@@ -153,6 +156,18 @@ LAYERNORM: Fields = {"norm": "layernorm", "norm_bias": True, "keys": {"eps": "la
 PLAIN: Fields = {"gated": False}
 OLMO: Fields = {**ATTENTION_BIAS, "rounds_tables": False, "rounds_gains": False}
 MHA: Fields = {"square": True, "gqa": False}
+FALCON: Fields = {
+    **LAYERNORM, **PLAIN, "square": True, "packs": False, "biases": (("bias", "q k v o up down"),),
+    "keys": {"kv_heads": "", "head_dim": "", "hidden": "ffn_hidden_size", "activation": "activation",
+             "eps": "layer_norm_epsilon", "residual_dropout": "hidden_dropout"},
+}  # fmt: skip
+NEW_FALCON: Mapping[str, Any] = {"alibi": False, "parallel_attn": True, "multi_query": False}
+HIDDEN_DROPOUT: Fields = {"keys": {"residual_dropout": "hidden_dropout"}}
+PDROP: Fields = {"keys": {"residual_dropout": "resid_pdrop", "embedding_dropout": "embd_pdrop"}}
+OLD_FALCON: Mapping[str, Mapping[str, Any]] = {
+    "sequential": {"parallel_attn": False},
+    "shared": {"parallel_attn": True},
+}
 EVERY_BIAS: Fields = {"biases": (("", "q k v o up down"),)}
 GPT2_KEYS = {
     "width": "n_embd", "depth": "n_layer", "heads": "n_head", "kv_heads": "", "head_dim": "", "hidden": "n_inner",
@@ -166,7 +181,7 @@ def _row(arch: str, model: str, *shared: Fields, **fields: Any) -> Carrier:
     for s in (*shared, fields):
         keys = {**merged.get("keys", {}), **s.get("keys", {})}
         merged |= {**s, **({"keys": keys} if keys else {})}
-    return Carrier(arch=arch, model=f"{model}ForCausalLM", **merged)
+    return Carrier(arch=arch, model=model if "Head" in model else f"{model}ForCausalLM", **merged)
 
 
 CARRIERS: tuple[Carrier, ...] = (
@@ -179,7 +194,7 @@ CARRIERS: tuple[Carrier, ...] = (
     _row("granite", "Granite", GRANITE),
     _row("granite_swa", "GraniteSWA", GRANITE, LAYER_WINDOWS, sinks="required", rope_by="layer", no_position="theta"),
     _row("arcee", "Arcee", PLAIN, divisible=True, biases=(("attention_bias", "q k v o"), ("mlp_bias", "up down"))),
-    _row("phi3", "Phi3", NO_BIAS, rules=names.PHI3, square=True, partial=True, scaling=frozenset({"longrope"}),
+    _row("phi3", "Phi3", NO_BIAS, PDROP, rules=names.PHI3, square=True, partial=True, scaling=frozenset({"longrope"}),
          original_context="original_max_position_embeddings", window="all"),
     _row("glm", "Glm", rules=names.GLM, rope="neighbours", partial=True, biases=(("attention_bias", "q k v"),)),
     _row("gemma", "Gemma", GEMMA, lacks=frozenset({"gelu"})),
@@ -194,28 +209,30 @@ CARRIERS: tuple[Carrier, ...] = (
          qk_over="width", rope_by="window", scaling=frozenset({"linear", "llama3", "yarn"})),
     _row("exaone4", "Exaone4", NO_BIAS, rules=names.OLMO2, placement="post", qk_norm="required", window="layers",
          no_position="windowed"),
-    _row("gpt2", "GPT2", LAYERNORM, PLAIN, MHA, EVERY_BIAS, rules=names.GPT2, keys=GPT2_KEYS, rope="none",
+    _row("gpt2", "GPT2LMHeadModel", LAYERNORM, PLAIN, MHA, EVERY_BIAS, rules=names.GPT2, keys=GPT2_KEYS, rope="none",
          positions=0, packs=False),
     _row("opt", "OPT", LAYERNORM, PLAIN, MHA, rules=names.OPT, rope="none", positions=2, eps=1e-5,
          biases=(("enable_bias", "q k v o up down"),),
          keys={"kv_heads": "", "head_dim": "", "hidden": "ffn_dim", "activation": "activation_function", "eps": "",
                "std": "init_std", "residual_dropout": "dropout"},
          constants={"do_layer_norm_before": True, "layer_norm_elementwise_affine": True}),
-    _row("stablelm", "StableLm", LAYERNORM, partial=True, square=True, biases=(("use_qkv_bias", "q k v"),),
-         keys={"head_dim": ""}, constants={"qk_layernorm": False},
+    _row("stablelm", "StableLm", LAYERNORM, HIDDEN_DROPOUT, partial=True, square=True,
+         keys={"head_dim": ""}, biases=(("use_qkv_bias", "q k v"),), constants={"qk_layernorm": False},
          flow={"sequential": {"use_parallel_residual": False}, "shared": {"use_parallel_residual": True}}),
     _row("olmo", "Olmo", OLMO, norm="layernorm", norm_weight=False, eps=1e-5, keys={"eps": ""},
          clip="clip_qkv"),
-    _row("starcoder2", "Starcoder2", LAYERNORM, PLAIN, rules=names.STARCODER2, keys={"eps": "norm_epsilon"},
+    _row("starcoder2", "Starcoder2", LAYERNORM, PLAIN, rules=names.STARCODER2,
+         keys={"eps": "norm_epsilon", "residual_dropout": "residual_dropout",
+               "embedding_dropout": "embedding_dropout"},
          biases=(("use_bias", "q k v o up down"),), window="all"),
-    _row("gpt_neox", "GPTNeoX", LAYERNORM, PLAIN, MHA, rules=names.GPT_NEOX, partial=True,
+    _row("gpt_neox", "GPTNeoX", LAYERNORM, HIDDEN_DROPOUT, PLAIN, MHA, rules=names.GPT_NEOX, partial=True,
          biases=(("attention_bias", "q k v o"), ("", "up down")), keys={"kv_heads": "", "head_dim": ""},
          flow={"sequential": {"use_parallel_residual": False}, "parallel": {"use_parallel_residual": True}}),
-    _row("phi", "Phi", LAYERNORM, PLAIN, rules=names.PHI, flow={"shared": {}}, partial=True, square=True,
+    _row("phi", "Phi", LAYERNORM, PDROP, PLAIN, rules=names.PHI, flow={"shared": {}}, partial=True, square=True,
          keys={"head_dim": ""}, biases=(("", "q k v o up down head"),), qk_norm="optional", qk_kind="layernorm",
          qk_bias=True, qk_key="qk_layernorm"),
-    _row("persimmon", "Persimmon", LAYERNORM, PLAIN, MHA, EVERY_BIAS, rules=names.PERSIMMON, partial=True,
-         keys={"kv_heads": "", "head_dim": ""}, qk_norm="optional", qk_kind="layernorm", qk_bias=True,
+    _row("persimmon", "Persimmon", LAYERNORM, HIDDEN_DROPOUT, PLAIN, MHA, EVERY_BIAS, rules=names.PERSIMMON,
+         partial=True, keys={"kv_heads": "", "head_dim": ""}, qk_norm="optional", qk_kind="layernorm", qk_bias=True,
          qk_key="qk_layernorm"),
     _row("nemotron", "Nemotron", LAYERNORM, PLAIN, offset=1.0, partial=True, keys={"eps": "norm_eps"},
          biases=(("attention_bias", "q k v o"), ("mlp_bias", "up down"))),
@@ -225,11 +242,14 @@ CARRIERS: tuple[Carrier, ...] = (
     _row("cohere2", "Cohere2", ATTENTION_BIAS, LAYER_WINDOWS, norm="layernorm", rounds_gains=False, rules=names.COHERE,
          flow={"shared": {}}, rope="neighbours", square=True, no_position="global",
          keys={"eps": "layer_norm_eps", "head_dim": ""}, logit_scale="logit_scale"),
-    _row("falcon", "Falcon", LAYERNORM, PLAIN, rules=names.FALCON, square=True, packs=False,
-         biases=(("bias", "q k v o up down"),), flow={"parallel": {"num_ln_in_parallel_attn": 2}},
-         keys={"kv_heads": "num_kv_heads", "head_dim": "", "hidden": "ffn_hidden_size", "activation": "activation",
-               "eps": "layer_norm_epsilon"},
-         constants={"new_decoder_architecture": True, "parallel_attn": True, "multi_query": False, "alibi": False}),
+    _row("falcon", "Falcon", FALCON, rules=names.FALCON, flow={"parallel": {"num_ln_in_parallel_attn": 2}},
+         keys={"kv_heads": "num_kv_heads"}, constants={**NEW_FALCON, "new_decoder_architecture": True}),
+    _row("falcon", "Falcon", FALCON, rules=names.BLOOM, flow={"shared": {"num_ln_in_parallel_attn": 1}},
+         keys={"kv_heads": "num_kv_heads"}, constants={**NEW_FALCON, "new_decoder_architecture": True}),
+    _row("falcon", "Falcon", FALCON, rules=names.BLOOM, flow=OLD_FALCON, mqa=True,
+         constants={"alibi": False, "new_decoder_architecture": False, "multi_query": True}),
+    _row("falcon", "Falcon", FALCON, rules=names.BLOOM, flow=OLD_FALCON, gqa=False,
+         constants={"alibi": False, "new_decoder_architecture": False, "multi_query": False}),
     _row("mpt", "Mpt", PLAIN, MHA, NO_BIAS, norm="layernorm", rounds_gains=False, rules=names.MPT, rope="none",
          alibi=True, activation="gelu", hidden_times=4, clip="attn_config.clip_qkv", scale="value",
          scale_key="attn_config.softmax_scale",
@@ -238,11 +258,30 @@ CARRIERS: tuple[Carrier, ...] = (
                "attention_dropout": ""},
          constants={"attn_config.alibi": True, "attn_config.alibi_bias_max": 8, "expansion_ratio": 4,
                     "no_bias": True}),
-    _row("bloom", "Bloom", LAYERNORM, PLAIN, MHA, EVERY_BIAS, rules=names.BLOOM, rope="none", alibi=True,
-         embed_norm=True, activation="gelu_tanh", hidden_times=4, wide_scores=True,
+    _row("bloom", "Bloom", LAYERNORM, HIDDEN_DROPOUT, PLAIN, MHA, EVERY_BIAS, rules=names.BLOOM, rope="none",
+         alibi=True, embed_norm=True, activation="gelu_tanh", hidden_times=4, wide_scores=True,
          keys={"depth": "n_layer", "heads": "n_head", "kv_heads": "", "head_dim": "", "hidden": "", "activation": "",
                "context": "seq_length", "eps": "layer_norm_epsilon"}),
 )  # fmt: skip
 """In order of preference: of two that carry a spec with as few rewrites, the earlier one is taken."""
 
-BY_ARCH = {c.arch: c for c in CARRIERS}
+BY_ARCH: Mapping[str, tuple[Carrier, ...]] = {
+    arch: tuple(c for c in CARRIERS if c.arch == arch) for arch in dict.fromkeys(c.arch for c in CARRIERS)
+}
+"""The rows of an architecture: several where its code has variants that keys choose between."""
+
+
+def told(config: Mapping[str, Any]) -> Carrier | None:
+    """The row that a config.json names: of several, the one that it contradicts least."""
+
+    def wrong(c: Carrier) -> int:
+        return min(sum(_get(config, k) != v for k, v in {**c.constants, **f}.items()) for f in c.flow.values())
+
+    return min(BY_ARCH.get(str(config.get("model_type")), ()), key=wrong, default=None)
+
+
+def _get(config: Any, key: str) -> Any:
+    """The value of a key, dots leading into nested objects."""
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config

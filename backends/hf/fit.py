@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 
 from backends.carriers import ByHash, Fold, best, distinct, layer_path
 from backends.hf import rotary
-from backends.hf.carriers import ACTIVATIONS, CARRIERS, Carrier
+from backends.hf.carriers import ACTIVATIONS, BY_ARCH, CARRIERS, Carrier
 from backends.hf.shipped import Origin, origins, ship
 from spec.config import Alibi, Block, NoPosition, Norm, Rope, Spec
 
@@ -59,14 +59,16 @@ def examine(spec: Spec, c: Carrier) -> Fit:
     return Fit(c, spec, tuple(dict.fromkeys(refusals)), tuple(dict.fromkeys(folds)))
 
 
-def choose(spec: Spec) -> Fit:
-    """The carrier with the fewest rewrites, or, where none carries the spec, the one that comes nearest."""
-    return replace(_choose(ByHash(spec)), source=spec)  # of the same function, another initialisation and dropout
+def choose(spec: Spec, architecture: str = "") -> Fit:
+    """The carrier with the fewest rewrites, or, where none carries the spec, the one that comes nearest; among the
+    rows of one architecture, if one is named."""
+    found = _choose(ByHash(spec), architecture)
+    return replace(found, source=spec)  # of the same function, another initialisation and dropout
 
 
 @lru_cache(maxsize=32)
-def _choose(key: ByHash) -> Fit:
-    return best(examine(key.spec, c) for c in CARRIERS)
+def _choose(key: ByHash, architecture: str) -> Fit:
+    return best(examine(key.spec, c) for c in (BY_ARCH[architecture] if architecture else CARRIERS))
 
 
 def _norm(path: str, n: Norm, c: Carrier) -> Found:
@@ -141,6 +143,8 @@ def attention(spec: Spec, c: Carrier) -> Found:
             yield f"{at}.heads: {a.heads}, which must divide width={spec.width} in transformers' {c.arch}"
         if not c.gqa and a.kv_heads != a.heads:
             yield f"{at}.kv_heads: {a.kv_heads}, where transformers' {c.arch} has as many as heads={a.heads}"
+        if c.mqa and a.kv_heads != 1:
+            yield f"{at}.kv_heads: {a.kv_heads}, where transformers' {c.arch} has one without its newer decoder"
         if c.scale == "" and abs(a.scale / a.head_dim**-0.5 - 1) > CLOSE:
             yield f"{at}.scale: {a.scale:g}, where transformers' {c.arch} has head_dim^-0.5 = {a.head_dim**-0.5:g}"
         if c.scale == "inverse_square" and abs(a.scale * math.sqrt(max(1, round(a.scale**-2))) - 1) > CLOSE:
@@ -271,6 +275,8 @@ def _biases(where: str, b: Block) -> Iterator[tuple[str, str, bool]]:
 def mlp(spec: Spec, c: Carrier) -> Found:
     for where, b in distinct(spec):
         m, at = b.mlp, f"{where}.mlp"
+        if m.kind != "dense":
+            yield f"{at}.kind: {m.kind}, where transformers' {c.arch} is dense"
         kind = "gated" if c.gated else "plain"
         if m.gated != c.gated:
             yield f"{at}.gated: {str(m.gated).lower()}, where transformers' {c.arch} is {kind}"

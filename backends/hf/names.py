@@ -109,6 +109,7 @@ BLOOM = table(
     {**PRE, QKV: ("self_attention.query_key_value", ConcatGrouped()), "attn.o": "self_attention.dense",
      "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"},
 )  # fmt: skip
+"""BLOOM's, and Falcon's but for layers with two norms side by side."""
 FALCON = table(
     {"embed": "transformer.word_embeddings", "final_norm": "transformer.ln_f", "head": "lm_head"},
     "transformer.h.{i}.",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Planned, QuantizedTensor, Values
 from backends.hf.build import INDEX, LEVELS_KEY, SCALES, configuration
-from backends.hf.carriers import BY_ARCH
+from backends.hf.carriers import told
 from backends.hf.fit import examine
 from backends.hf.store import BITS, GROUP, Slot, Store, codes_of, unpack
 from backends.hf.support import levels
@@ -45,7 +45,7 @@ class Artifact:
         self._weight_map = _weight_map(path)
         self._files = [FileReader(path / name) for name in sorted(set(self._weight_map.values())) or [WEIGHTS]]
         self._of = {name: f for f in self._files for name in f.tensors}
-        carrier = BY_ARCH.get(str(self.config.get("model_type")))
+        carrier = told(self.config)
         if carrier is None:
             raise UserError(
                 f"{path}: config.json: model_type: {self.config.get('model_type')!r} is none of the carriers"

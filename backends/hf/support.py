@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from backends.base import Support
+from backends.base import Option, Support
 from backends.carriers import explained
 from backends.hf import rotary
-from backends.hf.carriers import CARRIERS
+from backends.hf.carriers import BY_ARCH, CARRIERS
 from backends.hf.fit import Fit, choose, examine
 from backends.hf.store import BITS, GROUP
 from spec.config import Spec
@@ -13,6 +13,8 @@ from spec.errors import nearest
 from spec.params import params
 
 LEVELS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8": 8.5, "q4": 4.5}
+
+OPTIONS = (Option("architecture", tuple(BY_ARCH), "", "transformers' class of models; by default the simplest"),)
 
 
 def levels() -> tuple[str, ...]:
@@ -25,11 +27,13 @@ def bits(level: str) -> float:
     return LEVELS[level]
 
 
-def support(spec: Spec, level: str) -> Support:
-    """Whether and how transformers carries `spec` at `level`."""
+def support(spec: Spec, level: str, architecture: str = "") -> Support:
+    """Whether and how transformers carries `spec` at `level`. architecture: the only one that will do."""
     if level not in LEVELS:
         return Support("hf", refusals=(f"level: {level} is none of Hugging Face's ({nearest(level, LEVELS)})",))
-    fit = choose(spec)
+    if architecture and architecture not in BY_ARCH:
+        return Support("hf", refusals=(f"--architecture {architecture}: is none ({nearest(architecture, BY_ARCH)})",))
+    fit = choose(spec, architecture)
     refusals = explained(fit, [examine(spec, c) for c in CARRIERS], "transformers")
     if fit.carrier.wide_scores and level in ("f16", "bf16"):
         refusals.append(

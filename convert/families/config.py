@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from backends.hf.carriers import Carrier
 from spec.errors import Problem, SpecError, nearest
-from spec.layout import Rule
 
 IGNORED = frozenset(
     """
@@ -20,7 +20,7 @@ IGNORED = frozenset(
     num_return_sequences exponential_decay_length_penalty remove_invalid_values task_specific_params problem_type
     id2label label2id num_labels finetuning_task chunk_size_feed_forward is_llama_config unsloth_fixed unsloth_version
     pretraining_tp _attn_implementation attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-    gradient_checkpointing
+    gradient_checkpointing cache_implementation
     """.split()  # noqa: SIM905
 )
 """Keys that change nothing about the function: bookkeeping, sampling defaults, kernel choices, token ids (the
@@ -40,11 +40,51 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Keys that would change it: fine at these values, refused by name at others."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one model_type is read: by the rows that it is written by, and what cannot be derived from them."""
+
+    carriers: tuple[Carrier, ...]
+    """Its rows; of several, config.json's keys choose one."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values that the family's own code has where config.json is silent."""
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """As `NEUTRAL`, for this family's own keys."""
+    ignored: frozenset[str] = frozenset()
+    """As `IGNORED`, for this family's own keys."""
+    classes: tuple[str, ...] = ()
+    """Names beside the row's own that config.json may give the same class."""
+    tidy: Callable[[Config], None] = lambda c: None
+    """Brings older layouts into the present one, before anything is read."""
+    layer_types: Callable[[Config, int], list[str]] | None = None
+    """The kinds of layers of a depth, where config.json does not list them."""
+    hidden_times: int = 0
+    """MLP width in multiples of the model's, where config.json is silent."""
+    theta: str = "rope_theta"
+    fraction: str = "partial_rotary_factor"
+    """Where transformers 4's layout has the base and the share of a head that rotates."""
+    scalings: Mapping[str, str] = field(default_factory=dict)
+    """What this family calls scalings otherwise."""
+    recomputed: str = r"(?!)"
+    """Pattern of tensors that hold nothing but what the config says (masks), rotary frequencies apart."""
+
+    @property
+    def name(self) -> str:
+        """config.json's model_type."""
+        return self.carriers[0].arch
+
+    @property
+    def architecture(self) -> str:
+        """The class that config.json may name: other heads (classification, reward) are other functions."""
+        return self.carriers[0].model
+
+
 class Config:
     """A config.json being read. `take` checks types; `done` reports every problem and every key nobody took."""
 
-    def __init__(self, data: Mapping[str, Any], source: str, defaults: Mapping[str, Any]) -> None:
-        self.data, self.source, self.defaults = dict(data), source, dict(defaults)
+    def __init__(self, data: Mapping[str, Any], source: str, family: Family) -> None:
+        self.data, self.source, self.family = dict(data), source, family
+        self.defaults = dict(family.defaults)
         self.taken: set[str] = set()
         self.problems: list[Problem] = []
 
@@ -53,7 +93,7 @@ class Config:
         self.taken.add(key)
         if key not in self.data and key not in self.defaults:
             if not optional:
-                self.problems.append(Problem(key, None, "is missing", "config.json has to say it"))
+                self.bad(key, None, "is missing", "config.json has to say it")
             return None
         value = self.data.get(key, self.defaults.get(key))
         if value is None and (optional or self.defaults.get(key, 0) is None):
@@ -65,35 +105,55 @@ class Config:
             return None
         return value
 
+    def number(self, key: str, *, optional: bool = False) -> Any:
+        """An integer or float."""
+        return self.take(key, (int, float), optional=optional)
+
+    def peek(self, key: str) -> Any:
+        """The value of a key, or its default, whatever it is."""
+        return self.data.get(key, self.defaults.get(key))
+
+    def rename(self, old: str, new: str) -> None:
+        """An older name of a key. Where both are there, they must agree."""
+        if old in self.data and self.data.get(new, self.data[old]) == self.data[old]:
+            self.data[new] = self.data.pop(old)
+
+    def flatten(self, key: str) -> None:
+        """A nested object's keys as `outer.inner`."""
+        inner = self.data.pop(key, None)
+        if isinstance(inner, dict):
+            self.data |= {f"{key}.{name}": value for name, value in inner.items()}
+        elif inner is not None:
+            self.bad(key, inner, "is no mapping", "correct config.json")
+
     def bad(self, key: str, value: object, rule: str, fix: str = "") -> None:
         """Note a problem."""
         self.problems.append(Problem(key, value, rule, fix))
 
+    def unplaced(self) -> list[str]:
+        """Keys that nobody took and that are not known to change nothing."""
+        known = self.taken | IGNORED | self.family.ignored | set(NEUTRAL) | set(self.family.neutral)
+        return [k for k in self.data if k not in known and k.split(".")[-1] not in IGNORED | set(NEUTRAL)]
+
     def done(self) -> None:
         """Raises `SpecError` with everything that was wrong, unknown keys included."""
-        known = self.taken | IGNORED | set(NEUTRAL)
+        neutral, unplaced = {**NEUTRAL, **self.family.neutral}, self.unplaced()
         for key, value in self.data.items():
-            if key in NEUTRAL and value not in NEUTRAL[key]:
-                self.bad(key, value, "changes the function and is not supported", f"supported: {NEUTRAL[key][0]}")
-            elif key not in known:
+            fine = neutral.get(key, neutral.get(key.split(".")[-1]))
+            if key in unplaced:
                 hint = nearest(key, self.taken)
                 fix = "" if hint.startswith("known") else hint
                 self.bad(key, value, "is an unknown key, and unknown keys may change the function", fix)
+            elif key in self.taken or (key == "auto_map" and self._own_code(value)):
+                continue
+            elif fine is not None and value not in fine:
+                shown = " or ".join(map(str, fine))
+                self.bad(key, value, "changes the function and is not supported", f"supported: {shown}")
         if self.problems:
             raise SpecError(self.problems, self.source)
 
-
-@dataclass(frozen=True)
-class Family:
-    """How one model_type is read."""
-
-    name: str
-    architecture: str
-    """The class that config.json may name: other heads (classification, reward) are other functions."""
-    to_spec: Callable[[Config], dict[str, Any]]
-    """The spec as plain data; values may be missing where the config has problems, which `Config.done` then raises."""
-    rules: tuple[Rule, ...]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Values that the family's own code has where config.json is silent."""
-    recomputed: str = r"(?!)"
-    """Pattern of tensors that hold nothing but what the config says (rotary frequencies)."""
+    def _own_code(self, auto_map: Any) -> bool:
+        """Whether remote code is named that became transformers' own class for the family, which it then takes."""
+        stem = self.family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()
+        names = auto_map.values() if isinstance(auto_map, dict) else [None]
+        return all(isinstance(n, str) and n.split(".")[-1].lower().startswith(stem) for n in names)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from backends.hf.carriers import Carrier
+from backends.hf.rotary import FULL, LOCAL
 from convert.families.config import Config
 from spec.errors import nearest
 from spec.rope import longrope_attention_factor
@@ -31,40 +33,91 @@ BOOLEAN = {"truncate"}
 LENGTHS = {"original_max_position_embeddings"}
 ALIASES = {"su": "longrope"}
 
+Position = dict[str, Any]
 
-def rope(c: Config) -> dict[str, Any]:
+
+def rope(c: Config, row: Carrier, context: int | None) -> Position:
     """The `position` field of a spec. Problems are noted on the config under the key that has them."""
-    theta = c.take("rope_theta", (int, float), optional=True)
-    fraction = c.take("partial_rotary_factor", (int, float), optional=True)
-    original = c.take("original_max_position_embeddings", int, optional=True)
-    new, old = c.take("rope_parameters", dict, optional=True), c.take("rope_scaling", dict, optional=True)
-    if new and old and new != old:
-        c.bad("rope_scaling", None, "and rope_parameters differ", "keep one of them")
-    key, given = ("rope_parameters", new) if new else ("rope_scaling", old or {})
-    assert given is not None
+    theta, fraction = _top(c)
+    original = c.take(row.original_context or "original_max_position_embeddings", int, optional=True)
+    key, given = _given(c)
     if any(isinstance(v, dict) for v in given.values()):
         c.bad(key, None, "has settings by layer type, which this family does not use", "")
         return {}
+    return _position(c, row, key, given, theta, fraction, original, context)
+
+
+def rope_by_window(c: Config, row: Carrier, context: int | None) -> tuple[Position, Position]:
+    """`position` of layers without and with a window, in families whose scaling holds for the first kind alone."""
+    theta, fraction = _top(c)
+    local = c.number("rope_local_base_freq", optional=True)
+    key, given = _given(c)
+    if any(isinstance(v, dict) for v in given.values()):
+        out = []
+        for kind, base in ((FULL, theta), (LOCAL, local)):
+            inner = given.pop(kind, {}) or {}
+            if not isinstance(inner, dict):
+                c.bad(f"{key}.{kind}", inner, "is no mapping", "correct config.json")
+                return {}, {}
+            out.append(_position(c, row, f"{key}.{kind}", inner, base, fraction, None, context))
+        for name, value in given.items():
+            c.bad(f"{key}.{name}", value, "is an unknown kind of layer", nearest(name, (FULL, LOCAL)))
+        return out[0], out[1]
+    return (
+        _position(c, row, key, given, theta, fraction, None, context),
+        _position(c, row, key, {}, local, fraction, None, context),
+    )
+
+
+def _top(c: Config) -> tuple[Any, Any]:
+    """Base and share of a head as config.json has them outside any object."""
+    return c.number(c.family.theta, optional=True), c.number(c.family.fraction, optional=True)
+
+
+def _given(c: Config) -> tuple[str, dict[str, Any]]:
+    """The key and contents of the object with rotary settings."""
+    new, old = c.take("rope_parameters", dict, optional=True), c.take("rope_scaling", dict, optional=True)
+    if new and old and new != old:
+        c.bad("rope_scaling", None, "and rope_parameters differ", "keep one of them")
+    return ("rope_parameters", new) if new else ("rope_scaling", dict(old or {}))
+
+
+def _position(
+    c: Config,
+    row: Carrier,
+    key: str,
+    given: dict[str, Any],
+    theta: Any,
+    fraction: Any,
+    original: int | None,
+    context: int | None,
+) -> Position:
     given = {k: v for k, v in given.items() if v is not None}
     theta, fraction = given.get("rope_theta", theta), given.get("partial_rotary_factor", fraction)
     for name, value in (("rope_theta", theta), ("partial_rotary_factor", fraction)):
         if value is not None and not _positive(value):
             c.bad(f"{key}.{name}" if name in given else name, value, "is no positive number")
             return {}
-    position: dict[str, Any] = {"kind": "rope", "theta": float(theta if theta is not None else 10000.0)}
-    if fraction not in (None, 1, 1.0):
-        position["fraction"] = fraction
+    fraction = 1.0 if fraction is None else fraction
+    if fraction != 1 and not row.partial:
+        where = f"{key}.partial_rotary_factor" if "partial_rotary_factor" in given else c.family.fraction
+        c.bad(where, fraction, f"is not used by {row.arch}, which rotates whole heads", "leave it out")
+        return {}
     if original is not None:
         given = {**given, "original_max_position_embeddings": original}
-    scaling = _scaling(c, key, given)
-    return {**position, **({"scaling": scaling} if scaling else {})}
+    scaling = _scaling(c, row, key, given, context)
+    return {"kind": "rope", "theta": float(theta if theta is not None else 10000.0), "fraction": fraction,
+            "scaling": scaling}  # fmt: skip
 
 
-def _scaling(c: Config, key: str, given: dict[str, Any]) -> dict[str, Any] | None:
+def _scaling(c: Config, row: Carrier, key: str, given: dict[str, Any], context: int | None) -> dict[str, Any] | None:
     kind = given.get("rope_type", given.get("type", "default"))
-    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else str(kind)
+    kind = c.family.scalings.get(kind, ALIASES.get(kind, kind)) if isinstance(kind, str) else str(kind)
     if kind not in FIELDS:
         c.bad(f"{key}.rope_type", kind, "is no scaling that is read", nearest(kind, FIELDS))
+        return None
+    if kind != "default" and kind not in row.scaling:
+        c.bad(f"{key}.rope_type", kind, f"is no scaling of {row.arch}", nearest(kind, row.scaling))
         return None
     required, optional = FIELDS[kind]
     lists = ("short_factor", "long_factor")
@@ -83,7 +136,8 @@ def _scaling(c: Config, key: str, given: dict[str, Any]) -> dict[str, Any] | Non
             c.bad(f"{key}.{name}", value, "is no number of tokens")
         elif name not in BOOLEAN and not all(map(_positive, numbers)):
             c.bad(f"{key}.{name}", value, "is no positive number")
-    context = c.take("max_position_embeddings", int)
+    if row.rope_by == "window" and g.get("truncate") is False:
+        c.bad(f"{key}.truncate", False, f"is not read by transformers' {row.arch}", "leave it out")
     if c.problems or kind == "default" or context is None or context < 1:
         return None
     original = g.get("original_max_position_embeddings", context)

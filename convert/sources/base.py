@@ -48,6 +48,8 @@ class Source:
         self.path, self.spec, self.tokenizer = path, spec, tokenizer
         self.notes: list[str] = list(notes)
         """What a user should know though nothing is lost."""
+        self.choices: dict[str, dict[str, str]] = {}
+        """Options of backends that bring it back to where it came from, by backend."""
         self.adapters = tuple(dict(a) for a in adapters)
         """Name and sha256 of each adapter that is merged into what is read."""
         self._layout, self._tensors = layout, tensors

@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
-from convert.families import family
-from convert.families.config import Config, Family
+from convert.families import read
+from convert.sources.adapter import merge
 from convert.sources.base import Source
 from convert.sources.files import read_json
-from convert.sources.safetensors import Tensors
+from convert.sources.quantized import decoded
+from convert.sources.weights import open_weights
 from convert.tokenizers import read_tokenizer
-from spec.config import Spec
-from spec.errors import UserError
-from spec.layout import Layout
-from spec.load import parse
+from spec.layout import Layout, Rule
+
+RECOMPUTED = r"(.*\.)?rotary_emb\.inv_freq"
+"""Tensors that older versions stored though config.json says as much."""
 
 
-def open_huggingface(folder: Path) -> Source:
-    """Open a folder with a config.json. Raises `UserError`, `SpecError` with every problem of the config."""
+def open_huggingface(folder: Path, adapters: Sequence[Path] = ()) -> Source:
+    """Open a folder with a config.json, with LoRA adapters merged into its weights.
+
+    Raises `UserError`, `SpecError` with every problem of the config.
+    """
     config = folder / "config.json"
     data = read_json(config)
-    f = family(data.get("model_type"), str(config))
-    spec = spec_from(data, f, str(config), folder.resolve().name)
-    tied = {"lm_head.weight": "embed.weight"} if spec.head.tied else {}
-    tokenizer = read_tokenizer(folder, data)
-    return Source(folder, spec, Layout(f.rules, spec), Tensors(folder), tokenizer, aliases=tied, ignored=f.recomputed)
+    quantization = data.pop("quantization_config", None)
+    found = read(data, str(config), folder.resolve().name)
+    tokenizer, (stored, notes) = read_tokenizer(folder, data), open_weights(folder)
+    tensors, more = decoded(stored, quantization, str(config))
+    rules = as_stored(found.row.rules, tensors.entries)
+    tensors, spec, named, merged = merge(adapters, tensors, found.spec, rules)
+    tied = {outside(rules, "head.weight"): "embed.weight"} if spec.head.tied else {}
+    source = Source(
+        folder, spec, Layout(rules, spec), tensors, tokenizer, aliases=tied,
+        ignored=f"{RECOMPUTED}|{found.family.recomputed}", notes=[*notes, *more, *merged], adapters=named,
+    )  # fmt: skip
+    source.choices["hf"] = {"architecture": found.row.arch}
+    return source
 
 
-def spec_from(data: dict[str, Any], f: Family, source: str, name: str) -> Spec:
-    """The spec that a config.json describes."""
-    named = data.get("architectures") or [f.architecture]
-    if named != [f.architecture]:
-        raise UserError(f"{source}: architectures: {named} is another function than {f.architecture}")
-    c = Config(data, source, f.defaults)
-    fields = f.to_spec(c)
-    c.done()
-    return parse({"name": name or f.name, **fields}, source)
+def outside(rules: Sequence[Rule], canonical: str) -> str:
+    """The external name of a tensor that is stored alone."""
+    return next(r.external[0] for r in rules if r.canonical == (canonical,))
+
+
+def as_stored(rules: Sequence[Rule], names: Collection[str]) -> Sequence[Rule]:
+    """A family's rules without the prefix of its base model, where a folder was written without it."""
+    embed = outside(rules, "embed.weight")
+    prefix = embed.split(".")[0] + "."
+    if embed in names or embed.removeprefix(prefix) not in names:
+        return rules
+    return [Rule(r.canonical, [n.removeprefix(prefix) for n in r.external], *r.ops) for r in rules]

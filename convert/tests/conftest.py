@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convert.families import family
-from convert.sources.huggingface import spec_from
+from convert.families import read
 from spec import Spec, dump, params, parse
 from spec.layout import Layout
 
@@ -59,12 +58,12 @@ def write_huggingface(folder: Path, config: Mapping[str, Any], seed: int = 0, sh
     """A Hugging Face folder with random weights for a config."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    f = family(config["model_type"], "config.json")
-    spec = spec_from(dict(config), f, "config.json", "model")
+    found = read(config, "config.json", "model")
+    spec = found.spec
     canonical = weights(spec, seed)
     outside = {
         n: v
-        for b in Layout(f.rules, spec).rules
+        for b in Layout(found.row.rules, spec).rules
         for n, v in zip(b.external, b.apply([canonical[p.name] for p in b.canonical]), strict=True)
     }
     if shards == 1:
