@@ -40,8 +40,11 @@ def spec_for(c: Carrier, seed: int) -> Spec:
     if has(c.qk_norm):
         over = "width" if c.qk_over == "width" else "head"
         attention["qk_norm"] = {"kind": c.qk_kind, "over": over, "eps": 1e-5, "bias": has(c.qk_bias)}
+    if c.every_head:
+        attention["kv_heads"] = heads
     flow = rng.choice(c.flow)
-    mlp_bias = has(c.mlp_bias)
+    dense = {"hidden": 96, "gated": c.gated, "activation": c.activation, "bias": has(c.mlp_bias)}
+    mixture, overrides = _mixture(c, rng, dense)
     return parse({
         "name": f"{c.arch}-{seed}", "vocab_size": 96, "width": width, "depth": 4, "context": 64,
         "embedding": {
@@ -53,9 +56,10 @@ def spec_for(c: Carrier, seed: int) -> Spec:
             "attention": attention, "norm": norm, "placement": c.placement,
             "parallel": flow != "sequential", "shared_norm": flow == "shared",
             "residual_scale": 0.4 if c.residual_scale else 1.0,
-            "mlp": {"hidden": 96, "gated": c.gated, "activation": c.activation, "bias": mlp_bias},
+            "mlp": mixture or dense,
         },
         "pattern": windows,
+        "overrides": overrides,
         "final_norm": norm,
         "head": {
             "tied": c.tied == "forced" or (c.tied == "optional" and rng.random() < 0.5),
@@ -63,6 +67,34 @@ def spec_for(c: Carrier, seed: int) -> Spec:
             "softcap": 5.0 if has(c.logit_softcap) else None,
         },
     })  # fmt: skip
+
+
+def _mixture(c: Carrier, rng: random.Random, dense: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A mixture of what the graph has, and layers that are dense; nothing where it has none (or may have none)."""
+    x = c.experts
+    if x is None or (x.layers in ("none_or_all", "any") and rng.random() < 0.4):
+        return {}, {}
+
+    def has(need: str) -> bool:
+        return need == "required" or (need == "optional" and rng.random() < 0.5)
+
+    score = rng.choice(x.score)
+    shared = has(x.shared) and (x.shared_gate or rng.random() < 0.7)
+    width = 64 if x.shared_hidden == "multiple" else 40
+    mixture = {
+        "kind": "moe", "experts": rng.choice([5, 8]), "hidden": 32, "activation": x.activation,
+        "bias": has(x.expert_bias),
+        "router": {
+            "top_k": rng.choice([1, 2, 3]), "score": score, "bias": has(x.bias),
+            "renormalise": rng.random() < 0.5 if x.renormalise is None else x.renormalise,
+            "scale": rng.choice([1.0, 2.5]) if x.scale else 1.0,
+            "correction": x.correction != "no" and rng.random() < 0.6,
+        },
+        "shared": {"hidden": width, "gate": x.shared_gate} if shared else None,
+    }  # fmt: skip
+    layers = {"leading": ["0", "0..1", ""], "any": ["0", "2", ""]}.get(x.layers, [""])
+    chosen = rng.choice(layers)
+    return mixture, {chosen: {"mlp": {"kind": "dense"} | dense}} if chosen else {}
 
 
 def _position(c: Carrier, rng: random.Random, head_dim: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -30,6 +30,8 @@ CARRIED = {
     "layernorm_no_weight": "stablelm", "norm_sandwich": "glm4", "attn_scale": "granite", "window": "granite_swa",
     "window_pattern": "granite_swa", "sinks": "granite_swa", "relu2": "arcee", "embed_scale": "granite",
     "residual_scale": "granite", "logit_scale": "granite", "gpt2": "gpt2", "olmo2": "olmo2",
+    "moe": "llama", "moe_plain_scores": "step35", "moe_one": "step35", "moe_sigmoid": "step35",
+    "moe_shared_gate": "qwen2moe",
 }  # fmt: skip
 """Features that llama.cpp computes, and the architecture that does."""
 
@@ -177,6 +179,8 @@ def test_refused_features_stay_refused() -> None:
         "gemma2": ["layers[0].attention.scale", "layers[1].attention.scale"],
         "qwen3": ["block.attention.qk_norm.eps"],
         "neox": ["block.mlp.activation"],
+        "moe_sinks": ["layers[0].mlp.limit", "layers[1].mlp.limit"],
+        "moe_ungated": ["block.mlp.activation"],
     }
 
 

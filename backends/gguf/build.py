@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Stored:
 
     @property
     def rows(self) -> int:
-        return self.slot.shape[0] if len(self.slot.shape) > 1 else 1
+        return prod(self.slot.shape[:-1])
 
     @property
     def nbytes(self) -> int:
@@ -61,13 +62,12 @@ def layout(spec: Spec, fit: Fit, planned: Sequence[Planned]) -> list[Stored]:
     levels = {p.name: p.level for p in planned}
     out, offset = [], 0
     for s in slots(spec, fit):
-        kind, cols = "f32", s.shape[-1]
-        if s.matrix:
-            kind = fitting(joined([levels[p.name] for p in s.pieces]), cols)
-        rows = s.shape[0] if len(s.shape) > 1 else 1
+        kind, cols = s.type or "f32", s.shape[-1]
+        if s.matrix and not s.type:
+            kind = fitting(joined([levels[n] for n in ([p.name for p in s.pieces] or [s.like])]), cols)
         stored = Stored(s, kind, offset, TYPES[kind].nbytes(cols))
         out.append(stored)
-        offset += -(-rows * stored.row_bytes // ALIGNMENT) * ALIGNMENT
+        offset += -(-stored.nbytes // ALIGNMENT) * ALIGNMENT
     return out
 
 
@@ -181,6 +181,10 @@ class GGUFWriter:
         s = t.slot
         if s.value is not None:
             self._put(t, 0, np.ascontiguousarray(s.value, "<f4").view(np.uint8).reshape(1, -1))
+        elif s.matrix and not s.pieces:
+            zeros = np.zeros((1, t.row_bytes), np.uint8)
+            for row in range(t.rows):
+                self._put(t, row, zeros)
         elif not s.matrix and sum(len(p.to) for p in s.pieces) < int(np.prod(s.shape)):
             self._put(t, 0, np.full(int(np.prod(s.shape)), s.fill, "<f4").view(np.uint8).reshape(1, -1))
 

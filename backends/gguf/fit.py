@@ -9,8 +9,10 @@ from functools import lru_cache
 
 from backends.carriers import ByHash, Fold, best, distinct
 from backends.gguf import rotary
-from backends.gguf.carriers import CARRIERS, Carrier, Need
-from spec.config import Alibi, Block, Norm, Spec
+from backends.gguf.carriers import CARRIERS, Carrier
+from backends.gguf.found import Found, needs
+from backends.gguf.mixtures import experts
+from spec.config import Alibi, Block, MoE, Norm, Spec
 
 NEUTRAL_CAP = 2.0**64
 """A soft cap that changes nothing: dividing by a power of two is exact and tanh of so small a number is the number."""
@@ -30,9 +32,6 @@ class Fit:
     @property
     def cost(self) -> int:
         return sum(f.cost for f in self.folds)
-
-
-Found = Iterator[str | Fold]
 
 
 def examine(spec: Spec, c: Carrier) -> Fit:
@@ -56,17 +55,6 @@ def _choose(key: ByHash) -> Fit:
     return best(examine(key.spec, c) for c in CARRIERS)
 
 
-def _needs(path: str, has: bool, shown: object, need: Need, neutral: str, c: Carrier) -> Found:
-    """The three cases of a part that a graph lacks, may have, or always has."""
-    if has and need == "no":
-        yield f"{path}: {shown}, which llama.cpp's {c.arch} lacks"
-    if not has and need == "required":
-        if neutral:
-            yield Fold(neutral, cost=0)
-        else:
-            yield f"{path}: none, and llama.cpp's {c.arch} requires it"
-
-
 def _norm(path: str, n: Norm, c: Carrier) -> Found:
     if n.kind != c.norm:
         yield f"{path}.kind: {n.kind}, where llama.cpp's {c.arch} has {c.norm}"
@@ -75,7 +63,7 @@ def _norm(path: str, n: Norm, c: Carrier) -> Found:
         yield Fold(f"{path}: gains are stored with the offset added, rounded once to float32", cost=0)
     if not n.weight:
         yield Fold(f"{path}: gains of one are stored (exact)", cost=0)
-    yield from _needs(f"{path}.bias", n.bias, True, c.norm_bias, f"{path}: zero biases are stored (exact)", c)
+    yield from needs(f"{path}.bias", n.bias, True, c.norm_bias, f"{path}: zero biases are stored (exact)", c)
 
 
 def norms(spec: Spec, c: Carrier) -> Found:
@@ -128,21 +116,23 @@ def attention(spec: Spec, c: Carrier) -> Found:
         assert a.head_dim and a.kv_heads and a.scale
         if c.square and a.heads * a.head_dim != spec.width:
             yield f"{at}.head_dim: heads * head_dim must equal width in llama.cpp's {c.arch}, as {spec.width} here"
+        if c.every_head and a.kv_heads != a.heads:
+            yield f"{at}.kv_heads: {a.kv_heads}, where llama.cpp's {c.arch} has as many as heads"
         bias = a.bias.q or a.bias.k or a.bias.v
-        yield from _needs(f"{at}.bias", bias, "q, k, v", c.qkv_bias, f"{at}: zero biases are stored (exact)", c)
+        yield from needs(f"{at}.bias", bias, "q, k, v", c.qkv_bias, f"{at}: zero biases are stored (exact)", c)
         if c.fused_qkv and bias and not (a.bias.q and a.bias.k and a.bias.v):
             yield Fold(f"{at}: zero biases are stored where q, k or v has none (exact)", cost=0)
-        yield from _needs(f"{at}.bias.o", a.bias.o, True, c.o_bias, f"{at}: a zero output bias is stored (exact)", c)
+        yield from needs(f"{at}.bias.o", a.bias.o, True, c.o_bias, f"{at}: a zero output bias is stored (exact)", c)
         own = a.head_dim**-0.5
         if spec.depth == c.wide_scale_depth:
             own = (spec.width // a.heads) ** -0.5
         if not c.scale and abs(a.scale / own - 1) > 1e-7:
             yield f"{at}.scale: {a.scale:g}, where llama.cpp's {c.arch} has {own:g}"
-        yield from _needs(f"{at}.softcap", a.softcap is not None, a.softcap, c.softcap,
+        yield from needs(f"{at}.softcap", a.softcap is not None, a.softcap, c.softcap,
                           f"{at}: a soft cap of 2^64 stands for none (exact)", c)  # fmt: skip
         if a.clip is not None and not c.clip:
             yield f"{at}.clip: {a.clip:g}, which llama.cpp's {c.arch} lacks"
-        yield from _needs(f"{at}.sinks", a.sinks, True, c.sinks, f"{at}: sinks of -1e30 stand for none (exact)", c)
+        yield from needs(f"{at}.sinks", a.sinks, True, c.sinks, f"{at}: sinks of -1e30 stand for none (exact)", c)
         if a.window is not None and c.window == "no":
             yield f"{at}.window: {a.window}, which llama.cpp's {c.arch} lacks"
         if isinstance(a.position, Alibi) and (c.alibi == "no" or (c.alibi == "8" and a.position.max_bias != 8)):
@@ -159,7 +149,7 @@ def attention(spec: Spec, c: Carrier) -> Found:
 def _qk_norm(at: str, spec: Spec, b: Block, c: Carrier) -> Found:
     q = b.attention.qk_norm
     if q is None:
-        yield from _needs(f"{at}.qk_norm", False, None, c.qk_norm, "", c)
+        yield from needs(f"{at}.qk_norm", False, None, c.qk_norm, "", c)
         return
     if c.qk_norm == "no":
         yield f"{at}.qk_norm: {q.kind} over {q.over}, which llama.cpp's {c.arch} lacks"
@@ -168,7 +158,7 @@ def _qk_norm(at: str, spec: Spec, b: Block, c: Carrier) -> Found:
     if (q.kind, q.over) != (c.qk_kind, over):
         yield f"{at}.qk_norm: {q.kind} over {q.over}, where llama.cpp's {c.arch} has {c.qk_kind} over {over}"
         return
-    yield from _needs(f"{at}.qk_norm.bias", q.bias, True, c.qk_bias, "", c)
+    yield from needs(f"{at}.qk_norm.bias", q.bias, True, c.qk_bias, "", c)
     if q.offset:
         yield Fold(f"{at}.qk_norm: gains are stored with the offset added, rounded once to float32", cost=0)
 
@@ -188,13 +178,15 @@ def _per_layer(spec: Spec, c: Carrier) -> Iterator[tuple[str, Sequence[object]]]
         ("window", [b.attention.window for b in layers if b.attention.window is not None]),
     ]:
         yield f"block.attention.{name}", sorted(set(values), key=str)
-    yield "block.mlp.hidden", sorted({b.mlp.hidden for b in layers})
+    yield "block.mlp.hidden", sorted({b.mlp.hidden for b in layers if not isinstance(b.mlp, MoE)})
     yield "block.residual_scale", sorted({b.residual_scale for b in layers})
 
 
 def mlp(spec: Spec, c: Carrier) -> Found:
     for where, b in distinct(spec):
         m, at = b.mlp, f"{where}.mlp"
+        if isinstance(m, MoE):
+            continue
         if (m.gated, m.activation) != (c.gated, c.activation):
             kind = "gated" if c.gated else "plain"
             mine = "gated" if m.gated else "plain"
@@ -213,7 +205,7 @@ def ends(spec: Spec, c: Carrier) -> Found:
             yield f"embedding.scale: {e.scale}, where llama.cpp's {c.arch} has sqrt(width) = {math.sqrt(spec.width):g}"
     elif e.scale is not None and e.scale != 1 and c.embed_scale == "no":
         yield f"embedding.scale: {e.scale:g}, which llama.cpp's {c.arch} lacks"
-    yield from _needs("embedding.positions", e.positions is not None, "learned", c.positions, "", c)
+    yield from needs("embedding.positions", e.positions is not None, "learned", c.positions, "", c)
     if e.positions is not None and e.positions.offset:
         yield Fold(f"embedding.positions.offset: the first {e.positions.offset} rows, never read, are left out", 0)
     if any(b.residual_scale != 1 for b in spec.layers) and not c.residual_scale:
@@ -224,14 +216,14 @@ def ends(spec: Spec, c: Carrier) -> Found:
         yield Fold("head.tied: the head is stored a second time (exact)", cost=2)
     if not h.tied and c.tied == "forced":
         yield f"head.tied: false, where llama.cpp's {c.arch} always shares the embedding"
-    yield from _needs("head.bias", h.bias, True, c.head_bias, "head: a zero bias is stored (exact)", c)
+    yield from needs("head.bias", h.bias, True, c.head_bias, "head: a zero bias is stored (exact)", c)
     if h.scale is not None and h.scale != 1 and c.logit_scale == "no":
         if spec.head.bias:
             yield f"head.scale: {h.scale:g} together with a head bias, which llama.cpp's {c.arch} lacks"
         else:
             how = "exact" if math.frexp(h.scale)[0] == 0.5 else "rounded once to float32; the norm is never quantized"
             yield Fold(f"head.scale: {h.scale:g} is folded into the final norm ({how})", cost=1)
-    yield from _needs("head.softcap", h.softcap is not None, h.softcap, c.logit_softcap,
+    yield from needs("head.softcap", h.softcap is not None, h.softcap, c.logit_softcap,
                       "head: a soft cap of 2^64 stands for none (exact)", c)  # fmt: skip
 
 
@@ -240,4 +232,4 @@ def folded_logit_scale(spec: Spec, c: Carrier) -> float:
     return spec.head.scale if spec.head.scale is not None and c.logit_scale == "no" else 1.0
 
 
-CHECKS = (norms, flow, attention, mlp, ends)
+CHECKS = (norms, flow, attention, mlp, experts, ends)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from backends.gguf.fit import NEUTRAL_CAP, Fit
+from backends.gguf.mixtures import keys
 from backends.gguf.rotary import local_layers
-from spec.config import Alibi, Spec
+from spec.config import Alibi, MoE, Spec
 
 FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11,
     "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "q2_k_s": 21,
     "iq3_xs": 22, "iq3_xxs": 23, "iq4_nl": 25, "iq3_s": 26, "iq3_m": 27, "iq4_xs": 30, "bf16": 32, "tq1_0": 36,
-    "tq2_0": 37, "mxfp4": 38, "q3_k": 12, "q4_k": 15, "q5_k": 17,
+    "tq2_0": 37, "mxfp4": 38, "mxfp4_moe": 38, "q3_k": 12, "q4_k": 15, "q5_k": 17,
 }  # fmt: skip
 """`general.file_type` by level: a label for listings, nothing depends on it. 1024: mixed by other rules."""
 
@@ -20,7 +21,7 @@ FILE_TYPES = {
 def architecture(spec: Spec, fit: Fit) -> dict[str, Any]:
     """Keys without the architecture's prefix. Python ints become uint32, floats float32, lists arrays."""
     c, layers = fit.carrier, spec.layers
-    a = layers[0].attention
+    a, networks = layers[0].attention, [b.mlp for b in layers]
     heads = [b.attention.heads for b in layers]
     kv = [b.attention.kv_heads or 0 for b in layers]
     out: dict[str, Any] = {
@@ -28,7 +29,7 @@ def architecture(spec: Spec, fit: Fit) -> dict[str, Any]:
         "context_length": spec.context,
         "embedding_length": spec.width,
         "block_count": spec.depth,
-        "feed_forward_length": layers[0].mlp.hidden,
+        "feed_forward_length": next((m.hidden for m in networks if not isinstance(m, MoE)), networks[0].hidden),
         "attention.head_count": heads[0] if len(set(heads)) == 1 else heads,
         "attention.head_count_kv": kv[0] if len(set(kv)) == 1 else kv,
         "attention.key_length": a.head_dim,
@@ -62,7 +63,7 @@ def architecture(spec: Spec, fit: Fit) -> dict[str, Any]:
         out["embedding_scale"] = spec.embedding.scale
     if "parallel" in c.flow:
         out["use_parallel_residual"] = layers[0].parallel
-    return out | dict(c.keys)
+    return dict(c.keys) | out | keys(spec, c)
 
 
 def _norms(spec: Spec) -> list[Any]:

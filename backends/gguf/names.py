@@ -7,15 +7,17 @@ are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backends.carriers import ByHash
+from backends.gguf.carriers import Carrier
 from backends.gguf.fit import Fit, choose, folded_logit_scale
-from spec.config import Block, Norm, Rope, Spec
+from backends.gguf.mixtures import shared_width
+from spec.config import MLP, Block, MoE, Norm, Rope, Spec
 from spec.layout import rope_order
 from spec.params import Param, params
 
@@ -62,10 +64,15 @@ class Slot:
 
     name: str
     shape: tuple[int, ...]
-    """NumPy order: [rows, cols] or [n]."""
+    """NumPy order: [rows, cols], [experts, rows, cols] or [n]."""
     matrix: bool
+    """Whether it is written in whole rows; else number by number, as float32."""
     pieces: tuple[Piece, ...] = ()
     fill: float = 0.0
+    type: str = ""
+    """Its ggml type, whatever the level."""
+    like: str = ""
+    """A canonical tensor whose type it takes: a matrix of zeros that no tensor provides."""
     value: NDArray[np.float32] | None = field(default=None, repr=False)
     """A constant tensor (rotary divisors)."""
 
@@ -152,13 +159,24 @@ def _layer(spec: Spec, fit: Fit, i: int, b: Block, known: dict[str, Param]) -> I
     if b.post:
         yield from norm("attn_post_norm")
     if b.pre and not b.shared_norm:
-        yield from norm("mlp_norm")
+        yield from _norm(f"{lay}.mlp_norm", f"{blk}.{c.mlp_norm}", b.norm, d, bias, known)
     elif b.pre and "parallel" in c.flow:
         yield from norm("mlp_norm", "attn_norm")
+    yield from _mixture(c, blk, f"{lay}.mlp", m, d, known) if isinstance(m, MoE) else _dense(c, blk, lay, m, d, known)
+    if b.post:
+        yield from norm("mlp_post_norm")
+
+
+def _fused(name: str, source: str, hidden: int, d: int) -> Slot:
+    """Gate and up as one tensor, gate first."""
+    rows = np.arange(hidden)
+    pieces = (Piece(f"{source}.gate.weight", rows), Piece(f"{source}.up.weight", rows + hidden))
+    return Slot(f"{name}.weight", (2 * hidden, d), True, pieces)
+
+
+def _dense(c: Carrier, blk: str, lay: str, m: MLP, d: int, known: dict[str, Param]) -> Iterator[Slot]:
     if m.gated and c.fused_gate:
-        rows = np.arange(m.hidden)
-        pieces = (Piece(f"{lay}.mlp.gate.weight", rows), Piece(f"{lay}.mlp.up.weight", rows + m.hidden))
-        yield Slot(f"{blk}.ffn_up.weight", (2 * m.hidden, d), True, pieces)
+        yield _fused(f"{blk}.ffn_up", f"{lay}.mlp", m.hidden, d)
     else:
         for n in ("gate", "up") if m.gated else ("up",):
             yield _whole(f"{blk}.ffn_{n}.weight", known[f"{lay}.mlp.{n}.weight"])
@@ -167,8 +185,37 @@ def _layer(spec: Spec, fit: Fit, i: int, b: Block, known: dict[str, Param]) -> I
     for n, size in sizes.items():
         if f"{lay}.mlp.{n}.bias" in known or c.mlp_bias == "required":
             yield _vector(f"{blk}.ffn_{n}.bias", [(f"{lay}.mlp.{n}.bias", size)], known)
-    if b.post:
-        yield from norm("mlp_post_norm")
+
+
+def _mixture(c: Carrier, blk: str, lay: str, m: MoE, d: int, known: dict[str, Param]) -> Iterator[Slot]:
+    x, e = c.experts, m.experts
+    assert x is not None, "a carrier with experts"
+    yield replace(_whole(f"{blk}.ffn_gate_inp.weight", known[f"{lay}.router.weight"]), matrix=True, type="f32")
+    if m.router.bias or x.bias == "required":
+        yield _vector(f"{blk}.ffn_gate_inp.bias", [(f"{lay}.router.bias", e)], known)
+    if m.router.correction or x.correction == "required":
+        yield _vector(f"{blk}.{x.correction_name}", [(f"{lay}.router.correction", e)], known)
+    shapes = {"gate": (m.hidden, d), "up": (m.hidden, d), "down": (d, m.hidden)}
+    for n, shape in shapes.items():
+        whole = _whole(f"{blk}.ffn_{n}_exps.weight", known[f"{lay}.experts.{n}.weight"])
+        yield replace(whole, shape=(e, *shape))
+        bias = f"{lay}.experts.{n}.bias"
+        if bias in known or x.expert_bias == "required":
+            vector = _vector(f"{blk}.ffn_{n}_exps.bias", [(bias, e * shape[0])], known)
+            yield replace(vector, shape=(e, shape[0]))
+    width = shared_width(m, x)
+    shapes = {"gate": (width, d), "up": (width, d), "down": (d, width)} if width else {}
+    for n, shape in shapes.items():
+        if x.shared_fused and n != "down":
+            if n == "up":
+                yield _fused(f"{blk}.ffn_up_shexp", f"{lay}.shared", width, d)
+        elif m.shared is None:
+            yield Slot(f"{blk}.ffn_{n}_shexp.weight", shape, True, like=f"{lay}.experts.{n}.weight")
+        else:
+            yield _whole(f"{blk}.ffn_{n}_shexp.weight", known[f"{lay}.shared.{n}.weight"])
+    if x.shared_gate:
+        gate = _whole(f"{blk}.ffn_gate_inp_shexp.weight", known[f"{lay}.shared_gate.weight"])
+        yield replace(gate, shape=(d,), matrix=True, type="f32")
 
 
 def _attention(fit: Fit, i: int, b: Block, known: dict[str, Param]) -> Iterator[Slot]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Planned, QuantizedTensor, Values
 from backends.gguf.build import RECEIPT_KEY, Stored, layout
-from backends.gguf.container import Info, read_header, read_rows
+from backends.gguf.container import Header, Info, read_header, read_rows
+from backends.gguf.fit import Fit
 from backends.gguf.names import Piece
 from backends.gguf.pack import dense, pack, unpack
 from backends.gguf.twin import shipped_fit, shipped_spec
@@ -38,14 +39,20 @@ class Artifact:
     arithmetic = Arithmetic(compute="f32", cache="f16")
     """Activations are rounded by the type of each weight besides (`convert.verify.emulate.activation_type`)."""
 
-    def __init__(self, path: Path, source: Spec | None = None) -> None:
+    def __init__(
+        self, path: Path, source: Spec | None = None, header: Header | None = None, fit: Fit | None = None
+    ) -> None:
+        """header, fit: of a file that another program wrote (`foreign`)."""
         self.path = path
-        self.header = read_header(path)
+        self.header = header or read_header(path)
         self.source = self.spec = source or shipped_spec(self.header, path)
-        self._fit = shipped_fit(self.header.arch, self.source)
+        self._fit = fit or shipped_fit(self.header.arch, self.source)
         planned = [Planned(p.name, p.shape, "f32") for p in params(self.source)]  # places depend on no type
         self._places: dict[str, list[tuple[Stored, Piece]]] = {}
+        self.slots: dict[str, Stored] = {}
+        """Every tensor that the file must have."""
         for t in layout(self.source, self._fit, planned):
+            self.slots[t.slot.name] = t
             for piece in t.slot.pieces:
                 self._places.setdefault(piece.name, []).append((t, piece))
         self.shapes = {p.name: p.shape for p in params(self.source)}
@@ -76,7 +83,14 @@ class Artifact:
     def rows(self, name: str, start: int, stop: int) -> Values:
         """Rows start..stop of a canonical tensor: codes and scales of Q4_0 and Q8_0 bit for bit, else floats. Rows of a
         position table that nothing reaches, which are not in the file, come back as zeros."""
-        t, piece = self._place(name)
+        return self._rows(self._place(name), name, start, stop)
+
+    def copies(self, name: str, start: int, stop: int) -> list[Values]:
+        """These rows from each place that holds them: a tied head that is stored again, a gain for each head."""
+        return [self._rows(place, name, start, stop) for place in self.places(name)]
+
+    def _rows(self, place: tuple[Stored, Piece], name: str, start: int, stop: int) -> Values:
+        t, piece = place
         if len(self.shapes[name]) == 1:
             return self._unfold(self.vector(t)[piece.to[start:stop]], piece)
         lo, hi = max(start, piece.skip), min(stop, piece.skip + len(piece.to))
@@ -119,7 +133,7 @@ class Artifact:
                 out[name] = f"has shape {list(info.shape)}, not {list(t.slot.shape)}"
             elif info.type != t.type:
                 out[name] = f"is stored as {info.type}, the recipe says {t.type}"
-            elif not self._constants_hold(t):
+            elif not self.constants_hold(t):
                 out[name] = "holds other constants than it must (neutral fillings, rotary divisors)"
         for places in self._places.values():  # a tied head that is stored a second time
             for t, _ in places[1:]:
@@ -127,10 +141,12 @@ class Artifact:
                     out[t.slot.name] = f"differs from {places[0][0].slot.name}, whose copy it is"
         return out
 
-    def _constants_hold(self, t: Stored) -> bool:
+    def constants_hold(self, t: Stored) -> bool:
         """Neutral fillings and rotary divisors, which come from no canonical tensor."""
+        if t.slot.matrix:
+            return bool(t.slot.pieces) or self._zeros(t)
         covered = sum(len(p.to) for p in t.slot.pieces)
-        if t.slot.matrix or (t.slot.value is None and covered == int(np.prod(t.slot.shape))):
+        if t.slot.value is None and covered == int(np.prod(t.slot.shape)):
             return True
         got = self.vector(t)
         if t.slot.value is not None:
@@ -138,13 +154,18 @@ class Artifact:
         free = np.setdiff1d(np.arange(got.size), np.concatenate([p.to for p in t.slot.pieces] or [[]]).astype(int))
         return bool((got[free] == np.float32(t.slot.fill)).all())
 
+    def _zeros(self, t: Stored) -> bool:
+        info = self._info(t)
+        with info.file.open("rb") as f:
+            return not any(read_rows(f, info, r, r + 1).any() for r in range(info.rows))
+
     def _same(self, a: Stored, b: Stored) -> bool:
         first, second = self._info(a), self._info(b)
         step = max(1, (1 << 24) // max(1, first.shape[-1] * 4))
-        with self.path.open("rb") as f:
+        with first.file.open("rb") as f, second.file.open("rb") as g:
             return first.shape == second.shape and all(
                 np.array_equal(read_rows(f, first, r, min(first.rows, r + step)),
-                               read_rows(f, second, r, min(first.rows, r + step)))
+                               read_rows(g, second, r, min(first.rows, r + step)))
                 for r in range(0, first.rows, step)
             )  # fmt: skip
 
@@ -157,16 +178,16 @@ class Artifact:
         return self._info(self._place(name)[0]).type
 
     def vector(self, t: Stored) -> NDArray[np.float32]:
-        """A float32 tensor of the file, flat."""
+        """A tensor of the file that is no matrix, flat."""
         info = self._info(t)
-        with self.path.open("rb") as f:
-            return read_rows(f, info, 0, info.rows).view("<f4").reshape(-1)
+        with info.file.open("rb") as f:
+            return dense(unpack(read_rows(f, info, 0, info.rows), info.type)).reshape(-1)
 
     def stored_rows(self, t: Stored, rows: NDArray[np.intp]) -> Values:
         """Rows of a tensor of the file in any order: one read where they lie close together, else one a row."""
         info = self._info(t)
         first, last = int(rows.min()), int(rows.max()) + 1
-        with self.path.open("rb") as f:
+        with info.file.open("rb") as f:
             if last - first <= 4 * len(rows):
                 return unpack(read_rows(f, info, first, last)[rows - first], info.type)
             return unpack(np.concatenate([read_rows(f, info, int(r), int(r) + 1) for r in rows]), info.type)
@@ -179,6 +200,10 @@ class Artifact:
         """A whole canonical tensor, dequantized."""
         found = self.tensor(name)
         return found.dequantize() if isinstance(found, QuantizedTensor) else found
+
+    def places(self, name: str) -> list[tuple[Stored, Piece]]:
+        """Where a canonical tensor lies; one that the file lacks has none."""
+        return self._places.get(name, [])
 
     def _place(self, name: str) -> tuple[Stored, Piece]:
         if name not in self._places:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from backends.gguf.fit import choose
+from backends.gguf.mixtures import mixtures
 from backends.gguf.names import Slot, slots
 from backends.gguf.types import TYPES, fitting
 from spec.config import Spec
@@ -44,6 +45,8 @@ class Mixture:
     """Type of v where four or more query heads share a kv-head."""
     embedding: str | None = None
     """Type of an untied embedding."""
+    experts: str | None = None
+    """Type of the experts of a mixture."""
 
 
 MIXTURES = {
@@ -64,6 +67,7 @@ MIXTURES = {
     "iq4_xs": Mixture("iq4_xs", {"down": ((early(8), "q5_k"),)}, "q5_k"),
     "tq1_0": Mixture("tq1_0", {}, None, "q4_k"),
     "tq2_0": Mixture("tq2_0", {}, None, "q4_k"),
+    "mxfp4_moe": Mixture("q8_0", experts="mxfp4"),
 }  # fmt: skip
 """llama.cpp's file types whose tensors differ in type. Every other level gives all matrices its own type."""
 
@@ -73,9 +77,15 @@ ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 LEVELS = tuple(dict.fromkeys([*(t for t in TYPES if t not in ("f32", "f16", "bf16", *ALIASES)), *MIXTURES]))
 """Native levels by llama.cpp's names."""
 
+MIXTRAL = 8
+"""Experts at which llama.cpp spends more on attention: v and k as q8_0, o as q5_k."""
+
+MIXTRAL_O = frozenset({"q2_k", "q3_k_s", "q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m", "iq3_s", "iq3_m", "iq4_xs"})
+
 _PARTS = {
     "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_qkv": "v", "attn_output": "o", "ffn_gate": "gate",
-    "ffn_up": "up", "ffn_down": "down",
+    "ffn_up": "up", "ffn_down": "down", "ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down",
+    "ffn_gate_shexp": "gate", "ffn_up_shexp": "up", "ffn_down_shexp": "down",
 }  # fmt: skip
 """A fused qkv is treated as v, the most sensitive of the three."""
 
@@ -89,16 +99,16 @@ def mixture(level: str) -> Mixture:
 def recipe(spec: Spec, level: str) -> dict[str, str]:
     """Canonical tensor name to ggml type, for a native level; vectors and learned positions stay f32."""
     fit = choose(spec)
-    mix = mixture(level)
     out: dict[str, str] = {}
     for s in slots(spec, fit):
-        kind = _type(spec, s, mix) if s.matrix else "f32"
+        kind = s.type or (_type(spec, s, level) if s.matrix else "f32")
         for p in s.pieces:
             out[p.name] = kind  # an embedding that is stored as the head too takes the head's type, which comes last
     return out
 
 
-def _type(spec: Spec, s: Slot, mix: Mixture) -> str:
+def _type(spec: Spec, s: Slot, level: str) -> str:
+    mix = mixture(level)
     stem, width = s.name.removesuffix(".weight"), s.shape[-1]
     if stem == "position_embd":
         return "f32"
@@ -107,7 +117,7 @@ def _type(spec: Spec, s: Slot, mix: Mixture) -> str:
     if stem == "token_embd":
         return fitting(mix.embedding or mix.base, width)
     _, layer, tail = stem.split(".", 2)
-    return fitting(_layer_type(spec, mix, _PARTS[tail], int(layer)), width)
+    return fitting(_layer_type(spec, level, _PARTS[tail], int(layer), tail.endswith("_exps")), width)
 
 
 def _head(base: str, width: int) -> str:
@@ -116,8 +126,18 @@ def _head(base: str, width: int) -> str:
     return "q6_k"
 
 
-def _layer_type(spec: Spec, mix: Mixture, part: str, layer: int) -> str:
-    a = spec.layers[0].attention
+def _layer_type(spec: Spec, level: str, part: str, layer: int, experts: bool) -> str:
+    mix, a = mixture(level), spec.layers[0].attention
+    if mix.experts:
+        return mix.experts if experts else mix.base
+    if any(m.experts == MIXTRAL for m in mixtures(spec)):
+        name = ALIASES.get(level, level)
+        if part in ("v", "k"):
+            return "q8_0"
+        if part == "o":
+            return "q5_k" if name in MIXTRAL_O else mix.base
+        if part == "down" and name == "iq3_m" and more_bits(layer, spec.depth):
+            return "q4_k"
     if part == "v" and mix.wide_v and a.heads // (a.kv_heads or a.heads) >= 4:
         return mix.wide_v
     return next((t for holds, t in mix.parts.get(part, ()) if holds(layer, spec.depth)), mix.base)

@@ -6,13 +6,14 @@ from backends.base import Support
 from backends.carriers import explained
 from backends.gguf.carriers import CARRIERS
 from backends.gguf.fit import Fit, choose, examine
+from backends.gguf.mixtures import floored
 from backends.gguf.names import slots
 from backends.gguf.recipe import ALIASES, LEVELS, recipe
 from backends.gguf.types import PORTABLE, TYPES, fitting
 from spec.config import Spec
 from spec.errors import nearest
 
-RECENT = frozenset({"granite_swa", "step35"})
+RECENT = frozenset({"granite_swa", "step35", "hy_v3", "mimo2", "mellum", "exaone-moe", "cohere2moe", "minimax-m2"})
 """Carriers that only recent versions of llama.cpp know (llama-cpp-python 0.3.36 does)."""
 
 
@@ -41,9 +42,12 @@ def _notes(spec: Spec, fit: Fit, level: str) -> list[str]:
         out.append(f"the {fit.carrier.arch} architecture needs a recent llama.cpp (llama-cpp-python 0.3.36 or later)")
     if fit.rotary.session is not None:
         out.append(f"rotary tables are those of a session of {fit.rotary.session} tokens, at every length")
+    if floored(spec):
+        out.append("llama.cpp divides weights of experts by at least 2^-14, were their sum smaller")
     if level in PORTABLE:
         wanted = PORTABLE[level]
-        narrow = [s for s in slots(spec, fit) if s.matrix and fitting(wanted, s.shape[-1]) != wanted]
+        found = [s for s in slots(spec, fit) if s.matrix and not s.type]
+        narrow = [s for s in found if fitting(wanted, s.shape[-1]) != wanted]
         if narrow:
             widths = sorted({s.shape[-1] for s in narrow})
             out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of 32")

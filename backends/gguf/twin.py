@@ -105,6 +105,9 @@ def _keys(header: Header, whole: Spec, small: Spec, kept: list[int]) -> dict[str
             value = [value[i] for i in kept]
         out[key] = value
     out[f"{arch}.block_count"] = small.depth
+    lead = f"{arch}.leading_dense_block_count"
+    if lead in out:
+        out[lead] = sum(i < out[lead] for i in kept)
     out[f"{arch}.vocab_size"] = small.vocab_size
     out["general.file_type"] = 0
     return out | {"tokenizer.ggml.model": "none"}
