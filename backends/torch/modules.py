@@ -139,16 +139,23 @@ class MLP(nn.Module):
         self.down = nn.Linear(m.hidden, width, bias=m.bias.down)
 
 
-class Router(nn.Linear):
-    """The scores' linear, and the correction that joins them for the choice."""
+class Router(nn.Module):
+    """The scores' linear, and the correction that joins them for the choice. No `nn.Linear`: what adapts or quantizes
+    every linear of a model leaves it alone."""
 
+    bias: nn.Parameter | None
     correction: nn.Parameter | None
 
     def __init__(self, m: config.MoE, width: int) -> None:
-        super().__init__(width, m.experts, bias=m.router.bias)
-        # the choice of experts has no gradient, so what only the choice reads has none
-        correction = nn.Parameter(torch.zeros(m.experts), requires_grad=False) if m.router.correction else None
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(m.experts, width))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(m.experts)) if m.router.bias else None)
+        correction = nn.Parameter(torch.zeros(m.experts)) if m.router.correction else None
         self.register_parameter("correction", correction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., E]"""
+        return F.linear(x, self.weight, self.bias)
 
 
 class GroupedLinear(nn.Module):

@@ -201,6 +201,8 @@ class AllotropeForCausalLM(PreTrainedModel, GenerationMixin):
         """A tied head reads the embedding that the model has now, which an adapter may have replaced."""
         if not self.head.tied:
             return
+        if self.embed.weight.device.type == "meta":
+            raise UserError("device_map: the head is tied to embed, which is offloaded (keep embed on a device)")
         kind = type(self.embed).__name__
         if not isinstance(self.embed, nn.Embedding) and kind != "ModulesToSaveWrapper":
             raise UserError(
