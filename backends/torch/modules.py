@@ -150,7 +150,8 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(m.experts, width))
         self.register_parameter("bias", nn.Parameter(torch.zeros(m.experts)) if m.router.bias else None)
-        correction = nn.Parameter(torch.zeros(m.experts)) if m.router.correction else None
+        # the choice of experts has no gradient, so what only the choice reads has none
+        correction = nn.Parameter(torch.zeros(m.experts), requires_grad=False) if m.router.correction else None
         self.register_parameter("correction", correction)
 
     def forward(self, x: Tensor) -> Tensor:
