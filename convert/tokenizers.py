@@ -2,63 +2,84 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from backends.base import Tokenizer
-from convert.sources.files import read_json
+from backends.tokens import template
+from convert import templates, vocabularies
+from convert.sources.files import present, read_bytes, read_json
+from convert.vocabularies.common import added
 from spec.errors import UserError
+
+ROLES = ("bos", "eos", "unk", "pad")
+TYPES = ("BPE", "Unigram")
+"""Kinds of tokenizers that decoders have."""
+LARGEST = 10_000_000
+"""Ids are below this: forty times the largest vocabulary there is."""
 
 
 def read_tokenizer(folder: Path, model_config: Mapping[str, Any] | None = None) -> Tokenizer | None:
-    """tokenizer.json and what surrounds it; none where a folder has no tokenizer files.
+    """tokenizer.json and what surrounds it, or what other vocabulary files amount to; none where a folder has none.
 
-    `model_config` is the config.json, whose eos_token_id counts where no tokenizer file names an EOS. Raises
-    `UserError` for damaged files, for special tokens that the vocabulary lacks, and for a tokenizer.model alone.
+    `model_config` is the config.json, whose eos_token_id counts where no tokenizer file names an EOS. What comes back
+    has, as transformers has it, every special token that a file names among its added tokens, and its post-processor
+    decides on BOS and EOS; `add_bos_token: true` counts where that has no template. Raises `UserError` for damaged
+    files, for kinds that decoders do not have, and for special tokens that the vocabulary lacks.
     """
-    main, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
-    if not main.is_file():
-        if pieces.is_file() or (folder / "vocab.json").is_file():
-            what = pieces.name if pieces.is_file() else "vocab.json"
-            raise UserError(f"{folder}: {what} without tokenizer.json; write one with transformers' "
-                            "AutoTokenizer.from_pretrained(...).save_pretrained(...)")  # fmt: skip
-        return None
-    data = read_json(main)
-    config, special, generation = (
-        _optional(folder / n) for n in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    main = folder / "tokenizer.json"
+    config, special, generation, more = (
+        _optional(folder / f"{n}.json")
+        for n in ("tokenizer_config", "special_tokens_map", "generation_config", "added_tokens")
     )
-    try:
-        ids = token_ids(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{main}: no tokenizer: its vocabulary cannot be read ({type(e).__name__}: {e})") from None
+    if present(main):
+        found = vocabularies.Found(read_json(main))
+        pieces = folder / "tokenizer.model"
+        if present(pieces):
+            found.sentencepiece = read_bytes(pieces)
+    else:
+        other = vocabularies.find(folder, config)
+        if other is None:
+            return None
+        found, main = other, folder
+        _adopt(found.json, config, special, more, main)
+    data = found.json
+    ids = _checked(data, main)
 
     def named(role: str) -> str | None:
         for source in (config, special):
-            value = source.get(f"{role}_token")
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
+            text = _content(source.get(f"{role}_token"))
+            if text is not None:
                 if text not in ids:
                     raise UserError(f"{main}: the {role} token {text!r} is not in the vocabulary")
                 return text
-        return None
+        return found.roles.get(role)
 
     names = {i: t for t, i in ids.items()}
     ends = [names[i] for i in _ends(generation, model_config or {}) if i in names]
-    bos, eos = named("bos"), named("eos")
-    eos = eos if eos is not None else next(iter(ends), None)
-    before, after = _surrounding(data.get("post_processor"))
+    roles = {r: named(r) for r in ROLES}
+    _mark(data, ids, [t for t in roles.values() if t is not None])
+    _load(data, main)
+    sides = template(data.get("post_processor"))
+    before, after = sides or ([], [])
+    bos = roles["bos"] or (before[0] if len(before) == 1 else None)
+    eos = roles["eos"] or next(iter(ends), None) or (after[0] if len(after) == 1 else None)
+    if sides is None:
+        before = [bos] if bos and (config.get("add_bos_token") is True or found.add_bos) else []
+        after = [eos] if eos and config.get("add_eos_token") is True else []
     return Tokenizer(
         json=data,
         bos=bos,
         eos=eos,
-        unk=named("unk"),
-        pad=named("pad"),
+        unk=roles["unk"],
+        pad=roles["pad"],
         extra_eos=tuple(t for t in dict.fromkeys(ends) if t != eos),
-        add_bos=bos is not None and (bos in before or config.get("add_bos_token") is True),
-        add_eos=eos is not None and (eos in after or config.get("add_eos_token") is True),
-        chat_template=_chat_template(folder, config),
-        sentencepiece=pieces.read_bytes() if pieces.is_file() else None,
+        add_bos=bos in before or (bos is not None and config.get("add_bos_token") is True),
+        add_eos=eos in after or (eos is not None and config.get("add_eos_token") is True),
+        chat_template=templates.read(folder, config),
+        sentencepiece=found.sentencepiece,
     )
 
 
@@ -79,7 +100,83 @@ def token_count(tokenizer: Tokenizer) -> int:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if present(path) else {}
+
+
+def _content(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _checked(data: dict[str, Any], where: Path) -> dict[str, int]:
+    """Ids by token. Raises `UserError` for a kind that is not carried and for damaged vocabularies."""
+    model = data.get("model")
+    kind = model.get("type", TYPES[0]) if isinstance(model, dict) else TYPES[0]
+    if kind not in TYPES:
+        raise UserError(f"{where}: model.type: {kind} is no tokenizer of a decoder here ({' and '.join(TYPES)} are)")
+    try:
+        ids = token_ids(data)
+        entries = [*data["model"]["vocab"].values()] if isinstance(data["model"]["vocab"], dict) else []
+        entries += [t["id"] for t in data.get("added_tokens") or []]
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{where}: no tokenizer: its vocabulary cannot be read ({type(e).__name__}: {e})") from None
+    wrong = next((i for i in entries if type(i) is not int or not 0 <= i < LARGEST), None)
+    if wrong is not None:
+        raise UserError(f"{where}: no tokenizer: id {wrong!r} is no number from 0 to {LARGEST - 1}")
+    for text in ids:
+        if any(0xD800 <= ord(c) < 0xE000 for c in text):
+            raise UserError(f"{where}: token {text!r} ({ids[text]}) has half a surrogate pair, which is no text")
+    return ids
+
+
+def _load(data: dict[str, Any], where: Path) -> None:
+    """Raises `UserError` where the `tokenizers` library cannot open it: merge rules of missing tokens and the like."""
+    from tokenizers import Tokenizer as Fast
+
+    try:
+        Fast.from_str(json.dumps(data))
+    except BaseException as e:  # the library raises bare Exceptions, and panics that are none
+        if isinstance(e, (KeyboardInterrupt, SystemExit)):
+            raise
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{where}: not a tokenizer that `tokenizers` can open: {reason}") from None
+
+
+def _mark(data: dict[str, Any], ids: Mapping[str, int], roles: Iterable[str]) -> None:
+    """Special tokens by role join the added ones, as transformers has them: found in text before anything else."""
+    tokens: list[dict[str, Any]] = data.setdefault("added_tokens", []) or []
+    known = {t["content"] for t in tokens}
+    missing = [t for t in dict.fromkeys(roles) if t not in known]
+    data["added_tokens"] = [*tokens, *(added(t, ids[t]) for t in missing)]
+
+
+def _adopt(
+    data: dict[str, Any], config: Mapping[str, Any], special: Mapping[str, Any], more: Mapping[str, Any], where: Path
+) -> None:
+    """Added tokens that stand in tokenizer_config.json or added_tokens.json, beside a vocabulary that is no
+    tokenizer.json."""
+    vocab = data["model"]["vocab"]
+    names = list(vocab) if isinstance(vocab, dict) else [p for p, _ in vocab]
+    own = {t["content"]: t for t in data["added_tokens"]}
+    marked = {_content(v) for source in (config, special) for k, v in source.items() if k.endswith("_token")}
+    lists = [source.get(k) or [] for source in (config, special)
+             for k in ("additional_special_tokens", "extra_special_tokens")]  # fmt: skip
+    marked |= {_content(v) for values in lists if isinstance(values, list) for v in values}
+    try:
+        told = {int(i): dict(t) for i, t in (config.get("added_tokens_decoder") or {}).items()}
+        for text, i in more.items():
+            told.setdefault(int(i), {"content": str(text), "special": text in marked})
+        for i, t in sorted(told.items()):
+            text = str(t["content"])
+            if not 0 <= i < LARGEST or (text in names and names.index(text) != i and text not in own):
+                raise UserError(f"{where}: added token {text!r} has id {i}, and another one in the vocabulary")
+            if i < len(names) and isinstance(vocab, list) and names[i] != text:
+                vocab[i][0] = text  # a placeholder's new name
+            fresh = added(text, i, bool(t.get("special")))
+            own[text] = fresh | {k: bool(t[k]) for k in fresh if k in t and k not in ("id", "content")}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{where}: added tokens cannot be read ({type(e).__name__}: {e})") from None
+    data["added_tokens"] = sorted(own.values(), key=lambda t: t["id"])
 
 
 def _ends(*configs: Mapping[str, Any]) -> Iterable[int]:
@@ -89,40 +186,3 @@ def _ends(*configs: Mapping[str, Any]) -> Iterable[int]:
         if ids is not None:
             return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
     return []
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{file}: cannot be read ({e})") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default", next(iter(named.values()), None))
-    return template if isinstance(template, str) else None
-
-
-def _surrounding(processor: Any) -> tuple[set[str], set[str]]:
-    """Special tokens that a post-processor puts before and after a single sequence."""
-    before: set[str] = set()
-    after: set[str] = set()
-    if not isinstance(processor, dict):
-        return before, after
-    for inner in processor.get("processors", []):
-        b, a = _surrounding(inner)
-        before |= b
-        after |= a
-    if processor.get("type") == "TemplateProcessing":
-        side = before
-        for piece in processor.get("single", []):
-            if "Sequence" in piece:
-                side = after
-            elif "SpecialToken" in piece:
-                side.add(piece["SpecialToken"]["id"])
-    elif processor.get("type") in ("BertProcessing", "RobertaProcessing"):
-        before.add(processor["cls"][0])
-        after.add(processor["sep"][0])
-    return before, after

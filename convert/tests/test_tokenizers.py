@@ -11,21 +11,29 @@ import pytest
 from convert.sources import open_source
 from convert.tests.conftest import LLAMA, weights, write_checkpoint, write_huggingface
 from convert.tokenizers import read_tokenizer, token_count
+from convert.vocabularies.common import added
 from spec import Spec, UserError
 
 
+SPECIAL = ["<s>", "</s>", "<unk>", "<|eot|>"]
+
+
 def tokenizer_json(tokens: int = 96, **fields: Any) -> dict[str, Any]:
-    special = ["<s>", "</s>", "<unk>", "<|eot|>"]
+    special = SPECIAL
     vocab = {f"t{i}": i for i in range(tokens - len(special))}
-    added = [{"id": tokens - len(special) + i, "content": t, "special": True} for i, t in enumerate(special)]
-    return {"model": {"type": "BPE", "vocab": vocab, "merges": []}, "added_tokens": added, "post_processor": None,
-            **fields}  # fmt: skip
+    first = tokens - len(special)
+    vocab |= {t: first + i for i, t in enumerate(special)}
+    tokens_added = [added(t, first + i) for i, t in enumerate(special)]
+    return {"version": "1.0", "model": {"type": "BPE", "vocab": vocab, "merges": []}, "added_tokens": tokens_added,
+            "post_processor": None, **fields}  # fmt: skip
 
 
 def template(*single: str) -> dict[str, Any]:
     pieces = [{"Sequence": {"id": "A", "type_id": 0}} if p == "A" else {"SpecialToken": {"id": p, "type_id": 0}}
               for p in single]  # fmt: skip
-    return {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": {}}
+    tokens = {t: {"id": t, "ids": [92 + SPECIAL.index(t)], "tokens": [t]} for t in single if t != "A"}
+    pair = [*pieces, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": pieces, "pair": pair, "special_tokens": tokens}
 
 
 def write(folder: Path, data: dict[str, Any] | None = None, **files: Any) -> Path:
@@ -44,6 +52,9 @@ def test_special_tokens_come_from_either_file(tmp_path: Path) -> None:
     assert token_count(t) == 96
 
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
 @pytest.mark.parametrize(
     ("processor", "config", "expected"),
     [
@@ -51,9 +62,12 @@ def test_special_tokens_come_from_either_file(tmp_path: Path) -> None:
         (None, {"add_bos_token": True}, (True, False)),
         (template("<s>", "A"), {}, (True, False)),
         (template("<s>", "A", "</s>"), {}, (True, True)),
-        ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template("<s>", "A")]}, {}, (True, False)),
-        ({"type": "RobertaProcessing", "cls": ["<s>", 92], "sep": ["</s>", 93]}, {}, (True, True)),
-        ({"type": "ByteLevel", "trim_offsets": True}, {"add_bos_token": False}, (False, False)),
+        ({"type": "Sequence", "processors": [BYTES, template("<s>", "A")]}, {}, (True, False)),
+        (
+            {"type": "RobertaProcessing", "cls": ["<s>", 92], "sep": ["</s>", 93], "trim_offsets": True,
+             "add_prefix_space": False}, {}, (True, True),
+        ),
+        (BYTES, {"add_bos_token": False}, (False, False)),
     ],
 )
 def test_bos_and_eos_are_added_where_the_tokenizer_does(
@@ -97,13 +111,6 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"tokenizer.json: no") as e:
         read_tokenizer(tmp_path)
     assert "\n" not in str(e.value)
-
-
-def test_pieces_alone_are_refused_with_what_to_do(tmp_path: Path) -> None:
-    assert read_tokenizer(tmp_path) is None
-    (tmp_path / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"tokenizer.model without tokenizer.json; write one"):
-        read_tokenizer(tmp_path)
 
 
 def test_more_rows_than_tokens_are_padding_and_said(tmp_path: Path, small: Spec) -> None:
