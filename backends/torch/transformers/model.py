@@ -25,7 +25,7 @@ from backends.torch.model import angles_in, assemble, computed_in, initial
 from backends.torch.modules import Constants, Head
 from backends.torch.ops import TorchOps
 from backends.torch.transformers.config import SPEC, AllotropeConfig
-from backends.torch.transformers.past import Inputs, past_layers, place
+from backends.torch.transformers.past import Inputs, past_layers, place, restarts
 from spec import forward
 from spec.config import Block, Spec
 from spec.errors import UserError, nearest
@@ -135,7 +135,8 @@ class AllotropeForCausalLM(PreTrainedModel, GenerationMixin):
         recompute = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None and recompute is None:
+        documents = attention_mask is None and position_ids is not None and restarts(position_ids)
+        if use_cache and past_key_values is None and recompute is None and not documents:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and recompute is not None:
             raise UserError("past_key_values: activation checkpointing recomputes layers, which would append twice")

@@ -48,37 +48,35 @@ def place(
     (as in transformers). Raises `UserError` for other shapes, and beyond `length` tokens.
     """
     (batch, tokens), start = shape, 0 if past is None else int(past.get_seq_length())
-    columns = torch.arange(start, start + tokens, device=device).expand(batch, tokens)
     if positions is not None:
         if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != tokens:
             raise UserError(f"position_ids: shape {tuple(positions.shape)} is not [{batch}, {tokens}]")
         positions = positions.expand(batch, tokens)
+    columns = torch.arange(start, start + tokens, device=device).expand(batch, tokens)
+    if mask is None and past is None and positions is not None and restarts(positions):
+        within(int(positions.max()), length)
+        segments = torch.nn.functional.pad((positions[:, 1:] != positions[:, :-1] + 1).cumsum(1), (1, 0))
+        return Inputs(Step("packed", positions, columns, segments), 0)
     if mask is not None:
         mask = _checked(mask, batch, start + tokens)
-        if past is None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
-            mask = None  # padding after the tokens, if any: no token sees it
-            positions = columns if positions is None else positions
-        elif bool(mask.all()):
-            mask = None
-            positions = columns if positions is None else positions
-    if mask is not None:
-        slots = (mask.cumsum(1) - 1).clamp(min=0)
-        own = slots[:, start:]
-        positions = own if positions is None else positions
-        within(int(positions.masked_fill(mask[:, start:] == 0, 0).max()), length)
-        segments = mask[:, start:]
-        if past is None:
-            return Inputs(Step("packed", positions, own, segments), 0)
-        return Inputs(Step("cached", positions, own, segments), start, Keys(slots, mask))
-    if past is None and positions is not None:
-        within(int(positions.max()), length)
-        begins = positions[:, 1:] != positions[:, :-1] + 1
-        if positions is not columns and bool(begins.any()):
-            segments = torch.nn.functional.pad(begins.cumsum(1), (1, 0))
-            return Inputs(Step("packed", positions, columns, segments), 0)
-    within(start + tokens - 1 if positions is None else int(positions.max()), length)
-    layout = "causal" if past is None else "cached"
-    return Inputs(Step(layout, columns if positions is None else positions, columns), start)
+        if bool(mask.all()) or (past is None and bool((mask[:, 1:] <= mask[:, :-1]).all())):
+            mask = None  # no padding, or only after the tokens, which see none of it
+    if mask is None:
+        within(start + tokens - 1 if positions is None else int(positions.max()), length)
+        layout = "causal" if past is None else "cached"
+        return Inputs(Step(layout, columns if positions is None else positions, columns), start)
+    slots = (mask.cumsum(1) - 1).clamp(min=0)
+    own, segments = slots[:, start:], mask[:, start:]
+    positions = own if positions is None else positions
+    within(int(positions.masked_fill(segments == 0, 0).max()), length)
+    if past is None:
+        return Inputs(Step("packed", positions, own, segments), 0)
+    return Inputs(Step("cached", positions, own, segments), start, Keys(slots, mask))
+
+
+def restarts(positions: Tensor) -> bool:
+    """Whether positions [B, T] are those of several documents in a row."""
+    return bool((positions[:, 1:] != positions[:, :-1] + 1).any())
 
 
 def within(position: int, length: int) -> None:
