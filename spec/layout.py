@@ -231,15 +231,20 @@ class Bound:
         return not self.ops
 
     @property
+    def _gathers(self) -> tuple[list[Rows], list[Rows]]:
+        layer: Any = self.layer  # a frozen model hashes
+        return _moved(self.ops, tuple(p.shape for p in self.canonical), len(self.external), layer)
+
+    @property
     def _outside(self) -> list[Rows]:
-        found = _moved(self.ops, tuple(p.shape for p in self.canonical), len(self.external), self.layer)[0]
+        found = self._gathers[0]
         assert len(found) == len(self.external), f"{self.external}: {len(found)} tensors for {len(self.external)} names"
         return found
 
     @property
     def _inside(self) -> list[Rows]:
         """The inverse gather: where outside each canonical row lies."""
-        return _moved(self.ops, tuple(p.shape for p in self.canonical), len(self.external), self.layer)[1]
+        return self._gathers[1]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """External names and their shapes."""

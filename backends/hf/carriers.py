@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from backends.hf import names
+from backends.hf import expert_names, names
+from backends.hf.mixture import Mixture, Need
 from spec.layout import Rule
-
-Need = Literal["no", "optional", "required"]
 
 KEYS: Mapping[str, str] = {
     "width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
@@ -40,6 +39,8 @@ class Carrier:
     model: str
     """The class that config.json names."""
     rules: tuple[Rule, ...] = field(default=names.LLAMA, repr=False)
+    also: tuple[tuple[Rule, ...], ...] = field(default=(), repr=False)
+    """Other layouts of its weights that are read."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Where config.json's names differ from `KEYS`."""
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -114,6 +115,8 @@ class Carrier:
     """Activations that it has a name for and computes as another."""
     hidden_times: int = 0
     """MLP width in multiples of the model's, where it is hard-coded."""
+    mixture: Mixture | None = None
+    """The experts that some layers have (then there are such layers)."""
 
     embed_scale: str = ""
     """`sqrt_width`, or a key."""
@@ -175,6 +178,22 @@ GPT2_KEYS = {
     "attention_dropout": "attn_pdrop", "residual_dropout": "resid_pdrop", "embedding_dropout": "embd_pdrop",
 }  # fmt: skip
 
+NO_GROUPS: Fields = {"constants": {"n_group": 1, "topk_group": 1}}
+DEEPSEEK: Fields = {**NO_GROUPS, "rules": expert_names.DEEPSEEK, "also": (expert_names.DEEPSEEK_STACKED,)}
+CORRECTED: Fields = {"score": "sigmoid", "correction": True}
+GROUPED: Fields = {
+    **CORRECTED, "least": 2, "renormalise": "norm_topk_prob", "scale": "routed_scaling_factor", "shared": "required",
+    "shared_times": True, "wide": ("router.correction",),
+}  # fmt: skip
+DEEPSEEK_EXPERTS: Fields = {**GROUPED, "experts": "n_routed_experts", "shared_hidden": "n_shared_experts"}
+LOCAL_EXPERTS: Fields = {"experts": "num_local_experts", "hidden": "intermediate_size"}
+QWEN_EXPERTS: Fields = {"dense": "steps", "renormalise": "norm_topk_prob"}
+OLMO_EXPERTS: Fields = {"hidden": "intermediate_size", "renormalise": "norm_topk_prob"}
+GRANITE_EXPERTS: Fields = {
+    **GRANITE, **ATTENTION_BIAS, "rules": expert_names.GRANITE, "also": (expert_names.GRANITE_STACKED,),
+}  # fmt: skip
+QWEN_NAMES: Fields = {"rules": expert_names.QWEN, "also": (expert_names.QWEN_STACKED,)}
+
 
 def _row(arch: str, model: str, *shared: Fields, **fields: Any) -> Carrier:
     merged: Fields = {}
@@ -194,6 +213,12 @@ CARRIERS: tuple[Carrier, ...] = (
     _row("granite", "Granite", GRANITE),
     _row("granite_swa", "GraniteSWA", GRANITE, LAYER_WINDOWS, sinks="required", rope_by="layer", no_position="theta"),
     _row("arcee", "Arcee", PLAIN, divisible=True, biases=(("attention_bias", "q k v o"), ("mlp_bias", "up down"))),
+    _row("seed_oss", "SeedOss", keys={"residual_dropout": "residual_dropout"},
+         biases=(("attention_bias", "q k v"), ("attention_out_bias", "o"), ("mlp_bias", "gate up down"))),
+    _row("helium", "Helium", rules=names.COHERE, rope="neighbours", square=True, rounds_gains=False,
+         biases=(("attention_bias", "q k v"), ("mlp_bias", "gate up down"))),
+    _row("ernie4_5", "Ernie4_5", rules=names.COHERE, rope="neighbours", rounds_tables=False,
+         keys={"attention_dropout": ""}, biases=(("use_bias", "q k v o gate up down"),)),
     _row("phi3", "Phi3", NO_BIAS, PDROP, rules=names.PHI3, square=True, partial=True, scaling=frozenset({"longrope"}),
          original_context="original_max_position_embeddings", window="all"),
     _row("glm", "Glm", rules=names.GLM, rope="neighbours", partial=True, biases=(("attention_bias", "q k v"),)),
@@ -236,20 +261,22 @@ CARRIERS: tuple[Carrier, ...] = (
          qk_key="qk_layernorm"),
     _row("nemotron", "Nemotron", LAYERNORM, PLAIN, offset=1.0, partial=True, keys={"eps": "norm_eps"},
          biases=(("attention_bias", "q k v o"), ("mlp_bias", "up down"))),
+    _row("jais2", "Jais2", LAYERNORM, PLAIN, divisible=True,
+         biases=(("attention_bias", "q k v o"), ("mlp_bias", "up down"))),
     _row("cohere", "Cohere", ATTENTION_BIAS, norm="layernorm", rounds_gains=False, rules=names.COHERE,
          flow={"shared": {}}, rope="neighbours", keys={"eps": "layer_norm_eps"}, logit_scale="logit_scale",
          constants={"use_qk_norm": False}),
     _row("cohere2", "Cohere2", ATTENTION_BIAS, LAYER_WINDOWS, norm="layernorm", rounds_gains=False, rules=names.COHERE,
          flow={"shared": {}}, rope="neighbours", square=True, no_position="global",
          keys={"eps": "layer_norm_eps", "head_dim": ""}, logit_scale="logit_scale"),
-    _row("falcon", "Falcon", FALCON, rules=names.FALCON, flow={"parallel": {"num_ln_in_parallel_attn": 2}},
-         keys={"kv_heads": "num_kv_heads"}, constants={**NEW_FALCON, "new_decoder_architecture": True}),
-    _row("falcon", "Falcon", FALCON, rules=names.BLOOM, flow={"shared": {"num_ln_in_parallel_attn": 1}},
-         keys={"kv_heads": "num_kv_heads"}, constants={**NEW_FALCON, "new_decoder_architecture": True}),
     _row("falcon", "Falcon", FALCON, rules=names.BLOOM, flow=OLD_FALCON, mqa=True,
          constants={"alibi": False, "new_decoder_architecture": False, "multi_query": True}),
     _row("falcon", "Falcon", FALCON, rules=names.BLOOM, flow=OLD_FALCON, gqa=False,
          constants={"alibi": False, "new_decoder_architecture": False, "multi_query": False}),
+    _row("falcon", "Falcon", FALCON, rules=names.FALCON, flow={"parallel": {"num_ln_in_parallel_attn": 2}},
+         keys={"kv_heads": "num_kv_heads"}, constants={**NEW_FALCON, "new_decoder_architecture": True}),
+    _row("falcon", "Falcon", FALCON, rules=names.BLOOM, flow={"shared": {"num_ln_in_parallel_attn": 1}},
+         keys={"kv_heads": "num_kv_heads"}, constants={**NEW_FALCON, "new_decoder_architecture": True}),
     _row("mpt", "Mpt", PLAIN, MHA, NO_BIAS, norm="layernorm", rounds_gains=False, rules=names.MPT, rope="none",
          alibi=True, activation="gelu", hidden_times=4, clip="attn_config.clip_qkv", scale="value",
          scale_key="attn_config.softmax_scale",
@@ -262,6 +289,43 @@ CARRIERS: tuple[Carrier, ...] = (
          alibi=True, embed_norm=True, activation="gelu_tanh", hidden_times=4, wide_scores=True,
          keys={"depth": "n_layer", "heads": "n_head", "kv_heads": "", "head_dim": "", "hidden": "", "activation": "",
                "context": "seq_length", "eps": "layer_norm_epsilon"}),
+    _row("mixtral", "Mixtral", NO_BIAS, rules=expert_names.MIXTRAL, also=(expert_names.MIXTRAL_STACKED,), window="all",
+         mixture=Mixture(**LOCAL_EXPERTS)),
+    _row("qwen3_moe", "Qwen3Moe", ATTENTION_BIAS, QWEN_NAMES, qk_norm="required", window="all", window_switch=True,
+         mixture=Mixture(**QWEN_EXPERTS)),
+    _row("qwen2_moe", "Qwen2Moe", QWEN_NAMES, SWITCHED, biases=(("qkv_bias", "q k v"),),
+         mixture=Mixture(**QWEN_EXPERTS, shared="required", shared_hidden="shared_expert_intermediate_size",
+                         shared_gate=True)),
+    _row("olmoe", "Olmoe", ATTENTION_BIAS, QWEN_NAMES, qk_norm="required", qk_over="width", square=True,
+         mixture=Mixture(**OLMO_EXPERTS)),
+    _row("flex_olmo", "FlexOlmo", OLMO, rules=expert_names.FLEX, also=(expert_names.FLEX_STACKED,), placement="post",
+         qk_norm="required", qk_over="width", mixture=Mixture(**OLMO_EXPERTS)),
+    _row("granitemoe", "GraniteMoe", GRANITE_EXPERTS, mixture=Mixture(**LOCAL_EXPERTS)),
+    _row("granitemoeshared", "GraniteMoeShared", GRANITE_EXPERTS,
+         mixture=Mixture(**LOCAL_EXPERTS, shared="optional", shared_hidden="shared_intermediate_size")),
+    _row("granitemoe_swa", "GraniteMoeSWA", GRANITE_EXPERTS, LAYER_WINDOWS, sinks="required", rope_by="layer",
+         no_position="theta",
+         mixture=Mixture(**LOCAL_EXPERTS, shared="optional", shared_hidden="shared_intermediate_size")),
+    _row("gpt_oss", "GptOss", LAYER_WINDOWS, rules=expert_names.GPT_OSS, also=(expert_names.GPT_OSS_BLOCKS,),
+         biases=(("attention_bias", "q k v o"), ("", "gate up down")), sinks="required", rounds_gains=False,
+         activation="clamped_swiglu", keys={"activation": ""},
+         mixture=Mixture(**LOCAL_EXPERTS, bias=True, alpha="swiglu_alpha", limit="swiglu_limit")),
+    _row("glm4_moe", "Glm4Moe", DEEPSEEK, partial=True, biases=(("attention_bias", "q k v"),), qk_norm="optional",
+         qk_key="use_qk_norm", mixture=Mixture(**DEEPSEEK_EXPERTS, dense="first")),
+    _row("dots1", "Dots1", ATTENTION_BIAS, DEEPSEEK, LAYER_WINDOWS, qk_norm="required",
+         mixture=Mixture(**DEEPSEEK_EXPERTS, dense="first")),
+    _row("solar_open", "SolarOpen", DEEPSEEK, biases=(("attention_bias", "q k v"),),
+         keys={"hidden": ""}, mixture=Mixture(**DEEPSEEK_EXPERTS)),
+    _row("exaone_moe", "ExaoneMoe", NO_BIAS, NO_GROUPS, rules=expert_names.EXAONE,
+         also=(expert_names.DEEPSEEK, expert_names.DEEPSEEK_STACKED), qk_norm="required", window="layers",
+         no_position="windowed", mixture=Mixture(**GROUPED, shared_hidden="num_shared_experts", dense="list")),
+    _row("ernie4_5_moe", "Ernie4_5_Moe", NO_BIAS, rules=expert_names.ERNIE, also=(expert_names.ERNIE_STACKED,),
+         rope="neighbours", rounds_tables=False, constants={"use_bias": False, "moe_norm_min": 1e-12},
+         mixture=Mixture(experts="moe_num_experts", top_k="moe_k", correction=True, dense="span", shared="optional",
+                         shared_hidden="moe_num_shared_experts", shared_times=True,
+                         wide=("router.weight", "router.correction"))),
+    _row("minimax_m2", "MiniMaxM2", NO_BIAS, rules=expert_names.MINIMAX, also=(expert_names.MINIMAX_STACKED,),
+         partial=True, qk_norm="required", qk_over="width", mixture=Mixture(**LOCAL_EXPERTS, **CORRECTED)),
 )  # fmt: skip
 """In order of preference: of two that carry a spec with as few rewrites, the earlier one is taken."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from backends.base import Tokenizer
 from backends.folder import end_ids, token_id
-from backends.hf import rotary
+from backends.hf import mixture, rotary
 from backends.hf.carriers import ACTIVATIONS, KEYS, Carrier
 from backends.hf.shipped import ship
 from spec.config import Spec
@@ -49,7 +49,7 @@ def _sizes(spec: Spec) -> dict[str, Any]:
         "heads": a.heads,
         "kv_heads": a.kv_heads,
         "head_dim": a.head_dim,
-        "hidden": b.mlp.hidden,
+        "hidden": mixture.dense_hidden(spec),
         "context": spec.position_rows - offset if e.positions is not None else spec.context,
         "activation": ACTIVATIONS.get(b.mlp.activation),
         "eps": b.norm.eps,
@@ -86,7 +86,7 @@ def _switches(spec: Spec, c: Carrier) -> dict[str, Any]:
     }
     if c.embed_scale != "sqrt_width":
         out[c.embed_scale] = e.scale or 1.0
-    return out
+    return out if c.mixture is None else out | mixture.settings(spec, c.mixture)
 
 
 def _windows(spec: Spec, c: Carrier) -> Mapping[str, Any]:

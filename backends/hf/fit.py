@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from backends.carriers import ByHash, Fold, best, distinct, layer_path
-from backends.hf import rotary
+from backends.hf import mixture, rotary
 from backends.hf.carriers import ACTIVATIONS, BY_ARCH, CARRIERS, Carrier
 from backends.hf.shipped import Origin, origins, ship
 from spec.config import Alibi, Block, NoPosition, Norm, Rope, Spec
@@ -198,7 +198,7 @@ def _per_layer(spec: Spec, c: Carrier) -> Iterator[tuple[str, Sequence[object]]]
         ("window", [a.window for a in attentions if a.window is not None] if c.window == "layers" else []),
     ]:  # fmt: skip
         yield f"block.attention.{name}", sorted(set(values), key=str)
-    yield "block.mlp.hidden", sorted({b.mlp.hidden for b in spec.layers})
+    yield "block.mlp.hidden", sorted({b.mlp.hidden for b in spec.layers if b.mlp.kind == "dense"})
     yield "block.mlp.activation", sorted({f"{b.mlp.activation}/{b.mlp.gated}" for b in spec.layers})
     yield "block.residual_scale", sorted({b.residual_scale for b in spec.layers})
 
@@ -275,17 +275,19 @@ def _biases(where: str, b: Block) -> Iterator[tuple[str, str, bool]]:
 def mlp(spec: Spec, c: Carrier) -> Found:
     for where, b in distinct(spec):
         m, at = b.mlp, f"{where}.mlp"
-        if m.kind != "dense":
-            yield f"{at}.kind: {m.kind}, where transformers' {c.arch} is dense"
         kind = "gated" if c.gated else "plain"
         if m.gated != c.gated:
             yield f"{at}.gated: {str(m.gated).lower()}, where transformers' {c.arch} is {kind}"
         if c.activation and m.activation != c.activation:
             yield f"{at}.activation: {m.activation}, where transformers' {c.arch} has {c.activation}"
-        elif m.activation not in ACTIVATIONS or m.activation in c.lacks:
+        elif not c.activation and (m.activation not in ACTIVATIONS or m.activation in c.lacks):
             yield f"{at}.activation: {m.activation}, which transformers' {c.arch} lacks"
-        if c.hidden_times and m.hidden != c.hidden_times * spec.width:
+        if c.hidden_times and m.kind == "dense" and m.hidden != c.hidden_times * spec.width:
             yield f"{at}.hidden: {m.hidden}, where transformers' {c.arch} has {c.hidden_times} * width"
+
+
+def experts(spec: Spec, c: Carrier) -> Found:
+    yield from mixture.check(spec, c.mixture, c.arch)
 
 
 def ends(spec: Spec, c: Carrier) -> Found:
@@ -304,4 +306,4 @@ def ends(spec: Spec, c: Carrier) -> Found:
         yield f"head.softcap: {h.softcap:g}, which transformers' {c.arch} lacks"
 
 
-CHECKS = (norms, flow, attention, positions, biases, mlp, ends)
+CHECKS = (norms, flow, attention, positions, biases, mlp, experts, ends)

@@ -179,10 +179,13 @@ class Artifact:
         return self._places[name][0]
 
     def _floats(self, slot: Slot, r: Run) -> Floats:
-        end = r.start + len(r.take)
+        end, file = r.start + len(r.take), self._file(slot.name)
+        dtype = file.tensors[slot.name].dtype  # float32 where the scales are a source's own, else the slot's
+        if slot.bound.folded:
+            return widen(file.elements(slot.name, r.start, end), dtype)
         if not slot.bound.transposed:
-            return widen(self._raw(slot.name, r.start, end), slot.dtype)
-        return widen(self._file(slot.name).columns(slot.name, r.start, end), slot.dtype)
+            return widen(self._raw(slot.name, r.start, end), dtype)
+        return widen(file.columns(slot.name, r.start, end), dtype)
 
     def _raw(self, name: str, start: int, stop: int) -> NDArray[Any]:
         return self._file(name).rows(name, start, stop)

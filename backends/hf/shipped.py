@@ -43,6 +43,8 @@ def ship(spec: Spec, c: Carrier) -> Spec:
             b["attention"]["qk_norm"] |= {"weight": True, "bias": c.qk_bias, "offset": c.offset}
         b["attention"]["sinks"] = c.sinks == "required"
         b["shared_norm"] = b["shared_norm"] and "shared" in c.flow
+        if c.mixture is not None and b["mlp"]["kind"] == "moe":
+            b["mlp"]["router"] |= {"bias": c.mixture.bias, "correction": c.mixture.correction}
     for n in (data["final_norm"], data["embedding"]["norm"]):
         if n is not None:
             _norm(n, c)

@@ -2,8 +2,8 @@
 
 Quantized products are stored as compressed-tensors' `pack-quantized`: codes + 2^(bits-1), low bits first in 32-bit
 words, and float16 scales. transformers loads neither embeddings nor the products of some architectures packed; those
-hold code * scale in the narrowest float that is exact (float16 for q4, float32 for q8), and their scales lie beside
-them in a file that no client opens, so that codes and scales are read back bit for bit.
+hold code * scale in the narrowest float that is exact (float16 for q4, float32 for q8 and for a source's own scales),
+and their scales lie beside them in a file that no client opens, so that codes and scales are read back bit for bit.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from backends.hf.fit import Fit
 from backends.hf.names import FUSED_BY_SERVERS, RENAMED
 from backends.safetensors import Tensor, file_names
 from spec.layout import Bound, Layout
+from spec.params import params
 
 BITS = {"q8": 8, "q4": 4}
 GROUP = 32
@@ -65,9 +66,10 @@ class Store:
     def __init__(self, fit: Fit, planned: Sequence[Planned]) -> None:
         self.fit = fit
         self.levels = {p.name: p.level for p in planned}
+        self._wide = {p.name for p in planned if p.wide}
         self.layout = Layout(fit.carrier.rules, fit.spec)
         quantized = any(level in BITS for level in self.levels.values())
-        matrices = {p.level for p in planned if len(p.shape) > 1}
+        matrices = {self.levels[p.name] for p in params(fit.source) if p.matrix}
         self.dtype = "F32" if quantized or len(matrices) > 1 else DTYPES[next(iter(matrices))]
         """Of vectors, and what config.json asks to load as."""
         self.slots = {s.name: s for b in self.layout.rules for s in self._slots(b)}
@@ -83,11 +85,15 @@ class Store:
         bits = [BITS[level] for level in levels if level in BITS]
         dtype = self.dtype
         packed: int | None = None
-        if len(bound.canonical[0].shape) > 1:
+        experts = self.fit.carrier.mixture
+        if experts is not None and parts[0].endswith(experts.wide):
+            dtype = "F32"
+        if bound.canonical[0].matrix:
             if bits and self.fit.carrier.packs and bound.canonical[0].role == "linear":
                 packed, dtype = max(self._beside(n) for n in parts), "F16"
             elif bits:
-                dtype = "F16" if max(bits) == 4 else "F32"
+                wide = any(self.fit.origins[n].name in self._wide for n in parts)
+                dtype = "F16" if max(bits) == 4 and not wide else "F32"
             else:
                 dtype = DTYPES[str(levels[0])]
         return [Slot(name, shape, bound, dtype, packed) for name, shape in bound.shapes().items()]
@@ -185,8 +191,8 @@ def unpack(words: NDArray[np.uint32], bits: int) -> NDArray[np.int8]:
 def codes_of(values: Floats, scales: Floats, bits: int) -> Values:
     """Codes from code * scale, whose quotient is a whole number; the values themselves where they are none."""
     rows, cols = values.shape
-    quotients = values.reshape(rows, cols // GROUP, GROUP) / scales[..., None]
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
+        quotients = values.reshape(rows, cols // GROUP, GROUP) / np.where(scales == 0, 1, scales)[..., None]
         codes = np.rint(quotients).astype(np.int8).reshape(rows, cols)
     found = QuantizedTensor(codes, scales, bits, GROUP)
     return found if np.array_equal(found.dequantize(), values) else values

@@ -28,11 +28,14 @@ class Reading:
 def family(data: Mapping[str, Any], source: str) -> Family:
     """The family of a config. Raises `UserError` that names the families there are, and what the nearest one could not
     place of this config."""
+    from convert.families.expert_table import UNREAD
     from convert.families.table import FAMILIES
 
     model_type = data.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
+    if isinstance(model_type, str) and model_type in UNREAD:
+        raise UserError(f"{source}: model_type: {model_type!r} is not read: {UNREAD[model_type]}")
     near = min(FAMILIES, key=lambda name: len(_unplaced(data, FAMILIES[name])))
     known = sorted(FAMILIES)
     hint = nearest(model_type, known) if isinstance(model_type, str) else ""

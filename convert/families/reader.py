@@ -12,6 +12,7 @@ from typing import Any
 
 from backends.hf.carriers import KEYS, Carrier
 from backends.hf.rotary import FULL, LOCAL
+from convert.families import mixtures
 from convert.families.config import Config
 from convert.families.rope import Position, rope, rope_by_window
 from spec.errors import nearest
@@ -67,6 +68,8 @@ def read(c: Config, row: Carrier) -> Data:
     std = c.number(keys["std"]) or 0.02
     tied = c.take("tie_word_embeddings", bool)
     layers = _layers(c, row, depth, full, local)
+    sparse = mixtures.sparse(c, row.mixture, depth) if row.mixture is not None else []
+    moe = mixtures.mixture(c, row.mixture) if row.mixture is not None else {}
     if c.problems:
         return {}
     if mlp["hidden"] is None:
@@ -80,11 +83,12 @@ def read(c: Config, row: Carrier) -> Data:
             "norm": norm if row.embed_norm else None, "dropout": dropouts.get("embedding_dropout", 0.0),
         },
         "block": {
-            "attention": attention, "mlp": mlp, "norm": norm, "placement": row.placement,
+            "attention": attention, "mlp": {**mlp, **moe}, "norm": norm, "placement": row.placement,
             "parallel": kind != "sequential", "shared_norm": kind == "shared",
             "residual_scale": ends["residual"] or 1.0, "dropout": dropouts.get("residual_dropout", 0.0),
         },
-        **_differing(layers),
+        **_differing([{"attention": a} if on else {"attention": a, "mlp": {"kind": "dense", **mlp}}
+                      for a, on in zip(layers, sparse or [True] * depth, strict=True)]),
         "final_norm": norm,
         "head": {"tied": tied, "bias": "head" in on, "scale": ends["logit"], "softcap": ends["softcap"]},
         "init": {"std": std, "depth_scaled": False},
@@ -225,14 +229,14 @@ def _turning(c: Config, row: Carrier, depth: int | None) -> list[Any]:
 
 
 def _differing(layers: list[Data]) -> Data:
-    """Layers as a pattern where one repeats, else as overrides."""
+    """Partial blocks as a pattern where one repeats, else as overrides."""
     for period in range(1, len(layers) // 2 + 1):
-        if all(a == layers[i % period] for i, a in enumerate(layers)):
-            return {"pattern": [{"attention": a} for a in layers[:period]]}
+        if all(block == layers[i % period] for i, block in enumerate(layers)):
+            return {"pattern": layers[:period]}
     out: Data = {}
     start = 0
-    for a, run in groupby(layers):
+    for block, run in groupby(layers):
         stop = start + len(list(run))
-        out[f"{start}..{stop - 1}"] = {"attention": a}
+        out[f"{start}..{stop - 1}"] = block
         start = stop
     return {"overrides": out}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backends.hf.carriers import BY_ARCH
-from convert.families import quirks
+from convert.families import expert_table, quirks
 from convert.families.config import Family
 from convert.families.quirks import alternating, windowed_from
 
@@ -33,6 +33,8 @@ GLM = {"partial_rotary_factor": 0.5, "num_key_value_heads": 2, "head_dim": 128, 
 NEOX_MASKS = r"(gpt_neox\.)?layers\.\d+\.attention\.(masked_)?bias"
 GPT2_MASKS = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 
+EXPERTS = expert_table.TRAINING | expert_table.FURTHER
+
 
 def _family(arch: str, defaults: Mapping[str, Any] | None = None, **fields: Any) -> Family:
     return Family(carriers=BY_ARCH[arch], defaults={**USUAL, **(defaults or {})}, **fields)
@@ -54,6 +56,11 @@ ROWS: tuple[Family, ...] = (
                             "layer_rope_theta": None},
             layer_types=alternating(4, first=True)),
     _family("arcee", {"hidden_act": "relu2", "rms_norm_eps": 1e-5}),
+    _family("seed_oss", {"attention_bias": True, "attention_out_bias": False, "attention_dropout": 0.1,
+                         "residual_dropout": 0.1, "num_key_value_heads": 8, "head_dim": 128}),
+    _family("helium", {"rms_norm_eps": 1e-8, "num_key_value_heads": 20, "head_dim": 128, "rope_theta": 1e5}),
+    _family("ernie4_5", {**TIED, "rms_norm_eps": 1e-5, "num_key_value_heads": 2, "head_dim": 128, "rope_theta": 5e5,
+                         "use_bias": False}),
     _family("phi3", {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "sliding_window": None},
             scalings={"yarn": "longrope"},
             neutral={"attention_bias": (False,), "mlp_bias": (False,), "lm_head_bias": (False,),
@@ -103,6 +110,7 @@ ROWS: tuple[Family, ...] = (
     _family("persimmon", {"hidden_act": "relu2", "partial_rotary_factor": 0.5, "qk_layernorm": True}),
     _family("nemotron", {"hidden_act": "relu2", "norm_eps": 1e-5, "initializer_range": 0.0134,
                          "partial_rotary_factor": 0.5}),
+    _family("jais2", {"hidden_act": "relu2", "attention_bias": True, "mlp_bias": True}),
     _family("cohere", {**TIED, "rope_theta": 5e5, "logit_scale": 0.0625, "use_qk_norm": False}),
     _family("cohere2", {**TIED, "logit_scale": 0.0625, "sliding_window": 4096, "sliding_window_pattern": 4},
             layer_types=alternating(4, "sliding_window_pattern"),
@@ -130,6 +138,8 @@ ROWS: tuple[Family, ...] = (
             ignored=frozenset({"attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion",
                                "offset_alibi", "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact", "n_inner"}),
             neutral={"apply_residual_connection_post_layernorm": (False,)}),
+    *(_family(arch, defaults, **{**fields, "ignored": EXPERTS | fields.get("ignored", frozenset())})
+      for arch, defaults, fields in expert_table.ROWS),
 )  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {f.name: f for f in ROWS}

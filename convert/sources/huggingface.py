@@ -12,6 +12,7 @@ from convert.sources.files import read_json
 from convert.sources.quantized import decoded
 from convert.sources.weights import open_weights
 from convert.tokenizers import read_tokenizer
+from spec.config import Spec
 from spec.layout import Layout, Rule
 
 RECOMPUTED = r"(.*\.)?rotary_emb\.inv_freq"
@@ -29,7 +30,7 @@ def open_huggingface(folder: Path, adapters: Sequence[Path] = ()) -> Source:
     found = read(data, str(config), folder.resolve().name)
     tokenizer, (stored, notes) = read_tokenizer(folder, data), open_weights(folder)
     tensors, more = decoded(stored, quantization, str(config))
-    rules = as_stored(found.row.rules, tensors.entries)
+    rules = as_stored((found.row.rules, *found.row.also), found.spec, tensors.entries)
     tensors, spec, named, merged = merge(adapters, tensors, found.spec, rules)
     tied = {outside(rules, "head.weight"): "embed.weight"} if spec.head.tied else {}
     source = Source(
@@ -45,8 +46,16 @@ def outside(rules: Sequence[Rule], canonical: str) -> str:
     return next(r.external[0] for r in rules if r.canonical == (canonical,))
 
 
-def as_stored(rules: Sequence[Rule], names: Collection[str]) -> Sequence[Rule]:
-    """A family's rules without the prefix of its base model, where a folder was written without it."""
+def as_stored(tables: Sequence[Sequence[Rule]], spec: Spec, names: Collection[str]) -> Sequence[Rule]:
+    """Of a family's layouts the one that a folder is written in: that which names the most of its tensors."""
+    written = [_without_prefix(rules, names) for rules in tables]
+    if len(written) == 1:
+        return written[0]
+    return max(written, key=lambda rules: sum(n in names for n in Layout(rules, spec).external))
+
+
+def _without_prefix(rules: Sequence[Rule], names: Collection[str]) -> Sequence[Rule]:
+    """Rules without the prefix of the family's base model, where a folder was written without it."""
     embed = outside(rules, "embed.weight")
     prefix = embed.split(".")[0] + "."
     if embed in names or embed.removeprefix(prefix) not in names:
