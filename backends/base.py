@@ -37,8 +37,9 @@ class NotComparable(UserError):
 class QuantizedTensor:
     """Rows of a matrix on the portable grid: `weight[r, c] = codes[r, c] * scales[r, c // group]`.
 
-    Symmetric, scales positive with at most 8 significant bits (exact in float16, bfloat16 and float32), codes in
-    -2^(bits-1) .. 2^(bits-1)-1.
+    Symmetric, codes in -2^(bits-1) .. 2^(bits-1)-1. Scales are positive with at most 8 significant bits (exact in
+    float16, bfloat16 and float32), where this program rounded; those of a source that had codes already (GGUF's Q4_0
+    and Q8_0) are any float16.
     """
 
     codes: NDArray[np.int8]
@@ -144,6 +145,8 @@ class Arithmetic:
     """Dtype of keys and values in the cache."""
     activations: str | None = None
     """How the input of a product with quantized weights is rounded (a key of `convert.verify.emulate.ROUNDINGS`)."""
+    unrounded: frozenset[str] = frozenset()
+    """Quantized weights whose products take their input as it is all the same, by canonical name."""
     tables: bool = False
     """Whether rotary tables are rounded to `compute` before they are used."""
     gains: bool = False
@@ -161,6 +164,8 @@ class Planned:
     level: str
     """`f32`, `f16`, `bf16` (float32 blocks to be rounded to that), `q8`, `q4` (QuantizedTensor blocks), or a backend's
     native type by its own name (float32 blocks that the backend quantizes itself)."""
+    wide: bool = False
+    """Whether codes and scales are a source's own: then scales may have 11 significant bits, and be negative or 0."""
 
 
 @dataclass

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from backends.base import Planned, QuantizedTensor, Tokenizer, Values
 from backends.folder import stamp, write_mark, write_tokenizer
-from backends.onnx.layout import CODES, DATA, MODEL, Layout, Profile, constants, encode, layout, pack
+from backends.onnx.layout import CODES, DATA, MODEL, Layout, Profile, Stored, constants, encode, layout, pack
 from backends.placed import PlacedFile
 from spec.config import Spec
 from spec.errors import UserError
@@ -43,12 +46,17 @@ class DataWriter:
         if isinstance(values, QuantizedTensor):
             codes, scales = parts
             assert values.bits == CODES[level], f"{name}: {values.bits} bits at level {level}"
-            self._file.write(pack(values, self.places.profile), codes.offset + start * codes.row_bytes)
-            self._file.write(encode(values.scales, scales.dtype), scales.offset + start * scales.row_bytes)
+            self._put(codes, start, pack(values, self.places.profile))
+            self._put(scales, start, encode(values.scales, scales.dtype))
         else:
             assert level not in CODES, f"{name}: floats at level {level}"
-            self._file.write(encode(values, level), parts[0].offset + start * parts[0].row_bytes)
+            self._put(parts[0], start, encode(values, level))
         self._missing[name] -= values.shape[0]
+
+    def _put(self, t: Stored, start: int, data: NDArray[np.uint8]) -> None:
+        apart = t.row_bytes * t.step
+        for i, rows in enumerate([data] if t.step == 1 else data.reshape(-1, t.row_bytes)):
+            self._file.write(rows, t.offset + (start + i) * apart)
 
     def close(self) -> None:
         """Flush to disk."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from backends.onnx.layout import DATA, Stored
+from backends.onnx.layout import BITS, DATA, Stored
 
 DTYPES = {
     "f32": ir.DataType.FLOAT, "f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "i64": ir.DataType.INT64,
     "i32": ir.DataType.INT32, "i8": ir.DataType.INT8, "u8": ir.DataType.UINT8, "i4": ir.DataType.INT4,
+    "bool": ir.DataType.BOOL,
 }  # fmt: skip
 """ONNX's types by our names."""
 
@@ -29,6 +33,7 @@ class Builder:
         self._used: Counter[str] = Counter()
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._tapped: set[ir.Value] = set()
+        self._named = True
 
     def __call__(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """Add a node with one output, which is returned."""
@@ -50,10 +55,45 @@ class Builder:
 
     def name(self, x: ir.Value, name: str) -> ir.Value:
         """Give a value and its node a canonical name; a value keeps the first that it gets."""
-        if x.producer() is not None and x not in self._tapped:
+        if self._named and x.producer() is not None and x not in self._tapped:
             self._tapped.add(x)
             self.rename(x, f"{self.scope}{name}")
         return x
+
+    @contextmanager
+    def unnamed(self) -> Iterator[None]:
+        """Values get no canonical names: what belongs to one expert, or to all of them at once, has none."""
+        self._named = False
+        try:
+            yield
+        finally:
+            self._named = True
+
+    def loop(
+        self,
+        count: ir.Value,
+        carried: ir.Value,
+        dtype: str,
+        shape: Sequence[int | str],
+        body: Callable[[ir.Value, ir.Value], ir.Value],
+    ) -> ir.Value:
+        """`carried = body(i, carried)` for i in 0 .. count - 1; `dtype` and `shape` are the carried value's."""
+
+        def formal(name: str, kind: str, sizes: Sequence[int | str]) -> ir.Value:
+            return ir.Value(name=f"{self.scope}loop.{name}", type=ir.TensorType(DTYPES[kind]), shape=ir.Shape(sizes))
+
+        inputs = [formal("i", "i64", ()), formal("go", "bool", ()), formal("carried", dtype, shape)]
+        outside, self.nodes = self.nodes, []
+        try:
+            with self.unnamed():
+                result = body(inputs[0], inputs[2])
+                outputs = [self("Identity", inputs[1]), result]
+            for value, like in zip(outputs, inputs[1:], strict=True):
+                value.type, value.shape = like.type, like.shape
+            inner = ir.Graph(inputs, outputs, nodes=self.nodes, name=f"{self.scope}loop")
+        finally:
+            self.nodes = outside
+        return self("Loop", count, self.constant(True, "bool"), carried, body=inner)
 
     def rename(self, x: ir.Value, name: str) -> None:
         """Another name for a value and for its node."""
@@ -81,7 +121,8 @@ class Builder:
         """A tensor of the data file; `view` (name, dtype, shape) reads the same bytes differently."""
         name, dtype, shape = view or (t.name, t.dtype, t.shape)
         if name not in self.initializers:
-            tensor = ir.ExternalTensor(DATA, t.offset, t.nbytes, DTYPES[dtype], shape=ir.Shape(shape), name=name)
+            nbytes = prod(shape) * BITS[dtype] // 8
+            tensor = ir.ExternalTensor(DATA, t.offset, nbytes, DTYPES[dtype], shape=ir.Shape(shape), name=name)
             self._initializer(name, tensor)
         return self.initializers[name]
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import onnx_ir as ir
 
+from backends.onnx import mixture
 from backends.onnx.builder import CONTRIB, Builder
-from backends.onnx.kernels import Kernel, kernel
+from backends.onnx.kernels import QMOE, SWISHES, Kernel, grouped_experts, kernel
 from backends.onnx.layout import CODES, GROUP, Layout
 from backends.onnx.portable import Keys, Past, PortableOps, Rotation, Weight
-from spec.config import Activation, Attention, Norm
+from spec.config import Activation, Attention, MoE, Norm
 from spec.ops import Step
 
 X = ir.Value
@@ -23,9 +24,6 @@ ACCURACY = {"f32": 4, "f16": 0, "bf16": 0}
 
 NEVER = 2**31 - 1
 """More tokens than any cache holds."""
-
-SLOPES: dict[Activation, float] = {"silu": 1.0, "quick_gelu": 1.702}
-"""Activations x * sigmoid(slope * x)."""
 
 
 class OrtOps(PortableOps):
@@ -57,7 +55,7 @@ class OrtOps(PortableOps):
     def linear(self, x: X, w: Weight) -> X:
         assert w.weight is not None
         level = self.layout.levels[w.weight]
-        if level not in CODES:
+        if level not in CODES or w.experts:
             return super().linear(x, w)
         codes, scales = self.layout.parts(w.weight)
         n, groups = scales.shape
@@ -88,9 +86,48 @@ class OrtOps(PortableOps):
         return out[3], out[0]
 
     def act(self, x: X, kind: Activation) -> X:
-        if kind in SLOPES:
-            return self.fused("QuickGelu", x, alpha=SLOPES[kind])
+        if kind in SWISHES:
+            return self.fused("QuickGelu", x, alpha=SWISHES[kind])
         return super().act(x, kind)
+
+    # Mixture of experts
+
+    def experts(self, x: X, routes: tuple[X, X], w: Any, m: MoE) -> X:
+        levels = {part: self.layout.levels[h.weight] for part, h in vars(w).items() if h.weight is not None}
+        if not grouped_experts(m, self.layout.profile, self.compute, levels):
+            return super().experts(x, routes, w, m)
+        share = self.narrow(mixture.spread(self, routes, m))  # its largest are the chosen, whatever the router is
+        kind: dict[str, Any] = {"activation_type": QMOE.get(m.activation)}
+        if m.gated:
+            clamped = m.activation == "clamped_swiglu"
+            kind = {
+                "activation_type": "swiglu", "swiglu_fusion": 1, "swiglu_limit": m.limit if clamped else None,
+                "activation_alpha": m.alpha if clamped else SWISHES[m.activation], "activation_beta": float(clamped),
+            }  # fmt: skip
+        return self.fused(
+            "QMoE", x, share, *self._joined(w.gate if m.gated else None, w.up, m), *self._joined(None, w.down, m),
+            *[None] * 6, share, k=m.router.top_k, normalize_routing_weights=0, block_size=GROUP, weights_prepacked=0,
+            expert_weight_bits=CODES[levels["up"]], fc2_expert_weight_bits=CODES[levels["down"]],
+            accuracy_level=ACCURACY[self.compute], **kind,
+        )  # fmt: skip
+
+    def _joined(self, gate: Weight | None, w: Weight, m: MoE) -> tuple[X, X, X | None]:
+        """Codes [E, N, K * bits / 8], scales [E, N, K / 32] and biases [E, N] of one of QMoE's two matrices; a gate's
+        rows lie between those of `w`."""
+        each, g = 1 if gate is None else 2, self.g
+        first = w if gate is None else gate
+        assert first.weight is not None
+        codes, scales = self.layout.parts(first.weight)
+        n, groups = scales.shape[0] // m.experts * each, scales.shape[1]
+        end = ".experts" if gate is None else ".pairs"
+        nbytes = groups * GROUP * CODES[self.layout.levels[first.weight]] // 8
+        held = g.stored(codes, (codes.name + end, "u8", (m.experts, n, nbytes)))
+        scaled = g.stored(scales, (scales.name + end, scales.dtype, (m.experts, n, groups)))
+        if w.bias is None:
+            return held, scaled, None
+        biases = [self.vector(h.bias) for h in (gate, w) if h is not None and h.bias is not None]
+        columns = [g("Reshape", b, g.ints(m.experts, n // each, 1)) for b in biases]
+        return held, scaled, self.narrow(g("Reshape", g("Concat", *columns, axis=-1), g.ints(m.experts, n)))
 
     # Heads and attention
 

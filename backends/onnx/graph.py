@@ -19,6 +19,7 @@ may be padded on the right, and its next call overwrites the padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Literal
 
@@ -28,7 +29,7 @@ from backends.base import Planned
 from backends.onnx.builder import CONTRIB, DTYPES, Builder
 from backends.onnx.layout import Layout, Profile, layout
 from backends.onnx.portable import Keys, Past, PortableOps, Weight
-from spec.config import Alibi, Block, Spec
+from spec.config import Alibi, Block, MoE, Spec
 from spec.forward import hidden, logits
 from spec.ops import Step
 from spec.params import params
@@ -47,12 +48,13 @@ def model(
     cache: CacheKind = "dynamic",
     slots: int | None = None,
     rows_first: bool = True,
+    loops: bool = True,
 ) -> ir.Model:
     """The model of a spec whose tensors are stored at the planned levels, its weights in `layout.DATA` beside it.
 
     profile: `portable` (standard operators only) or `ort`. compute: dtype of activations and caches, `f32`, `f16` or
     `bf16`. cache: see above; `static` (portable only) has opset 24 and `slots`, the length of the caches (default: the
-    spec's context). rows_first: how quantized embeddings are read (see `PortableOps`).
+    spec's context). rows_first, loops: how quantized embeddings are read and experts are run (see `PortableOps`).
     """
     places = layout(spec, planned, profile, compute)
     g = Builder()
@@ -62,7 +64,7 @@ def model(
     keys, step = b.growing(ids, mask) if b.slots is None else b.fixed(ids, mask)
     pasts = [b.past(i) for i in range(spec.depth)]
     if profile == "portable":
-        ops = PortableOps(g, places, keys, rows_first)
+        ops = PortableOps(g, places, keys, rows_first, loops)
     else:
         from backends.onnx.contrib import OrtOps
 
@@ -161,6 +163,19 @@ def handles(spec: Spec) -> SimpleNamespace:
         parts = [n if n in named else None for n in (weight or f"{name}.weight", f"{name}.bias")]
         return Weight(parts[0], parts[1], size)
 
+    def feed_forward(at: str, experts: int = 0) -> SimpleNamespace:
+        parts = {n: handle(f"{at}.{n}") for n in ("gate", "up", "down")}
+        return SimpleNamespace(**{n: replace(h, experts=experts) for n, h in parts.items()})
+
+    def mixture(at: str, m: MoE) -> SimpleNamespace:
+        correction = f"{at}.router.correction" if m.router.correction else None
+        return SimpleNamespace(
+            router=replace(handle(f"{at}.router"), correction=correction),
+            experts=feed_forward(f"{at}.experts", m.experts),
+            shared=feed_forward(f"{at}.shared"),
+            shared_gate=handle(f"{at}.shared_gate"),
+        )
+
     def layer(i: int, b: Block) -> SimpleNamespace:
         a, at = b.attention, f"layers.{i}"
         assert a.kv_heads is not None and a.head_dim is not None, "a resolved layer"
@@ -175,7 +190,7 @@ def handles(spec: Spec) -> SimpleNamespace:
         norms = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
         return SimpleNamespace(
             attn=attn,
-            mlp=SimpleNamespace(**{n: handle(f"{at}.mlp.{n}") for n in ("gate", "up", "down")}),
+            mlp=mixture(f"{at}.mlp", b.mlp) if isinstance(b.mlp, MoE) else feed_forward(f"{at}.mlp"),
             **{n: handle(f"{at}.{n}", spec.width) for n in norms},
         )
 

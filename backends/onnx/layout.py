@@ -5,13 +5,13 @@ Shapes: N rows, K columns of a matrix, P positions, V vocab.
 A quantized matrix is codes and scales. The standard operators want signed codes (`int4`, two to a byte, or `int8`),
 the contributed ones unsigned codes about 2^(bits-1); the bytes differ by flipping each code's highest bit. Where a
 matrix is read in two ways (a tied embedding: rows for the look-up, the whole for the head) the graph has two
-initializers of different type or shape over the same bytes of the file.
+initializers of different type or shape over the same bytes of the file. Experts lie one below the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, TypeAlias
 
@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Planned, QuantizedTensor
-from spec.config import Alibi, Spec
+from backends.onnx.kernels import grouped_experts
+from spec.config import Alibi, MoE, Spec
 from spec.rope import alibi_slopes, rope_tables
 
 Profile: TypeAlias = Literal["ort", "portable"]
@@ -46,10 +47,18 @@ class Stored:
     """A key of `BITS`."""
     shape: tuple[int, ...]
     offset: int
+    step: int = 1
+    """2 where its rows alternate with another tensor's: an expert's gate and up, as QMoE wants them."""
 
     @property
     def nbytes(self) -> int:
+        """Without what lies between its rows."""
         return prod(self.shape) * BITS[self.dtype] // 8
+
+    @property
+    def end(self) -> int:
+        """Where the last row ends."""
+        return self.offset + self.step * self.nbytes - (self.step - 1) * self.row_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -69,7 +78,12 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        return max((t.offset + t.nbytes for t in self.tensors.values()), default=0)
+        return max((t.end for t in self.tensors.values()), default=0)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A canonical tensor's own shape."""
+        n, *rest = self.parts(name)[-1].shape
+        return (n, *rest) if self.levels[name] not in CODES else (n, rest[0] * GROUP)
 
     def parts(self, name: str) -> tuple[Stored, ...]:
         """Where a canonical tensor lies: itself, or its codes and scales."""
@@ -85,13 +99,37 @@ def part_names(name: str, level: str) -> tuple[str, str]:
 def layout(spec: Spec, planned: Sequence[Planned], profile: Profile, compute: str) -> Layout:
     """Places of every tensor in canonical order, then of the constants."""
     tensors: dict[str, Stored] = {}
+    levels = {p.name: p.level for p in planned}
+    mates = dict(_mates(spec, levels, profile, compute))
     at = 0
     for name, dtype, shape in _wanted(spec, planned, profile, compute):
-        t = Stored(name, dtype, shape, at)
+        if name in mates:
+            first = tensors[mates[name]]
+            tensors[name] = replace(first, name=name, offset=first.offset + first.row_bytes)
+            continue
+        t = Stored(name, dtype, shape, at, 2 if name in mates.values() else 1)
         align = ALIGNMENT if t.nbytes >= ALIGNMENT else 64
-        tensors[name] = t = Stored(name, dtype, shape, -(-at // align) * align)
-        at = t.offset + t.nbytes
-    return Layout(tensors, {p.name: p.level for p in planned}, profile, compute)
+        tensors[name] = t = replace(t, offset=-(-at // align) * align)
+        at = t.offset + t.step * t.nbytes
+    return Layout(tensors, levels, profile, compute)
+
+
+def expert_levels(names: Mapping[str, str], at: str) -> dict[str, str]:
+    """Levels of a layer's gate, up and down experts; `at` is what leads their names."""
+    parts = ("gate", "up", "down")
+    return {part: names[n] for part in parts if (n := f"{at}.{part}.weight") in names}
+
+
+def _mates(spec: Spec, levels: Mapping[str, str], profile: Profile, compute: str) -> Iterator[tuple[str, str]]:
+    """Stored tensors of experts' up, and those of their gate between whose rows theirs lie."""
+    for i, b in enumerate(spec.layers):
+        at = f"layers.{i}.mlp.experts"
+        if not isinstance(b.mlp, MoE) or not b.mlp.gated:
+            continue
+        found = expert_levels(levels, at)
+        if grouped_experts(b.mlp, profile, compute, found):
+            up, gate = (part_names(f"{at}.{part}.weight", found[part]) for part in ("up", "gate"))
+            yield from zip(up, gate, strict=True)
 
 
 def _wanted(

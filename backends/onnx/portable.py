@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from backends.onnx import attention
+from backends.onnx import attention, mixture
 from backends.onnx.builder import DTYPES, Builder
 from backends.onnx.kernels import Kernel, kernel
-from backends.onnx.layout import CODES, GROUP, Layout
-from spec.config import Activation, Attention, Block, Norm
+from backends.onnx.layout import CODES, GROUP, Layout, Stored
+from spec.config import Activation, Attention, Block, MoE, Norm
 from spec.ops import Ops, Step
 from spec.rope import RopeTable
 
@@ -32,6 +32,12 @@ class Weight:
     weight: str | None = None
     bias: str | None = None
     size: int = 0
+    correction: str | None = None
+    """Of a router: added to scores for the choice."""
+    experts: int = 0
+    """How many lie one below the other in it; 0 where it is no mixture's."""
+    expert: X | None = None
+    """Which of them it stands for, a scalar; none for all."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,12 @@ class Keys:
 
 class PortableOps(Ops[X, Weight, Past]):
     """`rows_first`: quantized embedding rows are looked up as codes and then dequantized. Otherwise the table is
-    dequantized and then looked up: TensorRT's way, which ONNX Runtime would go through in every step."""
+    dequantized and then looked up: TensorRT's way, which ONNX Runtime would go through in every step. `loops`: experts
+    that are called for are run one by one; otherwise all of them at once, which is TensorRT's way too."""
 
-    def __init__(self, g: Builder, layout: Layout, keys: Keys, rows_first: bool = True) -> None:
-        self.g, self.layout, self.compute, self.keys, self.rows_first = g, layout, layout.compute, keys, rows_first
+    def __init__(self, g: Builder, layout: Layout, keys: Keys, rows_first: bool = True, loops: bool = True) -> None:
+        self.g, self.layout, self.compute, self.keys = g, layout, layout.compute, keys
+        self.rows_first, self.loops = rows_first, loops
         self.masks: dict[int | None, X] = {}
         self._turns: dict[X, tuple[X, X]] = {}
         self._matrices: dict[str, X] = {}
@@ -99,9 +107,16 @@ class PortableOps(Ops[X, Weight, Past]):
         """A scalar, of the compute type unless said otherwise."""
         return self.g.constant(value, dtype or self.compute)
 
-    def vector(self, name: str) -> X:
-        """A bias, gain, sink or slope as it is stored: float32."""
-        return self.g.stored(self.layout.tensors[name])
+    def vector(self, name: str, experts: int | None = None) -> X:
+        """A tensor that is no codes as it is stored (a bias, gain, sink or slope: float32); that of `experts` as
+        [E, ...]."""
+        t = self.layout.tensors[name]
+        return self.g.stored(t) if experts is None else self.stacked(t, experts)
+
+    def stacked(self, t: Stored, experts: int) -> X:
+        """Experts' rows, which lie one below the other, as [E, N, ...]."""
+        shape = (experts, t.shape[0] // experts, *t.shape[1:])
+        return self.g.stored(t, (f"{t.name}.experts", t.dtype, shape))
 
     # Into and out of the residual stream
 
@@ -152,8 +167,18 @@ class PortableOps(Ops[X, Weight, Past]):
 
     def linear(self, x: X, w: Weight) -> X:
         assert w.weight is not None
+        if w.experts:
+            return mixture.linear(self, x, w)
+        if self.layout.levels[w.weight] == "f32" != self.compute:
+            return self.narrow(self.wide_linear(x, w))
         y = self.g("MatMul", x, self.matrix(w.weight))
         return y if w.bias is None else self.add(y, self.narrow(self.vector(w.bias)))
+
+    def wide_linear(self, x: X, w: Weight) -> X:
+        """A product in float32 with weights that are: routers."""
+        assert w.weight is not None
+        y = self.g("MatMul", self.widen(x), self.g("Transpose", self.vector(w.weight), perm=[1, 0]))
+        return y if w.bias is None else self.g("Add", y, self.vector(w.bias))
 
     def unembed(self, x: X, w: Weight) -> X:
         return self.linear(x, w)
@@ -251,6 +276,17 @@ class PortableOps(Ops[X, Weight, Past]):
         whole = kernel(a, "portable", self.compute) is Kernel.ATTENTION
         run = attention.operator if whole else attention.decomposed
         return self.tap(run(self, q, k, v, visible, step.slots, a, w), "attn.heads")
+
+    # Mixture of experts
+
+    def route(self, x: X, w: Weight, m: MoE) -> tuple[X, X]:
+        return mixture.route(self, x, w, m)
+
+    def experts(self, x: X, routes: tuple[X, X], w: Any, m: MoE) -> X:
+        return (mixture.looped if self.loops else mixture.every)(self, x, routes, w, m)
+
+    def gate(self, x: X, y: X) -> X:
+        return self.narrow(self.g("Mul", self.widen(x), self.g("Sigmoid", self.widen(y))))
 
     # Structure
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Floats, Planned, QuantizedTensor, Values
 from backends.onnx.genai import CONFIG, config
-from backends.onnx.kernels import Kernel, kernel
+from backends.onnx.kernels import Kernel, grouped_experts, kernel
 from backends.onnx.layout import (
     CODES,
     DATA,
@@ -22,18 +23,20 @@ from backends.onnx.layout import (
     constants,
     decode,
     encode,
+    expert_levels,
     layout,
     part_names,
     unpack,
 )  # fmt: skip
 from backends.onnx.support import OPTIONS, levels, session
 from backends.reading import differences, load_json, own_mark, read_back, tokenizer_problems
-from spec.config import Spec
+from spec.config import MoE, Spec
 from spec.errors import UserError
 from spec.params import params
 
-VIEWS = (".bytes", ".rows")
-"""Ends of the names of further initializers over the same bytes."""
+VIEWS = (".bytes", ".rows", ".experts", ".pairs")
+"""Ends of the names of further initializers over the same bytes; of `.experts` [E, N, ...], and of `.pairs` [E, 2 N,
+...], whose rows are the gate's and up's in turn."""
 
 
 class GraphReader:
@@ -61,6 +64,8 @@ class GraphReader:
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor) and tensor.dtype in names:
                 shape = tuple(int(d) for d in tensor.shape.numpy())
+                if name.endswith((".experts", ".pairs")):
+                    shape = (shape[0] * shape[1], *shape[2:])
                 out[name] = Stored(name, names[tensor.dtype], shape, tensor.offset or 0)
         return out
 
@@ -76,24 +81,40 @@ class GraphReader:
             raise UserError(f"{file}: is cut off: {name} ends at byte {offset + nbytes}")
         return np.frombuffer(data, np.uint8)
 
+    def _find(self, name: str) -> Stored | None:
+        for view in ("", *VIEWS[:3]):
+            if (found := self.initializers.get(name + view)) is not None:
+                return found
+        both = self.initializers.get(name.replace(".experts.up.", ".experts.gate.") + ".pairs")
+        if both is None:
+            return None
+        half = replace(both, name=name, shape=(both.shape[0] // 2, *both.shape[1:]), step=2)
+        return replace(half, offset=half.offset + half.row_bytes) if ".experts.up." in name else half
+
+    def level(self, name: str) -> str:
+        """The level of a quantized matrix; an empty text for floats."""
+        return next((level for level in CODES if self._find(part_names(name, level)[0]) is not None), "")
+
+    def _bytes(self, t: Stored, start: int, stop: int) -> NDArray[np.uint8]:
+        """Rows of a tensor, without what lies between them."""
+        row, apart, count = t.row_bytes, t.row_bytes * t.step, stop - start
+        data = self._read(t.name, t.offset + start * apart, max(0, (count - 1) * apart + row))
+        return np.lib.stride_tricks.as_strided(data, (count, row), (apart, 1), writeable=False).reshape(-1)
+
     def floats(self, name: str, start: int, stop: int) -> Floats:
         """Rows of a tensor of floats, by the initializer's name."""
-        found = self.initializers.get(name)
+        found = self._find(name)
         if found is None:
             raise UserError(f"{self.folder / MODEL}: {name} is missing")
-        row = found.nbytes // found.shape[0]
-        data = self._read(name, found.offset + start * row, (stop - start) * row)
-        return decode(data, found.dtype).reshape(stop - start, *found.shape[1:])
+        return decode(self._bytes(found, start, stop), found.dtype).reshape(stop - start, *found.shape[1:])
 
     def rows(self, name: str, start: int, stop: int) -> Values:
         """Rows of a canonical tensor: codes and scales where they are on the portable grid, else float32."""
         for level, bits in CODES.items():
             codes, scales = part_names(name, level)
-            found = next((f for v in ("", *VIEWS) if (f := self.initializers.get(codes + v)) is not None), None)
+            found = self._find(codes)
             if found is not None:
-                row = found.nbytes // found.shape[0]
-                data = self._read(codes, found.offset + start * row, (stop - start) * row)
-                whole = unpack(data, bits, self.profile).reshape(stop - start, -1)
+                whole = unpack(self._bytes(found, start, stop), bits, self.profile).reshape(stop - start, -1)
                 return QuantizedTensor(whole, self.floats(scales, start, stop), bits, GROUP)
         if name not in self._shapes:
             raise UserError(f"{self.folder}: {name} is no tensor of this model")
@@ -104,11 +125,12 @@ class GraphReader:
         wanted = layout(self.spec, planned, self.profile, compute)
         out: dict[str, str] = {}
         for name, t in wanted.tensors.items():
-            same = [f for v in ("", *VIEWS) if (f := self.initializers.get(name + v)) is not None]
+            same = [f for v in ("", *VIEWS[:3]) if (f := self.initializers.get(name + v)) is not None]
+            same = same or [f for f in [self._find(name)] if f is not None]
             if not same:
                 out[name] = "missing"
             for f in same:
-                if (f.offset, f.nbytes) != (t.offset, t.nbytes):
+                if (f.offset, f.nbytes, f.step) != (t.offset, t.nbytes, t.step):
                     out[name] = f"{f.nbytes} bytes at {f.offset}, not {t.nbytes} at {t.offset}"
             found = self.initializers.get(name)
             if found is not None and (found.dtype, found.shape) != (t.dtype, t.shape):
@@ -139,12 +161,23 @@ class Artifact:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """How ONNX Runtime rounds: on a CPU accuracy level 4 quantizes the inputs of products with codes, and
-        GroupQueryAttention takes its rotary tables in the compute type."""
+        """How ONNX Runtime rounds: on a CPU accuracy level 4 quantizes the inputs of products with codes (but for those
+        in a loop over experts), and GroupQueryAttention takes its rotary tables in the compute type."""
         quantized = self.profile == "ort" and self.level in CODES and self.compute == "f32"
         kinds = [kernel(b.attention, self.profile, self.compute) for b in self.spec.layers]
         tables = self.compute != "f32" and Kernel.GROUPED in kinds
-        return Arithmetic(self.compute, self.compute, "int8" if quantized else None, tables=tables)
+        looped = frozenset(self._looped()) if quantized else frozenset()
+        return Arithmetic(self.compute, self.compute, "int8" if quantized else None, looped, tables=tables)
+
+    def _looped(self) -> Iterator[str]:
+        """Weights of experts that no fused operator computes."""
+        for i, b in enumerate(self.spec.layers):
+            if not isinstance(b.mlp, MoE):
+                continue
+            at = f"layers.{i}.mlp.experts"
+            levels = {p.name: self._weights.level(p.name) for p in params(self.spec) if p.name.startswith(f"{at}.")}
+            if not grouped_experts(b.mlp, self.profile, self.compute, expert_levels(levels, at)):
+                yield from levels
 
     def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
         """Tensors, constants, and what onnxruntime-genai reads, that are not as planned."""

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 import backends
 from backends.base import Artifact, Backend, ContentHash, Planned, QuantizedTensor, RowBlocks, Runtime, Values
 from convert.levels import LEVELS
-from convert.quantize import quantize
-from convert.recipe import plan
+from convert.recipe import Held, plan
+from convert.stream import rounded
 from convert.verify import numeric
 from convert.verify.emulate import Typed
 from convert.verify.packing import compare_values
@@ -42,23 +42,27 @@ class Door:
         """The level that the artifact declares. Raises `UserError`."""
         return backends.part(self.backend, "read").open_artifact(path).level
 
-    def open_artifact(self, path: Path, spec: Spec, level: str, threads: int | None) -> Shipped:
-        """Open an artifact that should carry `spec`. Raises `UserError` where it is not whole or another model's."""
+    def open_artifact(
+        self, path: Path, spec: Spec, level: str, threads: int | None, held: Held | None = None
+    ) -> Shipped:
+        """Open an artifact that should carry `spec`; `held` are the source's own codes. Raises `UserError` where it
+        is not whole or another model's."""
         artifact: Artifact = backends.part(self.backend, "read").open_artifact(path)
         if artifact.source.hash != spec.hash:
             raise UserError(f"{path}: carries another spec than the source's")
-        return Shipped(self.backend, path, artifact, spec, level, threads)
+        return Shipped(self.backend, path, artifact, spec, level, threads, held)
 
 
 class Shipped:
     """An artifact; see `convert.verify.run.Shipped`."""
 
     def __init__(
-        self, backend: Backend, path: Path, artifact: Artifact, source: Spec, level: str, threads: int | None
-    ) -> None:
+        self, backend: Backend, path: Path, artifact: Artifact, source: Spec, level: str, threads: int | None,
+        held: Held | None = None,
+    ) -> None:  # fmt: skip
         self.backend, self.path, self.artifact, self.threads = backend, path, artifact, threads
         self.spec: Spec = artifact.spec
-        self._planned = planned(backend, source, level)
+        self._planned = planned(backend, source, level, held)
         self._shapes = {p.name: p.shape for p in params(self.spec)}
 
     @property
@@ -85,7 +89,8 @@ class Shipped:
     def weights(self, name: str) -> Any:
         """Dequantized weights, a few rows at a time."""
         rows = ArtifactRows(self.artifact, name, self._shapes[name])
-        kind = self.artifact.arithmetic.activations
+        a = self.artifact.arithmetic
+        kind = None if name in a.unrounded else a.activations
         if len(rows.shape) == 1:
             return rows[:]
         return Typed(rows, kind) if kind and rows.quantized else rows
@@ -119,10 +124,10 @@ class Shipped:
         return Twin(self.spec, exact, runtime, what, self.session or runtime.context, emulated=emulated)
 
 
-def planned(backend: Backend, spec: Spec, level: str) -> list[Planned]:
+def planned(backend: Backend, spec: Spec, level: str, held: Held | None = None) -> list[Planned]:
     """Every tensor with the level that a conversion gives it."""
     if level in LEVELS:
-        return plan(spec, level)
+        return plan(spec, level, held)
     chosen: Mapping[str, str] = backends.part(backend, "build").recipe(spec, level)
     return [Planned(p.name, p.shape, chosen[p.name]) for p in params(spec)]
 
@@ -169,17 +174,19 @@ class Packed:
         together = getattr(self._artifact, "rows_together", None)
         return 1 if together is None else together(name, self._plan[name].level)
 
-    def compare(self, name: str, start: int, block: Array) -> str:
+    def compare(self, name: str, start: int, block: Values) -> str:
         """An empty string where the artifact holds the canonical rounding of these rows, else what differs."""
         level = self._plan[name].level
         chosen = LEVELS.get(level)
         if chosen is not None and chosen.group is not None:
-            want: RowBlocks = quantize(block, chosen.bits, chosen.group)
+            want: RowBlocks = rounded(name, level, start, block)
         else:
-            want = self._artifact.expected(name, level, start, block)
-        step = len(block) if block.ndim == 1 else max(1, SLICE // block.shape[1])
-        for a in range(0, len(block), step):  # a format's group of rows may be a whole matrix
-            b = min(len(block), a + step)
+            want = self._artifact.expected(name, level, start, _dense(block))
+        count, step = block.shape[0], block.shape[0]
+        if len(block.shape) > 1:
+            step = max(1, SLICE // block.shape[1])
+        for a in range(0, count, step):  # a format's group of rows may be a whole matrix
+            b = min(count, a + step)
             how = compare_values(self._artifact.rows(name, start + a, start + b), want[a:b], start + a)
             if how:
                 return how
