@@ -32,10 +32,10 @@ def weights(spec: Spec) -> dict[str, Tensor]:
     return {name: torch.from_numpy(w) for name, w in random_weights(spec).items()}
 
 
-def build(spec: Spec, dtype: torch.dtype = torch.float64, **config: Any) -> Any:
+def build(spec: Spec, dtype: torch.dtype = torch.float64) -> Any:
     """Any: transformers types `generate` by a protocol that none of its own models satisfies."""
-    model = AllotropeForCausalLM(AllotropeConfig(spec=spec, **config)).to(dtype)
-    model.load_state_dict(weights(spec))
+    model: Any = AllotropeForCausalLM(AllotropeConfig(spec=spec))
+    model.to(dtype).load_state_dict(weights(spec))
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -24,7 +24,7 @@ from backends.torch.attention import Request, plan
 from backends.torch.model import angles_in, assemble, computed_in, initial
 from backends.torch.modules import Constants, Head
 from backends.torch.ops import TorchOps
-from backends.torch.transformers.config import SPEC, AllotropeConfig
+from backends.torch.transformers.config import CONFIG, SPEC, AllotropeConfig
 from backends.torch.transformers.past import Inputs, past_layers, place, restarts
 from spec import forward
 from spec.config import Block, Spec
@@ -279,13 +279,18 @@ class AllotropeForCausalLM(PreTrainedModel, GenerationMixin):
         contradict each other.
         """
         where = pretrained_model_name_or_path
+        beside = Path(str(where)) / SPEC
+        if (
+            beside.is_file() and not beside.with_name(CONFIG).is_file()
+        ):  # where transformers looks for the ends of a text
+            config = kwargs.setdefault("config", AllotropeConfig.from_pretrained(where))
+            kwargs.setdefault("generation_config", GenerationConfig.from_model_config(config))
         loaded: Any = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         problems = [f"{where}: {name}: missing" for name in sorted(info["missing_keys"])]
         problems += [f"{where}: {name}: the spec has no such tensor" for name in sorted(info["unexpected_keys"])]
         if problems:
             raise UserError("\n".join(problems))
-        beside = Path(str(where)) / SPEC
         if beside.is_file() and load(beside) != model.spec:
             raise UserError(f"{where}: {SPEC} and config.json hold two specs (save the model again, or remove one)")
         return (model, info) if output_loading_info else model
