@@ -46,7 +46,7 @@ class Text:
     @property
     def bos_id(self) -> int | None:
         """The token that begins a text, where the configuration names one."""
-        return self._bos
+        return None if self._bos is None else self._fast.token_to_id(self._bos)
 
     def _known(self, token: Any) -> str | None:
         content = token.get("content") if isinstance(token, dict) else token
@@ -126,7 +126,7 @@ class Text:
         for d in self._decoders:
             match d.get("type"):
                 case "ByteLevel":
-                    codes = [_ALPHABET.get(c) for c in piece]
+                    codes = [ALPHABET.get(c) for c in piece]
                     return bytes(c for c in codes if c is not None) if None not in codes else piece.encode()
                 case "ByteFallback":
                     found = _BYTE.fullmatch(piece)
@@ -139,7 +139,8 @@ class Text:
         return piece.encode()
 
 
-_ALPHABET = _byte_alphabet()
+ALPHABET = _byte_alphabet()
+"""Characters that stand for bytes."""
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Fast
 
 from backends.base import Tokenizer
 from backends.gguf import pretokenizers
+from convert.vocabularies.sentencepiece import parse
 
 CORPUS = [
     *Path(pretokenizers.__file__).read_text(encoding="utf-8").split("\n"),
@@ -226,7 +227,8 @@ def llama2() -> Tokenizer:
 
 def phi3() -> Tokenizer:
     normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    added = [token(s, rstrip=True) for s in ("<|assistant|>", "<|end|>", "<|user|>")] + [token("<|endoftext|>")]
+    added = [token("</s>", special=False, normalized=False, rstrip=True)]
+    added += [token(s, rstrip=True) for s in ("<|assistant|>", "<|end|>", "<|user|>")] + [token("<|endoftext|>")]
     t = pieces(normalizer, None, True, LLAMA2, added)
     return packed(t, bos="<s>", eos="<|endoftext|>", unk="<unk>", pad="<|endoftext|>")
 
@@ -248,12 +250,62 @@ def gemma() -> Tokenizer:
     return packed(t, bos="<bos>", eos="<eos>", unk="<unk>", pad="<pad>", extra_eos=("<end_of_turn>",), add_bos=True)
 
 
+@cache
+def trained_model(rule: str = "identity", kind: str = "unigram", **options: Any) -> bytes:
+    """A SentencePiece model of the text."""
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for line in CORPUS if line.strip()), model_writer=model, model_type=kind,
+        normalization_rule_name=rule, minloglevel=2, **{"vocab_size": 600, "character_coverage": 0.98, **options},
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def unigram(rule: str, steps: list[Any], pre: Any, decoder: Any) -> Fast:
+    """A unigram model with a table of characters (none for `identity`) before the other steps."""
+    found = parse(trained_model(rule, unk_id=2, eos_id=1, bos_id=-1, pad_id=0))
+    t = Fast(models.Unigram([(p, s) for p, s, _ in found.pieces], 2, False))
+    first = [normalizers.Precompiled(found.charsmap)] if found.charsmap else []
+    t.normalizer = normalizers.Sequence([*first, *steps])
+    t.decoder = decoder
+    if pre is not None:
+        t.pre_tokenizer = pre
+    t.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    return t
+
+
+def t5() -> Tokenizer:
+    """Words by white space, each with its mark."""
+    pre = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    t = unigram("nmt_nfkc", [], pre, decoders.Metaspace())
+    t.post_processor = template(t, "$A </s>")
+    return packed(t, eos="</s>", unk="<unk>", pad="<pad>", add_eos=True)
+
+
+def mt5() -> Tokenizer:
+    """As converted since: trailing spaces go, many become one."""
+    steps = [normalizers.Strip(left=False), normalizers.Replace(Regex(" {2,}"), SPACE)]
+    t = unigram("nmt_nfkc", steps, pre_tokenizers.Metaspace(), decoders.Metaspace())
+    return packed(t, eos="</s>", unk="<unk>", pad="<pad>")
+
+
+def plain_unigram() -> Tokenizer:
+    """Spaces kept, none before the text, no table of characters."""
+    back = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse()])
+    return packed(unigram("identity", [normalizers.Replace(" ", SPACE)], None, back), eos="</s>", unk="<unk>")
+
+
 BYTE_LEVEL: dict[str, Maker] = {
     "gpt2": gpt2, "neox": neox, "phi2": phi2, "llama3": llama3, "qwen2": qwen2, "starcoder2": starcoder2,
     "cohere": cohere, "falcon": falcon, "bloom": bloom, "olmo2": olmo2, "phi4": phi4, "glm4": glm4, "gpt_oss": gpt_oss,
 }  # fmt: skip
 PIECES: dict[str, Maker] = {"llama2": llama2, "phi3": phi3, "mistral3": mistral3, "gemma": gemma}
-FAMILIES: dict[str, Maker] = BYTE_LEVEL | PIECES
+UNIGRAM: dict[str, Maker] = {"t5": t5, "mt5": mt5, "plain_unigram": plain_unigram}
+FAMILIES: dict[str, Maker] = BYTE_LEVEL | PIECES | UNIGRAM
 
 
 @cache

@@ -8,6 +8,7 @@ yesterday with a known expression is found too.
 Spellings that are compared as equal:
 - `(?i:'s|'t|...)` and `(?:'[sS]|'[tT]|...)`, as llama.cpp itself has them (only U+017F, the long s, tells them apart);
 - a literal carriage return or newline and its escape; `\p{N}{1}` and `\p{N}`;
+- a set within Bloom's set and its members; Falcon's digits after GPT-2's expression, which has split them already;
 - `\s+(?!\S)|\s+` and `\s+(?!\S)` at the end of the GPT-2 expression, where a lone space that nothing else takes is
   a piece of its own either way.
 """
@@ -42,6 +43,10 @@ DEEPSEEK3 = (
 )
 
 
+PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
+"""What tokenizers' Punctuation takes: ASCII's and Unicode's."""
+BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
+
 _MARKS = "llama.cpp splits words at combining marks (as in Devanagari) with this pre-tokenizer"
 
 
@@ -66,8 +71,9 @@ KNOWN = (
     PreTokenizer("tekken", (TEKKEN,), ignore_merges=True, caveat=_MARKS),
     PreTokenizer("deepseek-v3", DEEPSEEK3),
     PreTokenizer("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
-    PreTokenizer("bloom", (r" ?[^(\s|.,!?…。，、।۔،)]+",)),
-    PreTokenizer("viking", (r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}")),
+    PreTokenizer("bloom", (BLOOM,)),
+    PreTokenizer("viking", (BLOOM, r"\p{N}")),
+    PreTokenizer("falcon", (PUNCTUATION, GPT2, "[0-9][0-9][0-9]")),
     PreTokenizer(
         "qwen35",
         (_ENGLISH + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",),
@@ -90,6 +96,7 @@ def canonical(expression: str) -> str:
     """One spelling of an expression; see the module's list of what counts as equal."""
     out = expression.replace("\r", r"\r").replace("\n", r"\n").replace("\t", r"\t")
     out = out.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", _ENGLISH).replace(r"\p{N}{1}|", r"\p{N}|")
+    out = out.replace("|[.,!?…。，、।۔،])]", "|.,!?…。，、।۔،)]")
     return GPT2 if out == GPT2 + r"|\s+" else out
 
 
@@ -113,8 +120,12 @@ def expressions(pre: dict[str, Any] | None) -> list[str]:
                 out.append(GPT2)
         elif kind == "Digits" and s.get("individual_digits"):
             out.append(r"\p{N}")
+        elif kind == "Digits" and GPT2 in out:
+            continue
         elif kind == "Digits":
             out.append(r"\p{N}+")
+        elif kind == "Punctuation" and s.get("behavior") == "Contiguous":
+            out.append(PUNCTUATION)
         elif kind == "Split" and s.get("behavior") == "Isolated" and not s.get("invert"):
             pattern = s["pattern"]
             out.append(canonical(pattern["Regex"]) if "Regex" in pattern else _escaped(pattern["String"]))

@@ -12,6 +12,7 @@ from typing import Any
 
 from backends.base import Tokenizer
 from backends.gguf.tokenizer import BYTE, NORMAL, USER_DEFINED, Vocabulary, merges, vocabulary
+from backends.tokens import steps
 from spec.errors import UserError
 
 SPACE = "\u2581"
@@ -21,7 +22,8 @@ _NEVER = -1e9
 
 def is_sentencepiece(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer works on characters with byte fallback instead of on bytes."""
-    return bool(tokenizer.json["model"].get("byte_fallback"))
+    model = tokenizer.json["model"]
+    return model.get("type", "BPE") == "BPE" and bool(model.get("byte_fallback"))
 
 
 def sentencepiece_metadata(tokenizer: Tokenizer, vocab_size: int) -> tuple[Vocabulary, dict[str, Any]]:
@@ -54,7 +56,7 @@ def sentencepiece_metadata(tokenizer: Tokenizer, vocab_size: int) -> tuple[Vocab
 def _prefix(tokenizer: Tokenizer, v: Vocabulary) -> bool:
     """Whether a space is put before the text. Raises `UserError` for steps other than SentencePiece's."""
     prefix = replaced = False
-    for step in _flat(tokenizer.json.get("normalizer"), "normalizers"):
+    for step in steps(tokenizer.json.get("normalizer"), "normalizers"):
         kind = step["type"]
         if kind == "Prepend" and step["prepend"] == SPACE:
             prefix = True
@@ -62,12 +64,12 @@ def _prefix(tokenizer: Tokenizer, v: Vocabulary) -> bool:
             replaced = True
         else:
             raise UserError(f"tokenizer.normalizer: {kind} has no llama.cpp form next to byte fallback")
-    for step in _flat(tokenizer.json.get("pre_tokenizer"), "pretokenizers"):
+    for step in steps(tokenizer.json.get("pre_tokenizer"), "pretokenizers"):
         kind = step["type"]
         if kind == "Split" and step["pattern"] == {"String": " "} and replaced:
             continue  # there are no spaces left
-        if kind == "Metaspace" and step.get("replacement", SPACE) == SPACE and _metaspace(step, v, tokenizer):
-            prefix, replaced = prefix or step.get("prepend_scheme", "always") != "never", True
+        if kind == "Metaspace" and step.get("replacement", SPACE) == SPACE and _metaspace(step, v):
+            replaced = True
             continue
         raise UserError(f"tokenizer.pre_tokenizer: {kind} has no llama.cpp form next to byte fallback")
     if not replaced:
@@ -75,22 +77,16 @@ def _prefix(tokenizer: Tokenizer, v: Vocabulary) -> bool:
     return prefix
 
 
-def _metaspace(step: dict[str, Any], v: Vocabulary, tokenizer: Tokenizer) -> bool:
+def _metaspace(step: dict[str, Any], v: Vocabulary) -> bool:
     inner = next((t for t, k in zip(v.tokens, v.types, strict=True) if k == NORMAL and SPACE in t[1:]), None)
     if step.get("split", True) and inner is not None:
         raise UserError(f"tokenizer.pre_tokenizer: Metaspace splits words, yet token {inner!r} spans two")
-    if step.get("prepend_scheme", "always") != "never" and tokenizer.sentencepiece is None:
+    if step.get("prepend_scheme", "always") == "always":  # `first` is said in `notes`
         raise UserError(
             "tokenizer.pre_tokenizer: Metaspace puts no second space before a text that begins with one, and llama.cpp "
             "does (use the normalizer Prepend, or prepend_scheme: never)"
         )
     return True
-
-
-def _flat(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    if step is None:
-        return []
-    return [s for x in step[inner] for s in _flat(x, inner)] if step["type"] == "Sequence" else [step]
 
 
 def _scores(v: Vocabulary, rules: list[str]) -> list[float] | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from backends.base import Tokenizer
 from backends.gguf import pretokenizers
+from backends.tokens import steps, surrounding
 from spec.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,16 +38,19 @@ def tokenizer_metadata(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
     model = tokenizer.json.get("model") or {}
-    if model.get("type", "BPE") != "BPE":
-        raise UserError(f"tokenizer.model.type: {model.get('type')} has no llama.cpp form here (BPE has)")
+    kind = model.get("type", "BPE")
+    if kind not in ("BPE", "Unigram"):
+        raise UserError(f"tokenizer.model.type: {kind} has no llama.cpp form here (BPE and Unigram have)")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise UserError(f"tokenizer.model.{name}: {model[name]!r} has no llama.cpp form")
     for note in notes(tokenizer):
         log.warning("%s", note)
     from backends.gguf.sentencepiece import is_sentencepiece, sentencepiece_metadata
+    from backends.gguf.unigram import unigram_metadata
 
-    keys = sentencepiece_metadata if is_sentencepiece(tokenizer) else _byte_level
+    keys = unigram_metadata if kind == "Unigram" else _byte_level
+    keys = sentencepiece_metadata if is_sentencepiece(tokenizer) else keys
     vocabulary, out = keys(tokenizer, vocab_size)
     out |= {"tokenizer.ggml.tokens": vocabulary.tokens, "tokenizer.ggml.token_type": vocabulary.types}
     if vocabulary.scores:
@@ -59,30 +64,50 @@ def tokenizer_metadata(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str
 def notes(tokenizer: Tokenizer) -> list[str]:
     """What llama.cpp does otherwise in rare texts."""
     out = []
-    kinds = set(_normalizers(tokenizer.json.get("normalizer")))
+    kinds = {s["type"] for s in steps(tokenizer.json.get("normalizer"), "normalizers")}
     if kinds & {"NFC", "NFKC", "NFD", "NFKD"}:
         form = next(iter(kinds & {"NFC", "NFKC", "NFD", "NFKD"}))
         out.append(f"tokenizer: llama.cpp does not normalize text to {form}: pass text that is")
     strips = [t["content"] for t in tokenizer.json.get("added_tokens", []) if t.get("lstrip") or t.get("rstrip")]
-    if strips:
+    if strips and not strips_as_phi3(tokenizer):
         out.append(f"tokenizer: llama.cpp keeps spaces around {strips[0]} ({len(strips)} tokens strip them)")
+    if added(tokenizer) is None:
+        before, after = (" ".join(side) for side in surrounding(tokenizer))
+        out.append(f"tokenizer: llama.cpp does not put {before or after} {'before' if before else 'after'} a text: "
+                   "write it there, as chat templates do")  # fmt: skip
+    if any(s.get("prepend_scheme") == "first" for s in steps(tokenizer.json.get("pre_tokenizer"), "pretokenizers")):
+        out.append("tokenizer: llama.cpp puts no space before a text: begin plain text with one (after special tokens "
+                   "there is none in either)")  # fmt: skip
     return out
 
 
-def _normalizers(step: dict[str, Any] | None) -> Iterator[str]:
-    if step is None:
-        return
-    if step["type"] == "Sequence":
-        for s in step["normalizers"]:
-            yield from _normalizers(s)
-    else:
-        yield step["type"]
+PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
+_PHI3_KEEPS = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+
+
+def strips_as_phi3(tokenizer: Tokenizer) -> bool:
+    """Whether added tokens take the white space behind them exactly as llama.cpp lets those of a model do that has
+    `phi-3` in its name: GGUF has no other way to say it."""
+    tokens = {t["content"]: t for t in tokenizer.json.get("added_tokens", [])}
+    return (
+        tokens.keys() >= _PHI3_KEEPS | {"</s>"}
+        and not any(t.get("lstrip") for t in tokens.values())
+        and all(bool(t.get("rstrip")) == (text not in _PHI3_KEEPS) for text, t in tokens.items())
+    )
+
+
+def display_name(name: str, tokenizer: Tokenizer | None) -> str:
+    """`general.name`: with `phi-3` in it exactly where the tokenizer asks for what llama.cpp makes of that."""
+    if tokenizer is not None and strips_as_phi3(tokenizer):
+        return name if PHI3.search(name) else f"{name} (phi-3 tokens)"
+    return PHI3.sub("phi 3", name)
 
 
 def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     """Every row's token and type. Raises `UserError` where ids and rows do not match."""
     model = tokenizer.json["model"]
-    by_id: dict[int, tuple[str, int]] = {i: (t, NORMAL) for t, i in model["vocab"].items()}
+    base = model["vocab"].items() if isinstance(model["vocab"], dict) else _numbered(model["vocab"])
+    by_id: dict[int, tuple[str, int]] = {i: (t, NORMAL) for t, i in base}
     for t in tokenizer.json.get("added_tokens", []):
         by_id[t["id"]] = (t["content"], CONTROL if t.get("special") else USER_DEFINED)
     top = max(by_id, default=-1)
@@ -104,11 +129,15 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
                 text = f"[{text}]"
         tokens.append(text)
         types.append(kind)
-    unk = model.get("unk_token")
+    unk = model.get("unk_token") or tokenizer.unk
     ids = {t: i for i, t in enumerate(tokens)}
     if unk in ids and types[ids[unk]] in (NORMAL, CONTROL):
         types[ids[unk]] = UNKNOWN
     return Vocabulary(tokens, types, ids=ids)
+
+
+def _numbered(pieces: Iterable[Any]) -> Iterator[tuple[str, int]]:
+    return ((piece, i) for i, (piece, _) in enumerate(pieces))
 
 
 def merges(tokenizer: Tokenizer) -> list[str]:
@@ -143,14 +172,15 @@ def merges_make_every_token(tokenizer: Tokenizer, rules: list[str]) -> bool:
 
 def _byte_level(tokenizer: Tokenizer, vocab_size: int) -> tuple[Vocabulary, dict[str, Any]]:
     allowed = {"NFC", "NFKC", "NFD", "NFKD"}
-    others = [n for n in _normalizers(tokenizer.json.get("normalizer")) if n not in allowed]
+    found = steps(tokenizer.json.get("normalizer"), "normalizers")
+    others = [s["type"] for s in found if s["type"] not in allowed]
     if others:
         raise UserError(f"tokenizer.normalizer: {others[0]} has no llama.cpp form for a byte-level BPE")
-    found = pretokenizers.expressions(tokenizer.json.get("pre_tokenizer"))
+    splits = pretokenizers.expressions(tokenizer.json.get("pre_tokenizer"))
     v = vocabulary(tokenizer, vocab_size)
     rules = merges(tokenizer)
     switch = bool(tokenizer.json["model"].get("ignore_merges"))
-    pre = pretokenizers.find(found, switch, lambda: merges_make_every_token(tokenizer, rules))
+    pre = pretokenizers.find(splits, switch, lambda: merges_make_every_token(tokenizer, rules))
     if pre.caveat:
         log.warning("tokenizer: %s", pre.caveat)
     return v, {
@@ -177,7 +207,7 @@ def _special(tokenizer: Tokenizer, v: Vocabulary) -> dict[str, Any]:
     end = tokenizer.eos or tokenizer.pad or next(iter(tokenizer.extra_eos + tuple(control) + tuple(unused)), None)
     if end is None:
         raise UserError("tokenizer: has no end-of-text token, and llama.cpp insists on one (set eos_token)")
-    begins, ends = added(tokenizer)
+    begins, ends = added(tokenizer) or (False, False)
     put("bos", tokenizer.bos or end)
     put("eos", end)
     put("unknown", tokenizer.unk)
@@ -200,31 +230,9 @@ RECOGNISED_ENDS = frozenset({
 """Tokens that llama.cpp takes for the end by their text."""
 
 
-def added(tokenizer: Tokenizer) -> tuple[bool, bool]:
-    """Whether encoding puts BOS before and EOS after a text: the post-processor's template decides where there is
-    one."""
-    template = next(_templates(tokenizer.json.get("post_processor")), None)
-    if template is None:
-        return tokenizer.add_bos and tokenizer.bos is not None, tokenizer.add_eos and tokenizer.eos is not None
-    before, after, inside = [], [], False
-    for part in template["single"]:
-        if "Sequence" in part:
-            inside = True
-        else:
-            (after if inside else before).append(part["SpecialToken"]["id"])
+def added(tokenizer: Tokenizer) -> tuple[bool, bool] | None:
+    """Whether BOS goes before and EOS after a text; none where other tokens do, which llama.cpp cannot put there."""
+    before, after = surrounding(tokenizer)
     if before not in ([], [tokenizer.bos]) or after not in ([], [tokenizer.eos]):
-        raise UserError(
-            f"tokenizer.post_processor: puts {before} before and {after} after a text; llama.cpp can put "
-            f"bos ({tokenizer.bos}) and eos ({tokenizer.eos}) there"
-        )
+        return None
     return bool(before), bool(after)
-
-
-def _templates(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if step is None:
-        return
-    if step["type"] == "Sequence":
-        for s in step["processors"]:
-            yield from _templates(s)
-    elif step["type"] == "TemplateProcessing":
-        yield step
