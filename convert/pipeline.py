@@ -21,7 +21,10 @@ from backends.base import Backend, ContentHash, Option, Planned, Support, Writer
 from backends.threads import share_cores
 from convert import card, levels, output, recipe, stream
 from convert import receipt as receipts
+from convert.hub import located
 from convert.levels import LEVELS
+from convert.provenance import Provenance, provenance
+from convert.push import Push
 from convert.sources import Source, open_source
 from spec.config import Spec
 from spec.errors import MissingDependency, UserError, nearest
@@ -69,6 +72,8 @@ class Result:
     notes: list[str] = field(default_factory=list)
     receipt: dict[str, Any] = field(default_factory=dict)
     report: Report | None = None
+    pushed: str | None = None
+    """Where it was uploaded (a dry run: what would be)."""
 
     @property
     def failed(self) -> bool:
@@ -93,6 +98,7 @@ class Result:
             "block_memory_bytes": self.memory,
             "seconds": round(self.seconds, 3),
             "notes": self.notes,
+            "pushed": self.pushed,
             "receipt": self.receipt or None,
             "report": self.report.to_dict() if self.report else None,
         }
@@ -114,6 +120,7 @@ class Job:
     """A conversion that passed every check that needs no weights."""
 
     source: Source
+    adapters: tuple[Path, ...]
     targets: tuple[Target, ...]
     level: str
     planned: tuple[Planned, ...]
@@ -136,6 +143,8 @@ def convert_all(
     out: str | Path | None = None,
     *,
     options: Mapping[str, str] | None = None,
+    adapters: Sequence[str | Path] = (),
+    push: Push | None = None,
     verify: bool = True,
     force: bool = False,
     check: bool = False,
@@ -146,10 +155,11 @@ def convert_all(
 ) -> list[Result]:
     """Convert a checkpoint to one or several targets in one pass over the weights, each tensor rounded once.
 
-    source: our checkpoint folder or a Hugging Face folder. targets: backends. level: a portable level, or one that
+    source: our checkpoint folder, a Hugging Face folder, a GGUF file, or hf:owner/name[@revision]. targets: backends. level: a portable level, or one that
     is the target's own, where there is one target. out: the artifact, or with several targets the folder they go into;
     by default named after source, level and backend in the working directory. options: the backends' own
-    (`support.OPTIONS`), each for those targets that have it. check: refuse what a real run would refuse, estimate,
+    (`support.OPTIONS`), each for those targets that have it. adapters: LoRA adapters to merge into the weights. push:
+    where to upload everything once it passed. check: refuse what a real run would refuse, estimate,
     write nothing. text: what the quality check reads. on_check: called with the backend and each check as it ends.
 
     An existing artifact is replaced only with `force`, and only by a whole, verified one. One that fails its
@@ -157,8 +167,15 @@ def convert_all(
     and then nothing is written; either way, and on Ctrl-C, nothing partial is left behind.
     """
     share_cores()
-    job = _prepare(source, targets, level, out, options or {}, threads)
+    if push is not None:
+        push.check()
+        if not verify:
+            raise UserError(f"--push {push.repo}: only what was verified is uploaded (leave --no-verify out)")
+        if not check:
+            push.ready()
+    job = _prepare(source, targets, level, out, options or {}, threads, adapters)
     with job.source:
+        known = provenance(job.source)
         if not check:
             _check_here(job.targets, verify)
         for t in job.targets:
@@ -172,6 +189,7 @@ def convert_all(
             seconds = _estimate(job)
             for result in results:
                 result.seconds = seconds
+                result.pushed = push.expected(results, known) if push is not None else None
             return results
         with ExitStack() as stack:
             partials = [stack.enter_context(output.reserved(t.path, *_beside(t))) for t in job.targets]
@@ -185,7 +203,11 @@ def convert_all(
                     result.report = _verify(job, t, partial, text, on_check)
             for t, partial, result in zip(job.targets, partials, results, strict=True):
                 if not result.failed:
-                    _finish(t, partial, result)
+                    _finish(t, partial, result, known)
+        if push is not None and not any(r.failed for r in results):
+            address = push(results, [t.backend for t in job.targets], known)
+            for result in results:
+                result.pushed = address
     return results
 
 
@@ -201,17 +223,19 @@ def _check_text(text: str | Path) -> None:
         raise UserError(f"--text {e}") from None
 
 
-def _finish(t: Target, partial: Path, result: Result) -> None:
-    """The receipt with what was measured, the card, and the name."""
+def _finish(t: Target, partial: Path, result: Result, known: Provenance) -> None:
+    """The receipt with what was measured, the card, the licence, and the name."""
     result.receipt["parity"] = receipts.parity(result.report)
     report = result.report.to_dict() if result.report else None
-    described = card.card(result, t.backend, result.receipt, result.report)
+    described = card.card(result, t.backend, result.receipt, result.report, known)
     beside = _beside(t)
     try:
         t.build.stamp(partial, result.receipt)
         if not beside:
             folder.stamp(partial, result.receipt, report)
             (partial / card.INSIDE).write_text(described, encoding="utf-8")
+            for licence in known.licences:
+                (partial / licence.name).write_bytes(licence.read_bytes())
     except OSError as e:
         raise UserError(f"{e.filename or t.path}: {e.strerror or e}") from None
     if not beside:
@@ -280,6 +304,7 @@ def _prepare(
     out: str | Path | None,
     options: Mapping[str, str],
     threads: int | None,
+    adapters: Sequence[str | Path],
 ) -> Job:
     """Everything that can be refused before a weight is read."""
     chosen = _backends(names)
@@ -294,7 +319,8 @@ def _prepare(
         level = levels.check(level, supports[b.name].levels(), b.name if len(chosen) > 1 else "")
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads}: must be at least 1")
-    opened = open_source(source)
+    folders = tuple(located(a) for a in adapters)
+    opened = open_source(source, folders)
     try:
         for b in chosen:  # back to where it came from, where that works and nothing else was asked for
             own = given[b.name] | {n: v for n, v in opened.choices.get(b.name, {}).items() if n not in options}
@@ -306,11 +332,12 @@ def _prepare(
             raise UserError("\n".join(refused))
         builds = {b.name: backends.part(b, "build") for b in chosen}
         if level in LEVELS:
-            planned = recipe.plan(opened.spec, level)
+            planned = recipe.plan(opened.spec, level, opened.held)
+            _check_scales(chosen, given, planned)
         else:
             native = builds[chosen[0].name].recipe(opened.spec, level)
             planned = [Planned(n, opened.shape(n), native[n]) for n in opened.names()]
-        stem = f"{opened.path.resolve().name}.{level}"
+        stem = f"{opened.name}.{level}"
         targets = [
             Target(b, builds[b.name], verdicts[b.name], given[b.name], _path(b, stem, out, len(chosen) > 1))
             for b in chosen
@@ -318,7 +345,24 @@ def _prepare(
     except BaseException:
         opened.close()
         raise
-    return Job(opened, tuple(targets), level, tuple(planned), threads or _cores())
+    return Job(opened, folders, tuple(targets), level, tuple(planned), threads or _cores())
+
+
+def _check_scales(
+    chosen: Sequence[Backend], given: Mapping[str, Mapping[str, str]], planned: Sequence[Planned]
+) -> None:
+    """Scales that a source brings with it go into every target that holds any float16."""
+    wide = [p for p in planned if p.wide]
+    if not wide:
+        return
+    signed = next((p.name for p in wide if p.level == "q4"), None)
+    for b in chosen:
+        if given[b.name].get("compute") == "bf16":
+            raise UserError(f"--compute bf16: {wide[0].name} keeps the scales of the source ({len(wide)} tensors do), "
+                            f"which are float16 and which {b.name} would round (use f16, or --quant bf16)")  # fmt: skip
+        if b.name == "tensorrt" and signed is not None:
+            raise UserError(f"--to tensorrt: {signed} keeps the scales of the source, half of which are negative, and "
+                            "TensorRT takes positive ones (use --quant f16)")  # fmt: skip
 
 
 def _path(backend: Backend, stem: str, out: str | Path | None, several: bool) -> Path:
@@ -416,6 +460,8 @@ def _verify(
 
     name = t.backend.name
     told = None if on_check is None else bound(on_check, name)
-    report = verify(partial, name, job.source.path, job.level, text, threads=job.threads, on_check=told)
+    report = verify(
+        partial, name, job.source.path, job.level, text, adapters=job.adapters, threads=job.threads, on_check=told
+    )
     report.artifact = str(t.path)
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 from backends.base import Planned
@@ -20,17 +21,37 @@ PAYS_MOST = ("head.weight", "embed.weight", "attn.v.weight", "mlp.down.weight", 
 or passes straight into the residual stream. Within a kind, outer layers come first (they are the sensitive ones)."""
 
 
-def plan(spec: Spec, level: str) -> list[Planned]:
+@dataclass(frozen=True)
+class Held:
+    """What a source holds as codes and scales already."""
+
+    levels: Mapping[str, str] = field(default_factory=dict)
+    """Tensor to `q4` or `q8`."""
+    wide: bool = False
+    """Whether its scales are those of another program: 11 significant bits, of any sign."""
+
+
+def plan(spec: Spec, level: str, held: Held | None = None) -> list[Planned]:
     """Every parameter in canonical order with its storage at a portable level.
 
     Vectors stay f32. Position tables and matrices whose rows are no whole groups are f16 where others are quantized.
+    What the source holds at 4 bits is not upgraded to 8, which could not bring anything back.
     """
+    held = held or Held()
     if level not in LEVELS:
         raise UserError(f"{level}: no portable level ({nearest(level, LEVELS)})")
     chosen = {p.name: _level(p, level) for p in params(spec)}
     if level == "q4":
-        chosen.update(dict.fromkeys(_upgrades(spec, chosen), "q8"))
-    return [Planned(p.name, p.shape, chosen[p.name]) for p in params(spec)]
+        chosen.update(dict.fromkeys(_upgrades(spec, chosen, held), "q8"))
+    return [
+        Planned(p.name, p.shape, chosen[p.name], held.wide and kept(held.levels.get(p.name), chosen[p.name]))
+        for p in params(spec)
+    ]
+
+
+def kept(held: str | None, level: str) -> bool:
+    """Whether codes and scales go on as they are: to the same width, or from 4 bits to 8."""
+    return held == level or (held == "q4" and level == "q8")
 
 
 def _level(p: Param, level: str) -> str:
@@ -41,13 +62,13 @@ def _level(p: Param, level: str) -> str:
     return level if whole else "f16"
 
 
-def _upgrades(spec: Spec, chosen: Mapping[str, str]) -> Iterator[str]:
+def _upgrades(spec: Spec, chosen: Mapping[str, str], held: Held) -> Iterator[str]:
     """Matrices that become int8, greedily in the fixed order, each only if it still fits."""
     matrices = {p.name: p.size for p in params(spec) if p.matrix}
     spent = sum(n * LEVELS[chosen[name]].stored for name, n in matrices.items())
     allowed = BUDGET * sum(matrices.values())
     for name in _order(spec):
-        if chosen.get(name) != "q4":
+        if chosen.get(name) != "q4" or held.levels.get(name) == "q4":
             continue
         extra = matrices[name] * (LEVELS["q8"].stored - LEVELS["q4"].stored)
         if spent + extra <= allowed:

@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from backends.base import ContentHash, Floats, Planned, Values
+from backends.base import ContentHash, Planned, QuantizedTensor, Values
 from convert.levels import LEVELS
 from convert.quantize import TooLarge, quantize, round_floats
+from convert.recipe import kept
 from convert.sources import Source
 from spec.errors import UserError
 
@@ -33,9 +34,14 @@ class Block:
     weights: int
 
 
-def rounded(name: str, level: str, start: int, rows: Floats) -> Values:
-    """Rows at a portable level; native levels pass as float32, their backend rounds. Raises `UserError`."""
+def rounded(name: str, level: str, start: int, rows: Values) -> Values:
+    """Rows at a portable level; native levels pass as float32, their backend rounds. Codes and scales stay what they
+    are at a level of their own width, or of more. Raises `UserError`."""
     try:
+        if isinstance(rows, QuantizedTensor):
+            if kept(f"q{rows.bits}", level):
+                return QuantizedTensor(rows.codes, rows.scales, LEVELS[level].bits, rows.group)
+            rows = rows.dequantize()
         chosen = LEVELS.get(level)
         if chosen is None:
             return rows
@@ -60,7 +66,8 @@ class Stream:
         reader = ReadAhead(self._read(), READ_AHEAD)
         try:
             for name, start, rows in reader:
-                waiting.append((name, start, rows.size, pool.submit(rounded, name, self.levels[name], start, rows)))
+                weights = rows.shape[0] * (rows.shape[1] if len(rows.shape) > 1 else 1)
+                waiting.append((name, start, weights, pool.submit(rounded, name, self.levels[name], start, rows)))
                 del rows  # the worker's now
                 while len(waiting) > self.threads:
                     yield _finished(waiting)
@@ -70,11 +77,11 @@ class Stream:
             reader.stop()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self) -> Iterator[tuple[str, int, Floats]]:
+    def _read(self) -> Iterator[tuple[str, int, Values]]:
         for name in self.source.names():
             digest = ContentHash()
-            for start, rows in self.source.blocks(name):
-                digest.update(rows)
+            for start, rows in self.source.values(name):
+                digest.update(rows.dequantize() if isinstance(rows, QuantizedTensor) else rows)
                 yield name, start, rows
             self.hashes[name] = digest.hexdigest()
 

@@ -206,7 +206,8 @@ class _Reading:
         biases["o"] = self.part(c.o_bias, [f"blk.{i}.attn_output.bias" for i in range(depth)])
         sinks = [False] * depth
         if c.sinks == "required":
-            sinks = self.part("required", [f"blk.{i}.attn_sinks.weight" for i in range(depth)], np.float32(NO_SINK))
+            names = [f"blk.{i}.attn_sinks.weight" for i in range(depth)]
+            sinks = self.part("required", names, float(np.float32(NO_SINK)))
         out = []
         for i in range(depth):
             qk = None

@@ -61,7 +61,82 @@ def _last_words() -> str:
     return "no reason given"
 
 
-class GGUFRuntime:
+class Words:
+    """A file's tokenizer in llama.cpp, without its weights."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._model = self._ctx = None
+        lib = self._lib = _library()
+        params = lib.llama_model_default_params()
+        params.vocab_only = True
+        self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise UserError(f"{path}: llama.cpp cannot load it: {_last_words()}")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._lib.llama_vocab_n_tokens(self._vocab))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids by llama.cpp's own tokenizer, special tokens and BOS policy included."""
+        return self.tokenize(text, special=True)
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Ids, with or without special tokens around and inside the text."""
+        self._need_tokenizer()
+        data = text.encode()
+        room = len(data) + 16
+        while True:
+            buffer = (ctypes.c_int32 * room)()
+            n = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, room, special, special)
+            if n >= 0:
+                return list(buffer[:n])
+            room = -n
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """Bytes of the tokens, special ones left out."""
+        self._need_tokenizer()
+        return b"".join(self._piece(int(i)) for i in ids)
+
+    def _piece(self, token: int) -> bytes:
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = self._lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            room = -n
+
+    def _need_tokenizer(self) -> None:
+        if self._lib.llama_vocab_type(self._vocab) == 0:
+            raise UserError(f"{self.path}: has no tokenizer: pass token ids")
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self._ends
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        lib = self._lib
+        if lib.llama_vocab_type(self._vocab) == 0:
+            return frozenset()
+        return frozenset(i for i in range(self.vocab_size) if lib.llama_vocab_is_eog(self._vocab, i))
+
+    def close(self) -> None:
+        if self._model:
+            self._lib.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class GGUFRuntime(Words):
     """A model in llama.cpp; one sequence is cached at a time. Not for several threads at once."""
 
     def __init__(self, path: Path, threads: int | None, context: int | None, exact: bool, gpu: bool) -> None:
@@ -103,10 +178,6 @@ class GGUFRuntime:
             p.type_k = p.type_v = 0  # float32
             p.flash_attn_type = 0  # disabled: its CPU kernel computes in float16
         return p
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._lib.llama_vocab_n_tokens(self._vocab))
 
     @property
     def context(self) -> int:
@@ -175,51 +246,6 @@ class GGUFRuntime:
         """Continue it: [T] ids -> [T, V] logits."""
         return self._decode(ids, True)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids by llama.cpp's own tokenizer, special tokens and BOS policy included."""
-        return self.tokenize(text, special=True)
-
-    def tokenize(self, text: str, special: bool) -> list[int]:
-        """Ids, with or without special tokens around and inside the text."""
-        self._need_tokenizer()
-        data = text.encode()
-        room = len(data) + 16
-        while True:
-            buffer = (ctypes.c_int32 * room)()
-            n = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, room, special, special)
-            if n >= 0:
-                return list(buffer[:n])
-            room = -n
-
-    def decode(self, ids: Sequence[int]) -> bytes:
-        """Bytes of the tokens, special ones left out."""
-        self._need_tokenizer()
-        return b"".join(self._piece(int(i)) for i in ids)
-
-    def _piece(self, token: int) -> bytes:
-        room = 64
-        while True:
-            buffer = ctypes.create_string_buffer(room)
-            n = self._lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
-            if n >= 0:
-                return buffer.raw[:n]
-            room = -n
-
-    def _need_tokenizer(self) -> None:
-        if self._lib.llama_vocab_type(self._vocab) == 0:
-            raise UserError(f"{self.path}: has no tokenizer: pass token ids")
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return self._ends
-
-    @cached_property
-    def _ends(self) -> frozenset[int]:
-        lib = self._lib
-        if lib.llama_vocab_type(self._vocab) == 0:
-            return frozenset()
-        return frozenset(i for i in range(self.vocab_size) if lib.llama_vocab_is_eog(self._vocab, i))
-
     def meta(self, key: str) -> str | None:
         """A metadata value as text."""
         room = 256
@@ -250,20 +276,11 @@ class GGUFRuntime:
         }
 
     def close(self) -> None:
-        lib = self._lib
         if self._ctx:
-            lib.llama_batch_free(self._batch)
-            lib.llama_free(self._ctx)
+            self._lib.llama_batch_free(self._batch)
+            self._lib.llama_free(self._ctx)
             self._ctx = None
-        if self._model:
-            lib.llama_model_free(self._model)
-            self._model = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+        super().close()
 
 
 def devices() -> list[str]:

@@ -16,12 +16,19 @@ __all__ = ["Source", "open_source"]
 def open_source(path: str | Path, adapters: Sequence[str | Path] = ()) -> Source:
     """Open a checkpoint: everything about it is checked, and no weight is read.
 
-    path: a folder, or hf:owner/name[@revision]. adapters: LoRA adapters to merge into its weights, likewise. Raises
-    `UserError` (or `SpecError`, with every problem at once) where it is missing, damaged or of no known kind.
+    path: a folder, a GGUF file, or hf:owner/name[@revision]. adapters: LoRA adapters to merge into its weights,
+    likewise. Raises `UserError` (or `SpecError`, with every problem at once) where it is missing, damaged or of no
+    known kind.
     """
     path, folders = located(path), [located(a) for a in adapters]
     if not path.exists():
         raise UserError(f"{path}: no such folder")
+    if path.suffix == ".gguf" and not path.is_dir():
+        from convert.sources.gguf import open_gguf
+
+        if folders:
+            raise UserError(f"--adapter {adapters[0]}: into a GGUF file nothing is merged (convert it to hf first)")
+        return open_gguf(path)
     if not path.is_dir():
         hint = "give the folder that holds it" if path.suffix in (".safetensors", ".bin", ".yaml", ".json") else ""
         raise UserError(f"{path}: a source is a checkpoint folder" + (f" ({hint})" if hint else ""))

@@ -13,7 +13,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Floats, Tokenizer, content_hash
+from backends.base import Floats, Tokenizer, Values, content_hash
+from convert.recipe import Held
 from convert.sources.store import Store
 from spec.config import Spec
 from spec.errors import UserError
@@ -70,7 +71,10 @@ class Source:
     def name(self) -> str:
         """What it is called: its folder, or the repository of a folder in the Hub's cache."""
         found = self.origin
-        return found["repo"].split("/")[-1] if found else self.path.resolve().name
+        own = self.path.resolve()
+        if found:
+            return found["repo"].split("/")[-1]
+        return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", own.name)
 
     @property
     def origin(self) -> dict[str, str] | None:
@@ -116,6 +120,22 @@ class Source:
             if alias is not None and not np.array_equal(block, self._tensors.fetch(alias, start, stop)):
                 raise UserError(f"{alias}: differs from {self._label(name)}, and the model ties the two "
                                 "(tie_word_embeddings: false would keep both)")  # fmt: skip
+            yield start, block
+
+    @property
+    def held(self) -> Held:
+        """What it holds as codes and scales."""
+        return getattr(self._tensors, "held", None) or Held()
+
+    def values(self, name: str, rows: int | None = None) -> Iterator[tuple[int, Values]]:
+        """`blocks` as the source holds them: codes and scales where it has some."""
+        if name not in self.held.levels:
+            yield from self.blocks(name, rows)
+            return
+        total, step = self.shape(name)[0], rows or self.rows(name)
+        for start in range(0, total, step):
+            block = self._tensors.coded(name, start, min(total, start + step))  # type: ignore[attr-defined]
+            _finite(self._label(name), start, block.scales)
             yield start, block
 
     def tensor(self, name: str) -> NDArray[np.float32]:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Floats, QuantizedTensor, Values
+from backends.base import PORTABLE, Floats, QuantizedTensor, Values
 from backends.gguf.container import Header, read_split
 from backends.gguf.foreign import read_foreign
 from backends.gguf.pack import dense
 from backends.gguf.read import Artifact
 from backends.gguf.twin import shipped_spec
+from convert.recipe import Held
 from convert.sources.base import Source, collapse
 from convert.sources.store import Entry
 from spec.config import Spec
@@ -91,11 +92,11 @@ class GGUFStore:
         self._entries = {
             n: Entry(artifact.type(n).upper(), shape) for n, shape in artifact.shapes.items() if artifact.places(n)
         }
-        self.held: Mapping[str, str] = {
-            n: ON_GRID[t] for n, shape in artifact.shapes.items() if len(shape) == 2
+        levels = {
+            n: ON_GRID[t] for n, shape in artifact.shapes.items() if len(shape) == 2 and artifact.places(n)
             for t in [artifact.type(n)] if t in ON_GRID and _whole(artifact, n)
         }  # fmt: skip
-        """Tensors that are codes and scales, and their level."""
+        self.held = Held(levels, wide=artifact.receipt.get("level") not in PORTABLE)
 
     @property
     def entries(self) -> Mapping[str, Entry]:

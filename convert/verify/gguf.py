@@ -9,10 +9,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 import backends
-from backends.base import Runtime
+from backends.base import Runtime, Values
 from backends.gguf.read import Artifact
 from backends.gguf.runtime import load
 from backends.gguf.twin import twin, twin_spec
+from convert.recipe import Held
 from convert.verify import artifact, numeric
 from convert.verify.artifact import ArtifactRows
 from convert.verify.emulate import Typed, activation_type
@@ -28,9 +29,11 @@ class Door(artifact.Door):
     def __init__(self) -> None:
         super().__init__(backends.get("gguf"))
 
-    def open_artifact(self, path: Path, spec: Spec, level: str, threads: int | None) -> Shipped:
+    def open_artifact(
+        self, path: Path, spec: Spec, level: str, threads: int | None, held: Held | None = None
+    ) -> Shipped:
         """A file that should carry `spec`. Raises `UserError` where it is no whole GGUF."""
-        return Shipped(self.backend, path, Artifact(path, spec), spec, level, threads)
+        return Shipped(self.backend, path, Artifact(path, spec), spec, level, threads, held)
 
 
 class Shipped(artifact.Shipped):
@@ -87,10 +90,10 @@ class Packed(artifact.Packed):
 
     _artifact: Artifact
 
-    def compare(self, name: str, start: int, block: Array) -> str:
+    def compare(self, name: str, start: int, block: Values) -> str:
         """An empty string where the file holds the canonical rounding of these rows, else what differs."""
         first, last = self._artifact.reached(name)
-        low, high = max(start, first), min(start + len(block), last)
+        low, high = max(start, first), min(start + block.shape[0], last)
         return super().compare(name, low, block[low - start : high - start]) if low < high else ""
 
     def hashed(self, name: str) -> bool | None:

@@ -39,9 +39,10 @@ class Stored(Protocol):
         """Rows of which a block for `compare` has a multiple: the format rounds so many together."""
         ...
 
-    def compare(self, name: str, start: int, block: Array) -> str:
-        """An empty string where the artifact holds the canonical rounding of float32 rows of the source that begin at
-        `start` (a vector is one row block), else what differs."""
+    def compare(self, name: str, start: int, block: Values) -> str:
+        """An empty string where the artifact holds the canonical rounding of rows of the source that begin at `start`
+        (a vector is one row block), else what differs. Rows that come as codes and scales are these at their own
+        width."""
         ...
 
     def hashed(self, name: str) -> bool | None:
@@ -61,7 +62,7 @@ def check_packing(stored: Stored, source: Any, budget: int = BUDGET) -> Check:
     if not wrong:
         for p in known:
             for start, block in _sample(source, p.name, p.shape, share, stored.rows_together(p.name)):
-                compared += block.size
+                compared += prod(block.shape)
                 how = stored.compare(p.name, start, block)
                 if how:
                     wrong[p.name] = how
@@ -85,7 +86,9 @@ def check_packing(stored: Stored, source: Any, budget: int = BUDGET) -> Check:
     return Check("packing", Status.PASS, 0, 0, what, details=details)
 
 
-def _sample(source: Any, name: str, shape: tuple[int, ...], share: float, together: int) -> Iterator[tuple[int, Array]]:
+def _sample(
+    source: Any, name: str, shape: tuple[int, ...], share: float, together: int
+) -> Iterator[tuple[int, Values]]:
     """Row blocks of a tensor: all, or its first, its last and a seeded choice between, about `share` of the weights.
     Each has whole groups of `together` rows."""
     if len(shape) == 1:
@@ -95,7 +98,7 @@ def _sample(source: Any, name: str, shape: tuple[int, ...], share: float, togeth
     count = -(-shape[0] // step)
     rng = np.random.default_rng(zlib.crc32(name.encode()))  # the same on every machine
     chosen = {0, count - 1, *np.flatnonzero(rng.random(count) < share).tolist()}
-    for i, (start, block) in enumerate(source.blocks(name, step)):
+    for i, (start, block) in enumerate(source.values(name, step)):
         if share == 1 or i in chosen:
             yield start, block
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from convert import levels
 from convert.verify import numeric, sample
 from convert.verify.packing import check_packing
 from convert.verify.report import Check, Report, Status, dumps
-from convert.verify.tokens import check_stock, check_tokenizer
+from convert.verify.tokens import check_client, check_stock, check_tokenizer
 from convert.verify.weights import source_weights
 from spec.config import Spec
 from spec.errors import UserError
@@ -235,6 +235,8 @@ class Session:
 
     def tokenizer(self) -> Check:
         words = self.ran.words
+        if words.status is Status.PASS and self.source.path.suffix == ".gguf":
+            words = check_client(self.source.path, self.source.tokenizer, words)
         if words.status is Status.PASS and self.shipped.folder is not None:
             return check_stock(self.shipped.folder, self.source.tokenizer) or words
         return words
@@ -271,7 +273,14 @@ RAN = ("runtime", "graph", "arithmetic", "invariants", "quality")
 
 
 def run(
-    artifact: Path, backend: str, source_path: Path, level: str, text: Path | None, threads: int | None, journal: Path
+    artifact: Path,
+    backend: str,
+    source_path: str | Path,
+    level: str,
+    text: Path | None,
+    threads: int | None,
+    journal: Path,
+    adapters: Sequence[str | Path] = (),
 ) -> Report:
     """Run every check and write each to the journal as it ends. A `UserError` goes there too."""
     from convert.sources import open_source
@@ -286,7 +295,7 @@ def run(
         try:
             if not artifact.exists():
                 raise UserError(f"{artifact}: no such file or folder")
-            source = open_source(source_path)
+            source = open_source(source_path, adapters)
             lead = None if text is None else sample.read_text(text)
             opener = door(backend)
             level = levels.check(level, backends.part(backends.get(backend), "support").levels())
@@ -295,7 +304,7 @@ def run(
             return report
         tell(start="opening")
         try:
-            shipped = opener.open_artifact(artifact, source.spec, level, threads)
+            shipped = opener.open_artifact(artifact, source.spec, level, threads, source.held)
             session = Session(source, shipped, level, lead)
             tell(facts={"tokens": int(session.ids.size), "versions": opener.versions()})
         except Exception as e:

@@ -7,6 +7,7 @@ import random
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -130,6 +131,19 @@ def check_stock(folder: Path, tokenizer: Tokenizer, count: int = 60) -> Check | 
     if kind == "Qwen2Tokenizer":
         reason += " (it splits text as Qwen does, whatever tokenizer.json says; with a bias on o too it is a llama)"
     return Check("tokenizer", Status.FAIL, len(wrong), TOKENIZER_DIFFERENCES, reason)
+
+
+def check_client(path: Path, tokenizer: Tokenizer | None, found: Check) -> Check:
+    """`found`, or what llama.cpp, whose file the source is, makes otherwise of a text."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return replace(found, flags=(*found.flags, "not compared with llama.cpp, which is not installed"))
+    from backends.gguf.runtime import Words
+
+    with Words(path) as words:
+        check = check_tokenizer(words, tokenizer)
+    if check.status is Status.PASS:
+        return replace(found, reason=f"{found.reason}; llama.cpp's ids of the source too")
+    return replace(check, reason=f"the source in llama.cpp: {check.reason}")
 
 
 def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
