@@ -20,7 +20,7 @@ from backends.gguf.fit import Fit, choose
 from backends.gguf.names import Piece, Slot, slots
 from backends.gguf.pack import pack
 from backends.gguf.recipe import recipe
-from backends.gguf.tokenizer import tokenizer_metadata
+from backends.gguf.tokenizer import display_name, tokenizer_metadata
 from backends.gguf.twin import twin
 from backends.gguf.types import TYPES, fitting, joined
 from backends.placed import PlacedFile
@@ -90,7 +90,7 @@ def _header(
     common = max(set(matrices), key=matrices.count)
     out: dict[str, Any] = {
         "general.type": "model",
-        "general.name": spec.name,
+        "general.name": display_name(spec.name, tokenizer),
         "general.alignment": ALIGNMENT,
         "general.quantization_version": 2,
         "general.file_type": meta.FILE_TYPES.get(common, 1024),
@@ -120,6 +120,8 @@ def _add(w: Any, key: str, value: Any) -> None:
             w.add_float32(key, value)
         case str():
             w.add_key_value(key, value, GGUFValueType.STRING)
+        case bytes():
+            w.add_key_value(key, value, GGUFValueType.ARRAY)
         case _:
             w.add_key_value(key, list(value), GGUFValueType.ARRAY)
 
