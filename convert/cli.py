@@ -42,12 +42,15 @@ Flag = Parameter(negative="")
 
 @app.default
 def convert(
-    source: Path,
+    source: str,
     /,
     *,
     to: str = "gguf",
     quant: str = "q4",
     out: Path | None = None,
+    adapter: list[str] | None = None,
+    push: str | None = None,
+    private: Annotated[bool, Flag] = False,
     verify: bool = True,
     check: Annotated[bool, Flag] = False,
     force: Annotated[bool, Flag] = False,
@@ -64,7 +67,7 @@ def convert(
     Parameters
     ----------
     source
-        A checkpoint folder (spec.yaml), or a Hugging Face folder (config.json).
+        A checkpoint folder (spec.yaml), a Hugging Face folder (config.json), a GGUF file, or hf:owner/name[@revision].
     to
         The target, or several with commas between: gguf, mlx, onnx, coreml, hf, tensorrt.
     quant
@@ -72,6 +75,12 @@ def convert(
     out
         The artifact, or for several targets the folder they go into; by default SOURCE.LEVEL.gguf, SOURCE.LEVEL-mlx
         and so on in the working directory.
+    adapter
+        A LoRA adapter to merge into the weights, in PEFT's format: a folder or hf:owner/name[@revision]; once for each.
+    push
+        Upload what was made to this repository of the Hugging Face Hub (owner/name), once everything passed.
+    private
+        Make that repository a private one, where it is new.
     verify
         Run the result against the source before it gets its name.
     check
@@ -96,16 +105,21 @@ def convert(
         Print the result as JSON.
     """
     from convert.pipeline import convert_all as run
+    from convert.push import Push
     from convert.show import dumps, progress, show_expected, show_result, show_summary
+    from spec.errors import UserError
 
     given = {"profile": profile, "compute": compute, "functions": functions, "architecture": architecture}
     options = {name: value for name, value in given.items() if value is not None}
     targets = [t for t in (name.strip().lower() for name in to.split(",")) if t]
 
+    if private and push is None:
+        raise UserError("--private: says how --push makes a repository (give --push owner/name too)")
     with progress(quiet=json or check) as reporting:
         results = run(
-            source, targets, quant, out, options=options, verify=verify, force=force, check=check, threads=threads,
-            text=text, progress=reporting, on_check=reporting.checked,
+            source, targets, quant, out, options=options, adapters=adapter or (),
+            push=None if push is None else Push(push, private), verify=verify, force=force, check=check,
+            threads=threads, text=text, progress=reporting, on_check=reporting.checked,
         )  # fmt: skip
     failed = [r for r in results if r.failed]
     if json:
@@ -117,9 +131,13 @@ def convert(
         else:
             for r in results:
                 (show_expected if check else show_result)(r)
+        if results[0].pushed is not None:
+            sys.stdout.write(f"{'would push' if check else 'pushed':<13}  {results[0].pushed}\n")
     for r in failed:
         assert r.report is not None
         _say(f"convert: {r.out}: verification failed, it was not written: {r.report.summary}")
+    if failed and push is not None:
+        _say(f"convert: --push {push}: nothing was uploaded")
     return 1 if failed else 0
 
 

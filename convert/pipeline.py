@@ -155,12 +155,13 @@ def convert_all(
 ) -> list[Result]:
     """Convert a checkpoint to one or several targets in one pass over the weights, each tensor rounded once.
 
-    source: our checkpoint folder, a Hugging Face folder, a GGUF file, or hf:owner/name[@revision]. targets: backends. level: a portable level, or one that
-    is the target's own, where there is one target. out: the artifact, or with several targets the folder they go into;
-    by default named after source, level and backend in the working directory. options: the backends' own
-    (`support.OPTIONS`), each for those targets that have it. adapters: LoRA adapters to merge into the weights. push:
-    where to upload everything once it passed. check: refuse what a real run would refuse, estimate,
-    write nothing. text: what the quality check reads. on_check: called with the backend and each check as it ends.
+    source: our checkpoint folder, a Hugging Face folder, a GGUF file, or hf:owner/name[@revision]. targets: backends.
+    level: a portable level, or one that is the target's own, where there is one target. out: the artifact, or with
+    several targets the folder they go into; by default named after source, level and backend in the working directory.
+    options: the backends' own (`support.OPTIONS`), each for those targets that have it. adapters: LoRA adapters to
+    merge into the weights. push: where to upload everything once it passed. check: refuse what a real run would refuse,
+    estimate, write nothing. text: what the quality check reads. on_check: called with the backend and each check as it
+    ends.
 
     An existing artifact is replaced only with `force`, and only by a whole, verified one. One that fails its
     verification is kept back (`Result.failed`), and the others appear. Raises `UserError` for what the user can fix,

@@ -37,9 +37,11 @@ def receipt(
         "format": FORMAT,
         "spec_hash": source.spec.hash,
         "source": {
-            "name": source.path.resolve().name,
+            "name": source.name,
+            **(source.origin or {}),
             "hash": weights_hash((n, source_hashes[n]) for n in source.names()),
             "dtypes": source.dtypes(),
+            **({"adapters": list(source.adapters)} if source.adapters else {}),
         },
         "backend": backend.name,
         "carrier": support.carrier,

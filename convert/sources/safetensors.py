@@ -83,6 +83,8 @@ def shards(folder: Path, weights: str) -> dict[Path, frozenset[str]]:
     single, index = folder / weights, folder / f"{weights}.index.json"
     if present(single):
         return {single: frozenset()}
+    if not present(index):
+        raise UserError(f"{folder}: no {single.name} and no {index.name}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise UserError(f"{index}: weight_map is no mapping of tensors to files")

@@ -30,12 +30,14 @@ def verify(
     level: str,
     text: str | Path | None = None,
     *,
+    adapters: Sequence[str | Path] = (),
     threads: int | None = None,
     on_check: Callable[[Check], None] | None = None,
 ) -> Report:
     """Check an artifact against the source it was converted from.
 
-    text: a UTF-8 file whose first tokens the numeric checks run on (none: a few standard library modules).
+    adapters: what was merged into the source's weights. text: a UTF-8 file whose first tokens the numeric checks run on
+    (none: a few standard library modules).
     on_check: called with each check as it ends. Raises `UserError` where artifact, source or text cannot be read; what
     is wrong with the artifact itself is a FAIL in the report.
     """
@@ -44,6 +46,7 @@ def verify(
     command += ["--source", str(source_path), "--level", level]
     command += ["--text", str(text)] if text is not None else []
     command += ["--threads", str(threads)] if threads else []
+    command += [word for a in adapters for word in ("--adapter", str(a))]
     return watch(command, report, on_check)
 
 

@@ -25,7 +25,8 @@ Exit status 0: nothing failed; 1: a check failed; 2: something to fix in the com
 def main(
     artifact: Path,
     *,
-    source: Path,
+    source: str,
+    adapter: list[str] | None = None,
     level: str | None = None,
     backend: str | None = None,
     text: Path | None = None,
@@ -40,7 +41,9 @@ def main(
     artifact
         The file or folder to check.
     source
-        The checkpoint or Hugging Face folder it was converted from.
+        The checkpoint, Hugging Face folder, GGUF file or hf:owner/name@revision that it was converted from.
+    adapter
+        A LoRA adapter that was merged in, a folder or hf:owner/name@revision; once for each.
     level
         The precision level it was converted at; by default its receipt says so.
     backend
@@ -57,13 +60,13 @@ def main(
     if journal is not None:
         from convert.verify.run import run
 
-        run(artifact, backend or "", source, level or "", text, threads, journal)
+        run(artifact, backend or "", source, level or "", text, threads, journal, adapter or ())
         return 0
     from convert.verify import verify
     from convert.verify.run import describe
 
     found, declared = describe(artifact, backend)
-    report = verify(artifact, found, source, level or declared, text, threads=threads)
+    report = verify(artifact, found, source, level or declared, text, adapters=adapter or (), threads=threads)
     if json:
         from convert.verify.report import dumps
 
