@@ -50,8 +50,8 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "olmoe": {"five": {**SQUARE, **OLMO_FIVE}, "normed": {**SQUARE, **OLMO_FIVE, **NORMED, **TIED,
                                                           "attention_bias": True}},
     "flex_olmo": {"five": OLMO_FIVE, "normed": {**GQA, **OLMO_FIVE, **NORMED, **TIED, "attention_bias": True, **YARN}},
-    "granitemoe": {"five": {**FIVE, **SCALES}, "one": {**GQA, **ONE, "attention_multiplier": 0.3, "attention_bias": True,
-                                                       **TIED, **YARN}},
+    "granitemoe": {"five": {**FIVE, **SCALES},
+                   "one": {**GQA, **ONE, "attention_multiplier": 0.3, "attention_bias": True, **TIED, **YARN}},
     "granitemoeshared": {"shared": {**FIVE, **SCALES, "shared_intermediate_size": 16},
                          "unshared": {**GQA, **ONE, **SCALES, "attention_bias": True}},
     "granitemoe_swa": {"shared": {**FIVE, **SCALES, **WINDOW, "shared_intermediate_size": 16},
@@ -64,8 +64,8 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "glm4_moe": {
         "five": DEEPSEEK_FIVE,
-        "qk-norm": {**GQA, **DEEPSEEK_ONE, "attention_bias": True, **TIED, "use_qk_norm": True, "first_k_dense_replace": 2,
-                    **PLAIN_WEIGHTS, "routed_scaling_factor": 2.5},
+        "qk-norm": {**GQA, **DEEPSEEK_ONE, "attention_bias": True, **TIED, "use_qk_norm": True, **PLAIN_WEIGHTS,
+                    "first_k_dense_replace": 2, "routed_scaling_factor": 2.5},
         "no-dense": {**DEEPSEEK_FIVE, "first_k_dense_replace": 0, **partial(0.5, "yarn")},
     },
     "dots1": {

@@ -1,4 +1,4 @@
-"""Weights that came quantized, as floats: 8-bit codes with scales, and compressed-tensors' packed integers.
+"""Weights that came quantized, as floats: 8-bit codes with scales, compressed-tensors' packed integers, MXFP4.
 
     float8, int8     code * scale, one scale for the tensor, for each row, or for each block (DeepSeek's
                      `weight_scale_inv` is a factor in spite of its name)
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from backends.base import QuantizedTensor
 from backends.hf.store import unpack
+from convert.sources import mxfp4
 from convert.sources.files import harmless
 from convert.sources.store import Entry, Store, widen
 from spec.errors import UserError
@@ -40,6 +41,7 @@ METHODS: Mapping[str, frozenset[str]] = {
         "fbgemm_fp8": "activation_scale_ub",
         "compressed-tensors": "format config_groups quantization_status global_compression_ratio version",
         "modelopt": "quant_algo producer config_groups kv_cache_quant_algo",
+        "mxfp4": "dequantize",
     }.items()
 }
 """Keys of quantization_config that are known, by quant_method. Which tensors are quantized and how is read from the
@@ -91,16 +93,18 @@ class Packed:
         return QuantizedTensor(codes, scales, self.bits, self.shape[1] // scales.shape[1]).dequantize()
 
 
+Part = Scaled | Packed | mxfp4.Blocks
+
+
 class Decoded:
     """A store whose quantized tensors read as floats; their scales are no tensors of their own."""
 
-    def __init__(self, store: Store, parts: Mapping[str, Scaled | Packed], hidden: Iterable[str]) -> None:
+    def __init__(self, store: Store, parts: Mapping[str, Part], hidden: Iterable[str]) -> None:
         self._store, self._parts = store, parts
         gone = set(hidden)
         self.entries: dict[str, Entry] = {n: e for n, e in store.entries.items() if n not in gone}
         for name, part in parts.items():
-            dtype = f"I{part.bits}" if isinstance(part, Packed) else store.entries[part.codes].dtype
-            self.entries[name] = Entry(dtype, part.shape)
+            self.entries[name] = Entry(_dtype(store, part), part.shape)
 
     @property
     def nbytes(self) -> int:
@@ -117,6 +121,13 @@ class Decoded:
         self._store.close()
 
 
+def _dtype(store: Store, part: Part) -> str:
+    """What a tensor's codes are."""
+    if isinstance(part, Scaled):
+        return store.entries[part.codes].dtype
+    return part.dtype if isinstance(part, mxfp4.Blocks) else f"I{part.bits}"
+
+
 def decoded(store: Store, config: object, source: str) -> tuple[Store, list[str]]:
     """The store with what `quantization_config` describes decoded, and what a user should know of it.
 
@@ -130,15 +141,18 @@ def decoded(store: Store, config: object, source: str) -> tuple[Store, list[str]
     if problems:
         raise UserError("\n".join(f"{source}: quantization_config: {p}" for p in problems))
     assert isinstance(config, dict)
-    parts: dict[str, Scaled | Packed] = {}
+    parts: dict[str, Part] = {}
     hidden: set[str] = set()
     kept = [p for key in ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
             for p in config.get(key) or []]  # fmt: skip
     for name, entry in store.entries.items():
         if name.endswith("_packed"):
-            found: Scaled | Packed | str = _packed(store, name.removesuffix("_packed"))
+            found: Part | str = _packed(store, name.removesuffix("_packed"))
             name = name.removesuffix("_packed")
             hidden |= {f"{name}{end}" for end in ("_packed", "_scale", "_shape")}
+        elif method == "mxfp4" and name.endswith(mxfp4.BLOCKS):
+            found = mxfp4.blocks(store, name)
+            hidden |= {name.removesuffix(mxfp4.BLOCKS) + mxfp4.SCALES}
         elif entry.dtype in CODES:
             scale = next((name + end for end in SCALES if name + end in store.entries), None)
             found = "no scale beside it" if scale is None else _scaled(store, name, scale, block)
@@ -154,7 +168,7 @@ def decoded(store: Store, config: object, source: str) -> tuple[Store, list[str]
     dropped = [n for n in store.entries if ACTIVATIONS.fullmatch(n)]
     if problems:
         raise UserError("\n".join(f"{source}: {p}" for p in problems))
-    kinds = sorted({store.entries[p.codes].dtype if isinstance(p, Scaled) else f"int{p.bits}" for p in parts.values()})
+    kinds = sorted({f"int{p.bits}" if isinstance(p, Packed) else _dtype(store, p) for p in parts.values()})
     notes = [f"{len(parts)} tensors came quantized ({method}: {', '.join(kinds).lower()}): what that cost is in them"]
     if dropped:
         notes.append(f"{len(dropped)} scales of activations or caches are not carried: a runtime rounds in its own way")
