@@ -103,6 +103,30 @@ MUTANTS: dict[str, FileMutant] = {
     ),
     "norm_offset_missed": FileMutant(lambda e: _minus_one(e.rows("blk.0.attn_norm.weight")), "packing", "offset"),
     "norm_zero": FileMutant(lambda e: e.rows("output_norm.weight").fill(0), "packing"),
+    "experts_exchanged": FileMutant(lambda e: _swap_heads(e.rows("blk.1.ffn_up_exps.weight"), 1), "packing", "moe"),
+    "router_rows_shifted": FileMutant(
+        lambda e: e.rows("blk.0.ffn_gate_inp.weight").__setitem__(
+            slice(None), np.roll(e.rows("blk.0.ffn_gate_inp.weight"), 1, 0)
+        ),
+        "packing",
+        "moe",
+    ),
+    "one_expert_more": FileMutant(lambda e: e.scalar("expert_used_count", lambda k: k + 1), "graph", "moe"),
+    "weights_not_renormalised": FileMutant(
+        lambda e: e.scalar("expert_weights_norm", lambda x: not x), "graph", "moe_chosen"
+    ),
+    "softmax_for_sigmoid": FileMutant(lambda e: e.scalar("expert_gating_func", lambda x: 1), "graph", "moe_chosen"),
+    "expert_scale_1%": FileMutant(
+        lambda e: e.scalar("expert_weights_scale", lambda x: x * 1.01), "graph", "moe_chosen"
+    ),
+    "correction_dropped": FileMutant(lambda e: e.rows("blk.1.exp_probs_b.bias").fill(0), "packing", "moe_chosen"),
+    "shared_expert_dropped": FileMutant(
+        lambda e: e.rows("blk.1.ffn_down_shexp.weight").fill(0), "packing", "moe_chosen"
+    ),
+    "shared_gate_dropped": FileMutant(
+        lambda e: e.rows("blk.1.ffn_gate_inp_shexp.weight").fill(1), "packing", "moe_gate"
+    ),
+    "zeros_that_are_none": FileMutant(lambda e: e.rows("blk.1.ffn_up_shexp.weight").fill(1), "packing", "moe_plain"),
     "tokens_exchanged": FileMutant(lambda e: e.swap_tokens(b"a", b"b"), "tokenizer"),
     "bos_policy": FileMutant(lambda e: e.scalar("tokenizer.ggml.add_bos_token", lambda x: not x), "tokenizer"),
     "bos_id": FileMutant(lambda e: e.scalar("tokenizer.ggml.bos_token_id", lambda x: x + 1), "tokenizer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +19,18 @@ from parity_tests.gguf_mutants import MUTANTS, Editor, mutate
 from parity_tests.shop import Shop, outcome
 from spec import Spec, params
 
+
+def _moe(shared: dict[str, Any] | None = None, **router: Any) -> Spec:
+    fields = {"kind": "moe", "experts": 5, "hidden": 256, "shared": shared, "router": {"top_k": 2, **router}}
+    return llama(block={"mlp": fields})
+
+
 SPECS: dict[str, Spec] = {
     "llama": llama(),
+    "moe": _moe(),
+    "moe_chosen": _moe({"hidden": 256}, score="sigmoid", correction=True, scale=2.5),
+    "moe_gate": _moe({"hidden": 256, "gate": True}, renormalise=False),
+    "moe_plain": _moe(renormalise=False),
     "offset": llama(final_norm={"offset": 1.0}, block={"norm": {"offset": 1.0}}),
 }
 
@@ -29,7 +40,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return Shop(tmp_path_factory.mktemp("mutants"), "gguf", SPECS)
 
 
-@pytest.mark.parametrize(("feature", "level"), [("llama", "q4"), ("llama", "q4_k_m"), ("offset", "q4")])
+@pytest.mark.parametrize(("feature", "level"), [(n, "q4") for n in SPECS] + [("llama", "q4_k_m"), ("moe", "q4_k_m")])
 def test_the_unmutated_artifact_passes_every_check(shop: Shop, feature: str, level: str) -> None:
     session = shop.session(shop.artifact(feature, level), feature, level)
     assert {n: outcome(session, n).status for n in CHECKS} == dict.fromkeys(CHECKS, Status.PASS)

@@ -21,9 +21,28 @@ from spec import Spec, parse
 from spec.config import merge
 
 LEVELS = ("f32", "f16", "q8", "q4", "q4_k_m")
+
+
+def _moe(experts: int, **router: Any) -> dict[str, Any]:
+    return {"kind": "moe", "experts": experts, "hidden": 256, "router": {"top_k": 2, **router}}
+
+
 WIDE: dict[str, Spec] = {
     "wide": llama(),
     "wide_gelu": llama(block={"mlp": {"activation": "gelu_tanh", "gated": False}}),
+    "wide_moe": llama(block={"mlp": _moe(8)}),
+    "wide_moe_sigmoid": llama(
+        depth=3,
+        block={"mlp": _moe(6, score="sigmoid", correction=True, scale=2.5) | {"shared": {"hidden": 256}}},
+        overrides={"0": {"mlp": {"kind": "dense", "hidden": 512}}},
+    ),
+    "wide_moe_oai": llama(
+        block={
+            "attention": {"sinks": True, "bias": True},
+            "mlp": _moe(4, bias=True) | {"activation": "clamped_swiglu", "bias": True},
+        },
+        pattern=[{"attention": {"window": 9}}, {}],
+    ),
 }
 """Wide enough for blocks of 256."""
 

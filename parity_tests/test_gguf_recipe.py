@@ -20,6 +20,11 @@ from parity_tests.gguf_specs import write_file
 from spec import Spec, parse
 from spec.config import merge
 
+
+def _moe(experts: int, **router: Any) -> dict[str, Any]:
+    return {"kind": "moe", "experts": experts, "hidden": 256, "router": {"top_k": 2, **router}}
+
+
 LAYERNORM = {"kind": "layernorm", "bias": True}
 SPECS: dict[str, dict[str, Any]] = {
     "untied_gqa4": {"block": {"attention": {"heads": 8, "kv_heads": 2, "head_dim": 32}}},
@@ -38,9 +43,26 @@ SPECS: dict[str, dict[str, Any]] = {
         "width": 96,
         "block": {"attention": {"heads": 4, "kv_heads": 2, "head_dim": 32}, "mlp": {"hidden": 160}},
     },
+    "mixtral": {
+        "block": {"attention": {"heads": 4, "kv_heads": 2}, "mlp": _moe(8)},
+    },
+    "shared": {
+        "depth": 8,
+        "block": {
+            "attention": {"heads": 8, "kv_heads": 2, "head_dim": 32},
+            "mlp": _moe(3, score="sigmoid", correction=True) | {"shared": {"hidden": 512}},
+        },
+        "overrides": {"0": {"mlp": {"kind": "dense", "hidden": 512}}},
+    },
+    "narrow_experts": {
+        "width": 96,
+        "depth": 8,
+        "block": {"attention": {"heads": 4, "kv_heads": 2, "head_dim": 32}, "mlp": _moe(4) | {"hidden": 160}},
+    },
 }  # fmt: skip
 QUICK = {("untied_gqa4", "q4_k_m"), ("tied_gqa2", "q5_k_m"), ("fused", "q4_k_m"), ("narrow", "q4_k_m"),
-         ("untied_gqa4", "q2_k"), ("narrow", "q4_0")}  # fmt: skip
+         ("untied_gqa4", "q2_k"), ("narrow", "q4_0"), ("mixtral", "q4_k_m"), ("shared", "q3_k_m"),
+         ("narrow_experts", "q4_k_m"), ("mixtral", "mxfp4_moe")}  # fmt: skip
 OURS_ALONE = {"mxfp4"}
 """llama.cpp offers this type for experts only."""
 
@@ -49,6 +71,7 @@ CASES = [
     for name in SPECS
     for level in LEVELS
     if level not in OURS_ALONE and not (level in TYPES and TYPES[level].importance)
+    if level != "mxfp4_moe" or ("mlp" in SPECS[name].get("block", {}) and "experts" in SPECS[name]["block"]["mlp"])
 ]
 
 
