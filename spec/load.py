@@ -19,8 +19,26 @@ MIGRATIONS: dict[int, Migration] = {}
 """From a version to the function that lifts a file of that version to the next one."""
 
 
+LIMIT = 1_000_000
+"""Bytes of a YAML file at most."""
+MAX_NODES = 100_000
+"""Nodes of a document with every alias written out: a few lines of aliases of aliases can stand for billions."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but 1e-5 is a number and a repeated key is an error."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > MAX_NODES:
+            words = "aliases of aliases stand for too much"
+            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > 300:
+            raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -34,6 +52,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes a node stands for. One that contains itself stands for no end of them."""
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1  # until it is counted, which it never is within itself
+        inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + (sum(_written_out(n, known) for n in inner) if isinstance(inner, list) else 0)
+    return known[id(node)]
+
+
 def _add_float_resolver() -> None:
     import re
 
@@ -43,10 +70,13 @@ def _add_float_resolver() -> None:
 
 
 _add_float_resolver()
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(text: str, source: str) -> dict[str, Any]:
     """A YAML mapping, or a `UserError` that names line and column."""
+    if len(text) > LIMIT:
+        raise UserError(f"{source}: {len(text):,} characters are more than such a file ever has ({LIMIT:,} are read)")
     try:
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as e:
@@ -55,8 +85,8 @@ def read_yaml(text: str, source: str) -> dict[str, Any]:
         raise UserError(f"{place}: not valid YAML: {e.problem or e}") from None
     except RecursionError:
         raise UserError(f"{source}: nested too deeply to be a spec") from None
-    except yaml.YAMLError as e:
-        raise UserError(f"{source}: not valid YAML: {str(e).splitlines()[0]}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as e:  # the latter: a date that is none, `!!int` of a word
+        raise UserError(f"{source}: not valid YAML: {str(e).splitlines()[0][:200]}") from None
     if not isinstance(data, dict):
         raise UserError(f"{source}: a spec is a mapping of fields, not {type(data).__name__}")
     return data
@@ -97,7 +127,8 @@ def load(source: str | Path) -> Spec:
             return parse(read_yaml(file.read_text(encoding="utf-8"), name), name)
         raise UserError(f"{source}: neither a file nor a preset ({nearest(name, presets())})")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as f:
+            text = f.read(4 * LIMIT + 1).decode("utf-8")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
     except OSError as e:
