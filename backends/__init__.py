@@ -87,7 +87,7 @@ def part(backend: Backend, name: str) -> Any:
     return importlib.import_module(f"{backend.module}.{name}")
 
 
-MIXTURES = {"torch", "gguf", "onnx", "tensorrt", "coreml", "hf"}
+MIXTURES = {"torch", "gguf", "mlx", "onnx", "tensorrt", "coreml", "hf"}
 """Backends that carry mixtures of experts."""
 
 

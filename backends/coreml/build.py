@@ -15,7 +15,7 @@ import numpy as np
 from backends.base import Floats, Planned, QuantizedTensor, Tokenizer, Values
 from backends.coreml import package
 from backends.coreml.emitter import Half, Tensor
-from backends.coreml.names import in_linear
+from backends.coreml.names import experts_in, in_linear
 from backends.coreml.palettes import BITS, Palette, group_rows, palettize
 from backends.coreml.program import save
 from backends.coreml.support import compute_dtype
@@ -106,7 +106,8 @@ class CoreMLWriter:
         for name, p in self._planned.items():
             held = self._held.pop(name)
             if p.level in BITS:
-                held = palettize(held, BITS[p.level], self.threads)
+                group = group_rows(p.shape[0] // experts_in(self.spec, name))
+                held = palettize(held, BITS[p.level], self.threads, group)
             out[name] = Half(held) if isinstance(held, np.ndarray) and held.dtype == np.float16 else held
         for param in params(self.spec) if self._about["compute"] == "f16" else ():
             bias = out[param.name]
@@ -176,18 +177,18 @@ def size(
 ) -> int:
     """Bytes of the package, within a few percent for small models."""
     dtype = compute_dtype(compute, planned)
-    weights = sum(_stored(p, 2 if dtype == "f16" else 4) for p in planned)
+    weights = sum(_stored(p, 2 if dtype == "f16" else 4, experts_in(spec, p.name)) for p in planned)
     tables = sum(4 * spec.context * t.dim for t in rope_tables(spec, spec.context))
     program = (12_000 + 25_000 * spec.depth) * (2 if functions == "two" else 1)
     text = 0 if tokenizer is None else len(json.dumps(tokenizer.json, indent=1)) + 4096
     return weights + tables + program + text + len(dump(spec)) + 130 * len(planned)
 
 
-def _stored(p: Planned, scale: int) -> int:
+def _stored(p: Planned, scale: int, experts: int) -> int:
     """Bytes of a tensor with its header; `scale` is the bytes of a scale, which has the compute dtype."""
     count = prod(p.shape)
     if p.level in BITS:
-        groups = p.shape[0] // group_rows(p.shape[0])
+        groups = p.shape[0] // group_rows(p.shape[0] // experts)
         return count * BITS[p.level] // 8 + groups * scale * (1 << BITS[p.level]) + 256
     if p.level in ("q8", "q4"):
         return count * int(p.level[1:]) // 8 + count // GROUP * scale + 256

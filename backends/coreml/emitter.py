@@ -89,33 +89,42 @@ class Emitter:
         assert isinstance(t, np.ndarray), f"{name} is not stored as float32"
         return t
 
+    def is_float32(self, canonical: str) -> bool:
+        """Whether a tensor is stored as float32."""
+        return isinstance(self.tensors[canonical], np.ndarray)
+
     def vector(self, canonical: str, wide: bool = True, shape: tuple[int, ...] = (-1,)) -> Var:
         """A vector: float32 inside norms and attention, in the compute dtype as a bias."""
         t = self.array(canonical).reshape(shape)
         return self.constant(mil_name(canonical), t if wide or not self.half else t.astype(np.float16))
 
-    def matrix(self, canonical: str) -> Var:
-        """A weight in the compute dtype, compressed where it is stored so."""
+    def matrix(self, canonical: str, experts: int = 0) -> Var:
+        """A weight in the compute dtype, compressed where it is stored so: [N, K], or of experts, whose rows lie one
+        below the other, [E, N, K]."""
         name = mil_name(canonical)
         if name not in self._constants:
-            self._constants[name] = self._stored(name, self.tensors[canonical])
+            self._constants[name] = self._stored(name, self.tensors[canonical], (experts, -1) if experts else (-1,))
         return self._constants[name]
 
-    def _stored(self, name: str, t: Tensor) -> Var:
+    def _stored(self, name: str, t: Tensor, rows: tuple[int, ...]) -> Var:
         dtype = np.float16 if self.half else np.float32
+
+        def shaped(x: Any) -> Any:
+            return x.reshape(*rows, x.shape[-1])
+
         match t:
             case QuantizedTensor():
                 kind = self._types.np_int4_dtype if t.bits == 4 else np.int8
-                data, scale = t.codes.view(kind), t.scales.astype(dtype)
+                data, scale = shaped(t.codes.view(kind)), shaped(t.scales.astype(dtype))
                 return self._mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=name)
             case Palette():
                 kind = {4: self._types.np_uint4_dtype, 6: self._types.np_uint6_dtype, 8: np.uint8}[t.bits]
-                lut = t.tables.astype(dtype)[:, None, :, None]
-                return self._mb.constexpr_lut_to_dense(indices=t.indices.view(kind), lut=lut, name=name)
+                lut = shaped(t.tables.astype(dtype))[..., None, :, None]
+                return self._mb.constexpr_lut_to_dense(indices=shaped(t.indices.view(kind)), lut=lut, name=name)
             case Half() if not self.half:
-                return self._mb.constexpr_cast(source_val=t.values, output_dtype="fp32", name=name)
+                return self._mb.constexpr_cast(source_val=shaped(t.values), output_dtype="fp32", name=name)
             case Half():
-                return self._mb.const(val=t.values, name=name)
+                return self._mb.const(val=shaped(t.values), name=name)
             case _:
                 assert not self.half, f"{name}: float32 weights in a float16 program"
-                return self._mb.const(val=t, name=name)
+                return self._mb.const(val=shaped(t), name=name)

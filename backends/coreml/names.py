@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spec.config import Spec
+from spec.config import MoE, Spec
 from spec.params import Param, params
 
 INPUT, KEYS, VALUES, POSITION, LOGITS = "inputIds", "keyCache", "valueCache", "position", "logits"
@@ -12,8 +12,9 @@ PREFILL, DECODE, ONLY = "prefill", "decode", "main"
 
 
 def mil_name(canonical: str) -> str:
-    """`layers.0.attn.q.weight` -> `layers_0_attn_q_weight`; canonical names stay distinct."""
-    return canonical.replace(".", "_")
+    """`layers.0.attn.q.weight` -> `layers_0_attn_q_weight`; canonical names stay distinct: `mlp.shared_gate` and
+    `mlp.shared.gate` too."""
+    return canonical.replace("shared_gate", "sharedGate").replace(".", "_")
 
 
 def rope_names(index: int) -> tuple[str, str]:
@@ -33,4 +34,10 @@ def by_name(spec: Spec) -> dict[str, Param]:
 
 def in_linear(p: Param) -> bool:
     """Whether a vector is the bias of a product, which has the dtype of the product; all others are float32."""
-    return p.role == "bias" and not p.name.split(".")[-2].endswith("norm")
+    return p.role == "bias" and not p.name.split(".")[-2].endswith(("norm", "router"))
+
+
+def experts_in(spec: Spec, canonical: str) -> int:
+    """How many experts lie one below the other in a tensor's rows."""
+    m = spec.layers[int(canonical.split(".")[1])].mlp if ".mlp.experts." in canonical else None
+    return m.experts if isinstance(m, MoE) else 1

@@ -1,6 +1,7 @@
 """The decoder's vocabulary as a MIL program. Every operation is named after the layer and the tap that it leads to.
 
-Shapes: T query, S key (past and new), D model, H q-heads, G kv-heads, R = H / G, K head dim, V vocab; the batch is 1.
+Shapes: T query, S key (past and new), D model, H q-heads, G kv-heads, R = H / G, K head dim, V vocab, E experts, k of
+them a token's; the batch is 1.
 
 With float16 compute the residual stream, the products and their weights, and attention are float16, and each other
 operation of the forward pass works in float32 and is rounded once: norms (whose squares would overflow float16 from
@@ -10,7 +11,8 @@ operation of the forward pass works in float32 and is rounded once: norms (whose
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ import numpy as np
 from backends.coreml import names
 from backends.coreml.clock import Clock
 from backends.coreml.emitter import Emitter, Var
-from spec.config import Activation, Attention, Block, Norm
+from spec.config import Activation, Attention, Block, MoE, Norm
+from spec.forward import dense
 from spec.ops import Ops, Step
 from spec.rope import RopeTable
 
@@ -29,6 +32,12 @@ class Handle:
 
     weight: str | None = None
     bias: str | None = None
+    correction: str | None = None
+    """Of a router: added to scores for the choice."""
+    experts: int = 0
+    """How many lie one below the other in it; 0 where it is no mixture's."""
+    chosen: Var = None
+    """[k] which of them it stands for; none for all."""
 
 
 @dataclass
@@ -66,8 +75,32 @@ class MILOps(Ops[Var, Handle, Cache]):
 
     def linear(self, x: Var, w: Handle) -> Var:
         assert w.weight is not None
+        if w.experts:
+            return self._every(x, w)
+        if self.emit.half and self.emit.is_float32(w.weight):  # what chooses or gates
+            return self.emit.narrow(self._wide_linear(x, w))
         bias = {} if w.bias is None else {"bias": self.emit.vector(w.bias, wide=False)}
         return self.emit.op("linear", x=x, weight=self.emit.matrix(w.weight), **bias)
+
+    def _wide_linear(self, x: Var, w: Handle) -> Var:
+        """In float32, with weights that are."""
+        assert w.weight is not None
+        bias = {} if w.bias is None else {"bias": self.emit.vector(w.bias)}
+        table = self.emit.constant(names.mil_name(w.weight), self.emit.array(w.weight))
+        return self.emit.op("linear", x=self.emit.wide(x), weight=table, **bias)
+
+    def _every(self, x: Var, w: Handle) -> Var:
+        """Every expert's product, or those chosen: [1 or E, T, K] -> [E, T, N]."""
+        assert w.weight is not None
+        table = self.emit.matrix(w.weight, w.experts)
+        bias = None if w.bias is None else self.emit.vector(w.bias, wide=False, shape=(w.experts, 1, -1))
+        if w.chosen is not None:
+            table, bias = (None if t is None else self._pick(t, w.chosen) for t in (table, bias))
+        y = self.emit.op("matmul", x=x, y=table, transpose_y=True)
+        return y if bias is None else self.emit.op("add", x=y, y=bias)
+
+    def _pick(self, table: Var, rows: Var) -> Var:
+        return self.emit.op("gather", x=table, indices=rows, axis=0, validate_indices=False)
 
     def unembed(self, x: Var, w: Handle) -> Var:
         return self.linear(x, w)
@@ -240,6 +273,46 @@ class MILOps(Ops[Var, Handle, Cache]):
             p = self.emit.op("real_div", x=e, y=total)
         y = self.emit.narrow(self.emit.op("matmul", x=p, y=v))
         return self.emit.op("reshape", x=y, shape=[1, h, -1, dim])
+
+    # Mixture of experts
+
+    def route(self, x: Var, w: Handle, m: MoE) -> tuple[Var, Var]:
+        """The experts of each token, int32, and their weights, float32: [1, T, k] each."""
+        emit, r = self.emit, m.router
+        y = self._wide_linear(x, w)
+        scores = emit.op("softmax", x=y, axis=-1) if r.score == "softmax" else emit.op("sigmoid", x=y)
+        ranked = scores if w.correction is None else emit.op("add", x=scores, y=emit.vector(w.correction))
+        weights, chosen = emit.op("topk", x=self.tap(ranked, "mlp.scores"), k=r.top_k, axis=-1)
+        if w.correction is not None:
+            weights = emit.op("gather_along_axis", x=scores, indices=chosen, axis=-1, validate_indices=False)
+        if r.renormalise:
+            weights = emit.op("real_div", x=weights, y=emit.op("reduce_sum", x=weights, axes=[-1], keep_dims=True))
+        return chosen, weights if r.scale == 1 else emit.op("mul", x=weights, y=np.float32(r.scale))
+
+    def experts(self, x: Var, routes: tuple[Var, Var], w: Any, m: MoE) -> Var:
+        """A call of one token looks its experts' weights up; where there may be more, all experts run on all tokens,
+        and of each token's results those count that it chose."""
+        chosen, weights = routes
+        if x.shape[1] == 1:
+            rows = self.emit.op("reshape", x=chosen, shape=[m.router.top_k])
+            w = SimpleNamespace(**{part: replace(h, chosen=rows) for part, h in vars(w).items()})
+            share = self.emit.op("reshape", x=weights, shape=[m.router.top_k, 1, 1])
+        else:
+            share = self._spread(chosen, weights, m)
+        y = self.emit.op("mul", x=self.emit.wide(dense(self, m, w, x)), y=share)  # [E or k, T, D]
+        return self.emit.narrow(self.emit.op("reduce_sum", x=y, axes=[0], keep_dims=True))
+
+    def _spread(self, chosen: Var, weights: Var, m: MoE) -> Var:
+        """[E, T, 1] float32: the weight of every expert for every token, 0 where it is not chosen."""
+        emit = self.emit
+        every = emit.constant(f"experts_{m.experts}", np.arange(m.experts, dtype=np.int32))
+        is_it = emit.op("equal", x=emit.op("expand_dims", x=chosen, axes=[-1]), y=every)  # [1, T, k, E]
+        each = emit.op("mul", x=emit.op("cast", x=is_it, dtype="fp32"), y=emit.op("expand_dims", x=weights, axes=[-1]))
+        return emit.op("transpose", x=emit.op("reduce_sum", x=each, axes=[2], keep_dims=False), perm=[2, 1, 0])
+
+    def gate(self, x: Var, y: Var) -> Var:
+        y = self.emit.op("sigmoid", x=self.emit.wide(y))
+        return self.emit.narrow(self.emit.op("mul", x=self.emit.wide(x), y=y))
 
     # Structure
 

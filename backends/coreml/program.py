@@ -45,8 +45,9 @@ def handles(spec: Spec) -> SimpleNamespace:
     """The tree of weight handles that `spec.forward` walks."""
     root: dict[str, Any] = {"final_norm": Handle(), "embed_norm": Handle(), "head": Handle()}
     layers = [SimpleNamespace(attn=SimpleNamespace(sinks=None, slopes=None, q_norm=Handle(), k_norm=Handle()),
-                              mlp=SimpleNamespace(), attn_norm=Handle(), mlp_norm=Handle(), attn_post_norm=Handle(),
-                              mlp_post_norm=Handle()) for _ in spec.layers]  # fmt: skip
+                              mlp=SimpleNamespace(experts=SimpleNamespace(), shared=SimpleNamespace()),
+                              attn_norm=Handle(), mlp_norm=Handle(), attn_post_norm=Handle(), mlp_post_norm=Handle())
+              for _ in spec.layers]  # fmt: skip
     tree = SimpleNamespace(**root, layers=layers)
     for p in params(spec):
         parts = p.name.split(".")
@@ -60,7 +61,10 @@ def handles(spec: Spec) -> SimpleNamespace:
             owner = getattr(owner, step)
         if not isinstance(getattr(owner, parts[-2], None), Handle):
             setattr(owner, parts[-2], Handle())
-        setattr(getattr(owner, parts[-2]), parts[-1], p.name)
+        held = getattr(owner, parts[-2])
+        setattr(held, parts[-1], p.name)
+        if parts[1] == "experts":
+            held.experts = names.experts_in(spec, p.name)
     for i, b in enumerate(spec.layers):
         if isinstance(b.attention.position, Alibi):
             layers[i].attn.slopes = names.slopes_name(i)

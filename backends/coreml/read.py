@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from backends.coreml.contract import differences
 from backends.coreml.mil.program import Function, Instruction, default_function, functions
 from backends.coreml.mil.types import dtype_of
 from backends.coreml.mil.weights import Blob
-from backends.coreml.names import by_name, in_linear, mil_name
+from backends.coreml.names import by_name, experts_in, in_linear, mil_name
 from backends.coreml.palettes import BITS, Palette, group_rows, palettize
 from backends.coreml.program import constants
 from spec.config import Spec
@@ -84,7 +86,7 @@ class CoreMLArtifact:
 
     def rows(self, name: str, start: int, stop: int) -> Values:
         """Rows of a canonical tensor: codes and scales where it is on the portable grid, else float32."""
-        i = self._find(name)
+        i = _flat(self._find(name))
         if len(self._params[name].shape) == 1:
             return _rows(i.args["val"], None).reshape(-1)[start:stop].astype(np.float32)
         at = (start, stop)
@@ -102,9 +104,9 @@ class CoreMLArtifact:
 
     def _palette(self, i: Instruction, start: int, stop: int) -> Floats:
         tables = _rows(i.args["lut"], None).astype(np.float32)
-        tables = tables.reshape(len(tables), -1)
-        group = i.outputs[0].shape[0] or 1
-        table = tables[np.arange(start, stop) // (group // len(tables))]
+        tables = tables.reshape(-1, tables.shape[-2])
+        rows = prod(n or 1 for n in i.outputs[0].shape[:-1])
+        table = tables[np.arange(start, stop) // (rows // len(tables))]
         return np.take_along_axis(table, _rows(i.args["indices"], (start, stop)).astype(np.intp), axis=1)
 
     def _find(self, name: str) -> Instruction:
@@ -140,8 +142,11 @@ class CoreMLArtifact:
 
     def _difference(self, p: Planned, i: Instruction) -> str:
         shape = list(i.outputs[0].shape)
-        if shape != list(p.shape) and self._params[p.name].role != "sinks":
-            return f"has shape {shape}, not {list(p.shape)}"
+        experts = experts_in(self.source, p.name)
+        apart = [experts, p.shape[0] // experts, *p.shape[1:]] if len(p.shape) > 1 and experts > 1 else list(p.shape)
+        held = shape if len(p.shape) > 1 else [prod(n or 1 for n in shape)]
+        if held != apart:
+            return f"has shape {shape}, not {apart}"
         want, dtype = _type(p, self.compute, in_linear(self._params[p.name]))
         kinds = {"const": "val", HALF: "source_val", SCALED: "data", TABLE: "indices"}
         got = i.type, dtype_of(i.args[kinds[i.type]])
@@ -149,7 +154,7 @@ class CoreMLArtifact:
 
     def rows_together(self, name: str, level: str) -> int:
         """Rows that share a table, in a palette; else 1."""
-        return group_rows(self._params[name].shape[0]) if level in BITS else 1
+        return group_rows(self._params[name].shape[0] // experts_in(self.source, name)) if level in BITS else 1
 
     def expected(self, name: str, level: str, start: int, values: Floats) -> Floats | Palette:
         """Rows of the source as the package must hold them: rounded to float16 where that is the stored type, or
@@ -188,6 +193,18 @@ def _type(p: Planned, compute: str, in_product: bool) -> tuple[str, str]:
     if p.level == "f16":
         return ("const" if compute == "f16" else HALF), "FLOAT16"
     return {"q8": (SCALED, "INT8"), "q4": (SCALED, "INT4"), "f32": ("const", "FLOAT32")}[p.level]
+
+
+def _flat(i: Instruction) -> Instruction:
+    """A constant whose tensors are matrices: the rows of experts one below the other."""
+
+    def flat(value: Any) -> Any:
+        if isinstance(value, str) or len(value.shape) != 3:
+            return value
+        shape = (value.shape[0] * value.shape[1], value.shape[2])
+        return replace(value, shape=shape) if isinstance(value, Blob) else value.reshape(shape)
+
+    return replace(i, args={key: flat(value) for key, value in i.args.items()})
 
 
 def _rows(value: Any, at: tuple[int, int] | None) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from backends import experts
 from backends.base import Option, Planned, Support
 from backends.coreml.palettes import BITS as PALETTES
 from spec.config import DynamicScaling, LongRopeScaling, Rope, Spec
@@ -55,7 +56,7 @@ def cache_shape(spec: Spec) -> tuple[int, int, int, int, int]:
 
 def support(spec: Spec, level: str, compute: str = "", functions: str = "one") -> Support:
     """Whether and how a package carries `spec` at `level`."""
-    refusals = []
+    refusals = experts.too_many(spec, "Core ML")
     if level == "bf16":
         refusals.append("level: bf16 is no Core ML type, and float16 does not hold its range (use f16; f32 is exact)")
     elif level not in levels():
@@ -69,7 +70,7 @@ def support(spec: Spec, level: str, compute: str = "", functions: str = "one") -
     if refusals:
         return Support("coreml", refusals=tuple(refusals))
     dtype = compute_of(compute, [level])
-    return Support("coreml", f"mlprogram {dtype}", notes=tuple(_notes(spec, dtype)))
+    return Support("coreml", f"mlprogram {dtype}", notes=(*_notes(spec, dtype), *experts.notes(spec, "Core ML")))
 
 
 def _notes(spec: Spec, compute: str) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.tensorrt.graph import written_out
-from spec.config import Spec
+from spec.config import MoE, Spec
 from spec.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,12 @@ class Limits:
 
 def limits(spec: Spec, compute: str) -> Limits:
     """The bounds for a spec: pieces of a prompt are as long as `ROOM` lets the largest intermediates be."""
+    size = 4 if compute == "f32" else 2
+    mixtures = [b.mlp for b in spec.layers if isinstance(b.mlp, MoE)]
+    wide = max((m.experts * (3 * m.hidden * size + spec.width * (size + 8)) for m in mixtures), default=0)
     heads = max((b.attention.heads for b in spec.layers if written_out(b.attention, compute)), default=0)
-    row = spec.context * (1 + 8 * heads) + 4 * spec.vocab_size  # bytes of a token's mask, scores (twice) and logits
+    # bytes of a token's mask, scores (twice), logits, and what all experts make of it
+    row = spec.context * (1 + 8 * heads) + 4 * spec.vocab_size + wide
     chunk = CHUNK
     while chunk > 1 and BATCH * chunk * row > ROOM:
         chunk //= 2

@@ -31,7 +31,10 @@ def writer(spec: Spec, planned: Sequence[Planned], out: Path, compute: str) -> G
     from backends.onnx.build import GraphWriter
 
     # the look-up of a dequantized table folds into one kernel in TensorRT, and it has no uint8 operators for codes
-    return GraphWriter(spec, planned, out, profile="portable", compute=compute, cache="static", rows_first=False)
+    # it has no Unique, and runs a loop over experts from the host: all experts run
+    return GraphWriter(
+        spec, planned, out, profile="portable", compute=compute, cache="static", rows_first=False, loops=False
+    )
 
 
 def reader(artifact: Path, spec: Spec) -> GraphReader:

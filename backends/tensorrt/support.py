@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from backends import experts
 from backends.base import Option, Support
 from backends.tensorrt.engine import limits
 from backends.tensorrt.graph import HOLDS, session, written_out
@@ -38,12 +39,12 @@ def computed_in(level: str, compute: str) -> str:
 
 def support(spec: Spec, level: str, *, compute: str = "") -> Support:
     """Whether and how TensorRT carries `spec` at `level`."""
-    refusals = []
+    refusals = experts.too_many(spec, "TensorRT")
     if level not in LEVELS:
         refusals.append(f"level: {level} is none of TensorRT's ({nearest(level, LEVELS)})")
     if compute not in ("", *HOLDS):
         refusals.append(f"compute: {compute} is no choice ({nearest(compute, HOLDS)})")
-    if not refusals and level not in HOLDS[computed_in(level, compute)]:
+    if level in LEVELS and compute in ("", *HOLDS) and level not in HOLDS[computed_in(level, compute)]:
         refusals.append(
             f"compute: {compute} would round the weights of level {level} again "
             f"(try --compute {COMPUTE[level]}, or --quant {compute})"
@@ -79,4 +80,4 @@ def _notes(spec: Spec, level: str, compute: str) -> list[str]:
     if slow:
         why = "float32" if compute == "f32" else "softcap, sinks, ALiBi, or a head_dim that is no multiple of 8"
         out.append(f"attention is not one fused kernel in {slow} of {spec.depth} layers: {why}")
-    return out
+    return out + experts.notes(spec, "TensorRT")

@@ -194,6 +194,26 @@ def lut_to_dense(indices: Array, lut: Array, vector_axis: Any = None) -> Array:
     return tables[number, indices.astype(np.intp)]
 
 
+def topk(
+    x: Array,
+    k: int,
+    axis: int = -1,
+    ascending: bool = False,
+    sort: bool = True,
+    return_indices: bool = True,
+    output_indices_dtype: str = "int32",
+) -> list[Array]:
+    """The k largest along an axis (the lower number first among equals), and their numbers."""
+    assert sort and return_indices and not ascending, "topk: descending, with indices"
+    chosen = np.argsort(-x, int(axis), kind="stable").take(np.arange(int(k)), int(axis))
+    return [np.take_along_axis(x, chosen, int(axis)), chosen]
+
+
+def gather_along_axis(x: Array, indices: Array, axis: int = 0, validate_indices: bool = False) -> Array:
+    """x at indices of its own rank along an axis."""
+    return np.take_along_axis(x, indices.astype(np.int64), int(axis))
+
+
 def _axes(axes: Any) -> tuple[int, ...]:
     return tuple(int(a) for a in np.atleast_1d(axes))
 
@@ -254,6 +274,8 @@ OPS: dict[str, Op] = {
     # moving
     "identity": _moves(lambda x: x),
     "gather": _moves(gather),
+    "gather_along_axis": _moves(gather_along_axis),
+    "topk": _moves(topk),
     "slice_by_index": _moves(slice_by_index),
     "slice_update": _moves(slice_update),
     "concat": _moves(lambda values, axis, interleave=False: np.concatenate(values, int(axis))),

@@ -63,7 +63,8 @@ def check(f: Function) -> None:
         if len(set(found)) > 1:
             raise UserError(f"{_place(f, i)}: {i.type} of {' and '.join(found)}, which MIL does not mix")
         want = RESULTS.get(i.type) or _cast(i, texts) or found[0]
-        for o in i.outputs:
+        for n, o in enumerate(i.outputs):
+            want = "INT32" if i.type == "topk" and n else want
             if o.dtype != want:
                 raise UserError(f"{_place(f, i)}: {i.type} gives {want}, and {o.dtype} is declared")
             types[o.name] = o.dtype
