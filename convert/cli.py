@@ -176,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Terminated:
         _say("convert: terminated; nothing was written")
         sys.exit(143)
+    except MemoryError:
+        _say("convert: not enough memory")
     except ValueError as e:
         from spec.errors import UserError  # brings the whole schema, which --help can do without
 
