@@ -20,6 +20,7 @@ from backends.mlx.choose import choose
 from backends.mlx.container import Output, sharded
 from backends.mlx.layout import BUNDLED, Fit, Piece, Stored, arrange, quantization
 from backends.mlx.levels import FLOATS, NATIVE, computes, recipe
+from backends.tokens import misread
 from spec.config import Spec
 from spec.errors import UserError
 
@@ -151,7 +152,7 @@ def writer(
 ) -> MLXWriter:
     """A `backends.base.Writer` for a folder. Packing is NumPy's, one block at a time."""
     chosen = compute or computes(level)[0]
-    fit = choose(spec, level, chosen)
+    fit = choose(spec, level, chosen, misread(tokenizer))
     log.info("MLX: %s, computing in %s", fit.carrier, chosen)
     stored = arrange(fit.slots, planned, chosen)
     return MLXWriter(spec, fit, stored, tokenizer, out, level, chosen, {"compute": chosen})
@@ -161,7 +162,7 @@ def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, *,
     """Bytes of the folder, near the truth."""
     level = _level(planned)
     chosen = compute or computes(level)[0]
-    fit = choose(spec, level, chosen)
+    fit = choose(spec, level, chosen, misread(tokenizer))
     stored = arrange(fit.slots, planned, chosen)
     tensors = [x for t in stored for x in t.tensors.values()]
     text = len(json.dumps(config(fit, stored, chosen, tokenizer), indent=1))

@@ -20,9 +20,10 @@ NORMS = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "final_norm
 """Norms over the width."""
 
 
-def choose(spec: Spec, level: str, compute: str) -> Fit:
-    """How a folder carries `spec` at a level, computing in a dtype."""
-    found = next((c for c in CARRIERS if not obstacles(c, spec, level, compute)), None)
+def choose(spec: Spec, level: str, compute: str, without: frozenset[str] = frozenset()) -> Fit:
+    """How a folder carries `spec` at a level, computing in a dtype; by none of some model types."""
+    rows = (c for c in CARRIERS if c.model_type not in without)
+    found = next((c for c in rows if not obstacles(c, spec, level, compute)), None)
     return bundled(spec, compute) if found is None else native(found, spec)
 
 
