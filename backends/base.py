@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -183,6 +183,8 @@ class Tokenizer:
     add_bos: bool = False
     add_eos: bool = False
     chat_template: str | None = None
+    templates: dict[str, str] = field(default_factory=dict)
+    """Further chat templates by name (tool_use, rag)."""
     sentencepiece: bytes | None = None
     """tokenizer.model where the source has one; scores and byte fallback come from it."""
 

@@ -89,17 +89,22 @@ def end_ids(tokenizer: Tokenizer | None) -> list[int]:
     return [i for i in dict.fromkeys(ids) if i is not None]
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, context: int) -> list[str]:
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+"""transformers' name for a tokenizer that tokenizer.json describes whole."""
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, context: int, kind: str = PLAIN_CLASS) -> list[str]:
     """tokenizer.json and its configuration as transformers, mlx-lm and onnxruntime-genai read them; the names written.
 
-    BOS and EOS go into the post-processor, since not every client reads `add_bos_token`.
+    kind: the class that the configuration names, which says to some clients how to read the rest. BOS and EOS go into
+    the post-processor, since not every client reads `add_bos_token`.
     """
     if tokenizer is None:
         return []
     data = deepcopy(tokenizer.json)
     data["post_processor"] = _post_processor(tokenizer)
     config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": kind,
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
         "add_bos_token": tokenizer.add_bos,
@@ -127,6 +132,11 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, context: int) -> 
     if tokenizer.chat_template is not None:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
         written.append("chat_template.jinja")
+    for name, text in tokenizer.templates.items():
+        more = folder / "additional_chat_templates" / f"{name}.jinja"
+        more.parent.mkdir(exist_ok=True)
+        more.write_text(text, encoding="utf-8")
+        written.append(f"{more.parent.name}/{more.name}")
     if tokenizer.sentencepiece is not None:
         (folder / "tokenizer.model").write_bytes(tokenizer.sentencepiece)
         written.append("tokenizer.model")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.base import Option, Tokenizer
-from backends.folder import MARK, marked_spec, read_mark, write_tokenizer
+from backends.folder import MARK, PLAIN_CLASS, marked_spec, read_mark, write_tokenizer
 from spec.config import Spec
 from spec.errors import UserError, nearest
 
@@ -86,13 +86,15 @@ def read_back(path: Path) -> Tokenizer | None:
         ) from None
 
 
-def tokenizer_problems(path: Path, tokenizer: Tokenizer | None, context: int) -> dict[str, str]:
+def tokenizer_problems(
+    path: Path, tokenizer: Tokenizer | None, context: int, kind: str = PLAIN_CLASS
+) -> dict[str, str]:
     """Files of the folder's own tokenizer that are not what the others ask for: special tokens and their ids, what ends
     generation, the policy on BOS."""
     if tokenizer is None:
         return {}
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
-        written = [n for n in write_tokenizer(Path(folder), tokenizer, context) if n.endswith(".json")]
+        written = [n for n in write_tokenizer(Path(folder), tokenizer, context, kind) if n.endswith(".json")]
         return differences({n: (load_json(path / n), load_json(Path(folder) / n)) for n in written})
 
 

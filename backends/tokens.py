@@ -61,14 +61,28 @@ def surrounding(t: Tokenizer) -> Around:
     return around(t.json.get("post_processor"), t.bos, t.eos, t.add_bos, t.add_eos)
 
 
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+CL100K = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENGLISH}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Expressions that split text, as GPT-2, Qwen, GPT-4 (Llama 3, Phi-4, OLMo 2) and GPT-4o have them."""
+
+
+def misread(t: Tokenizer | None) -> frozenset[str]:
+    """Model types that a folder with this tokenizer must not have: for these, transformers takes vocabulary and merge
+    rules from tokenizer.json and the rest from a class of its own, whatever the configuration says."""
+    return frozenset() if is_qwen2(t) else frozenset({"qwen2"})
 
 
 def is_qwen2(t: Tokenizer | None) -> bool:
-    """Whether transformers' Qwen2Tokenizer, which keeps nothing of tokenizer.json but vocabulary and merge rules, is
-    this tokenizer: then a folder of model type `qwen2` is read right, else no setting makes it so."""
+    """Whether transformers' Qwen2Tokenizer does what this tokenizer does."""
     if t is None:
         return True
     model = t.json["model"]

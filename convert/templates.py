@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,24 +15,45 @@ from spec.errors import UserError
 
 LIMIT = 1_000_000
 """Characters of a template at most."""
+SECONDS, MEMORY = 5, 2**30
+"""That a template may take."""
+MOST = 32
+"""Templates of a folder at most."""
 
 
-def read(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template that chats use; of several, the one named `default`, else the first.
+DEFAULT = "default"
+FOLDER = "additional_chat_templates"
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-    A template file counts before the configuration, as in transformers. Raises `UserError` for one that does not parse.
+
+def read(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, dict[str, str]]:
+    """The template that chats use, and further ones by name (tool_use, rag). Of several without a `default`, the first
+    is used.
+
+    Template files count before the configuration, as in transformers. Raises `UserError` for one that does not parse.
     """
-    file = folder / "chat_template.jinja"
-    if present(file):
-        return checked(read_text(file, LIMIT), str(file))
-    where = f"{folder / 'tokenizer_config.json'}: chat_template"
-    found = config.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        found = named.get("default", next(iter(named.values()), None))
-    if isinstance(found, dict):
-        found = found.get("default", next(iter(found.values()), None))
-    return checked(found, where) if isinstance(found, str) else None
+    found: dict[str, str] = {}
+    single, more = folder / "chat_template.jinja", folder / FOLDER
+    if present(single):
+        found[DEFAULT] = read_text(single, LIMIT)
+    if more.is_dir():
+        found |= {f.stem: read_text(f, LIMIT) for f in sorted(more.glob("*.jinja"))[:MOST]}
+    where = str(folder)
+    if not found:
+        where = f"{folder / 'tokenizer_config.json'}: chat_template"
+        told = config.get("chat_template")
+        if isinstance(told, list):
+            told = {t.get("name"): t.get("template") for t in told if isinstance(t, dict)}
+        told = told if isinstance(told, dict) else {DEFAULT: told}
+        found = {str(name): text for name, text in told.items() if isinstance(text, str)}
+    for name, text in found.items():
+        if not NAME.fullmatch(name):
+            raise UserError(f"{where}: {name[:80]!r} is no name of a template (letters, digits, _ and -)")
+        checked(text, f"{where}: template {name!r}")
+    main = found.pop(DEFAULT, None)
+    if main is None and found:
+        main = found.pop(next(iter(found)))
+    return main, found
 
 
 def checked(text: str, where: str) -> str:
@@ -66,17 +91,51 @@ def _environment() -> Any:
     return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
 
 
-def render(text: str, messages: list[dict[str, str]], **names: Any) -> str:
-    """A conversation as the template writes it. Raises `jinja2.TemplateError`."""
-    import json
+def render(text: str, conversations: list[list[dict[str, str]]], names: Mapping[str, str]) -> list[str]:
+    """Conversations as the template writes them, less those that it refuses, none without jinja2. A template is
+    somebody else's program: it runs in a process of its own with little time and memory."""
+    job = json.dumps({"text": text, "conversations": conversations, "names": dict(names)})
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "convert.templates"], input=job.encode(), capture_output=True, timeout=3 * SECONDS,
+            cwd=Path(__file__).parents[1], check=False,
+        )  # fmt: skip
+        found = json.loads(done.stdout) if done.returncode == 0 else []
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return []
+    return [t for t in found if isinstance(t, str)]
+
+
+def _main() -> None:
+    import resource
     from datetime import datetime
 
     import jinja2
 
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
     def refuse(message: str) -> Any:
         raise jinja2.TemplateError(message)
 
+    def today(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    job = json.load(sys.stdin)
     environment = _environment()
     environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda f: datetime.now().strftime(f)}  # noqa: DTZ005
-    return environment.from_string(text).render(messages=messages, add_generation_prompt=True, **names)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": today}
+    out = []
+    for messages in job["conversations"]:
+        try:
+            made = environment.from_string(job["text"]).render(
+                messages=messages, add_generation_prompt=True, **job["names"]
+            )
+        except Exception:  # it may raise anything
+            made = None
+        out.append(made if made is None or len(made) <= LIMIT else None)
+    json.dump(out, sys.stdout)
+
+
+if __name__ == "__main__":
+    _main()

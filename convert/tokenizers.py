@@ -69,6 +69,7 @@ def read_tokenizer(folder: Path, model_config: Mapping[str, Any] | None = None) 
     if sides is None:
         before = [bos] if bos and (config.get("add_bos_token") is True or found.add_bos) else []
         after = [eos] if eos and config.get("add_eos_token") is True else []
+    chat, more_chats = templates.read(folder, config)
     return Tokenizer(
         json=data,
         bos=bos,
@@ -78,7 +79,8 @@ def read_tokenizer(folder: Path, model_config: Mapping[str, Any] | None = None) 
         extra_eos=tuple(t for t in dict.fromkeys(ends) if t != eos),
         add_bos=bos in before or (bos is not None and config.get("add_bos_token") is True),
         add_eos=eos in after or (eos is not None and config.get("add_eos_token") is True),
-        chat_template=templates.read(folder, config),
+        chat_template=chat,
+        templates=more_chats,
         sentencepiece=found.sentencepiece,
     )
 

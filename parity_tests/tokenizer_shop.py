@@ -48,7 +48,7 @@ def split(expression: str) -> pre_tokenizers.PreTokenizer:
 
 def byte_level(
     steps: list[Any], use_regex: bool = False, *, normalizer: Any = None, special: Iterable[str] = ("<|endoftext|>",),
-    added: Iterable[AddedToken] = (), processor: Any = None, last: list[Any] | None = None, size: int = 700, **model: Any
+    added: Iterable[AddedToken] = (), last: list[Any] | None = None, size: int = 700, **model: Any,
 ) -> Fast:  # fmt: skip
     """A byte-level BPE: `steps`, ByteLevel, `last`."""
     t = Fast(models.BPE(**model))
@@ -63,7 +63,7 @@ def byte_level(
     ))  # fmt: skip
     for a in added:
         (t.add_special_tokens if a.special else t.add_tokens)([a])
-    t.post_processor = processor or processors.ByteLevel(trim_offsets=False)
+    t.post_processor = processors.ByteLevel(trim_offsets=False)
     return t
 
 
@@ -158,9 +158,7 @@ def phi4() -> Tokenizer:
 def glm4() -> Tokenizer:
     added = [token(s) for s in ("<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>")]
     t = byte_level([split(CL100K)], ignore_merges=True, special=[], added=added)
-    t.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=False), template(t, "[gMASK] <sop> $A")]
-    )
+    t.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template(t, "[gMASK] <sop> $A")])
     return packed(t, eos="<|endoftext|>", pad="<|endoftext|>", extra_eos=("<|user|>", "<|observation|>"))
 
 
@@ -243,9 +241,10 @@ def mistral3() -> Tokenizer:
 
 def gemma() -> Tokenizer:
     normalizer = normalizers.Replace(" ", SPACE)
-    added = [token(s, special=False, normalized=False) for s in ("\n\n", "\n\n\n", SPACE * 2, SPACE * 3, "<table>", "<h1>")]
-    t = pieces(normalizer, pre_tokenizers.Split(" ", "merged_with_previous"), False,
-               ["<pad>", "<eos>", "<bos>", "<unk>", "<unused0>", "<start_of_turn>", "<end_of_turn>"], added)  # fmt: skip
+    runs = ("\n\n", "\n\n\n", SPACE * 2, SPACE * 3, "<table>", "<h1>")
+    added = [token(s, special=False, normalized=False) for s in runs]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<unused0>", "<start_of_turn>", "<end_of_turn>"]
+    t = pieces(normalizer, pre_tokenizers.Split(" ", "merged_with_previous"), False, special, added)
     t.post_processor = template(t, "<bos> $A")
     return packed(t, bos="<bos>", eos="<eos>", unk="<unk>", pad="<pad>", extra_eos=("<end_of_turn>",), add_bos=True)
 

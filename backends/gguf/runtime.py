@@ -64,6 +64,9 @@ def _last_words() -> str:
 class Words:
     """A file's tokenizer in llama.cpp, without its weights."""
 
+    limits = frozenset({"form", "strips", "first", "around", "next line"})
+    """What llama.cpp's tokenizers may be unable to do (`convert.verify.limits`)."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._model = self._ctx = None

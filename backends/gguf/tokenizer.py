@@ -58,6 +58,9 @@ def tokenizer_metadata(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str
     out |= _special(tokenizer, vocabulary)
     if tokenizer.chat_template:
         out["tokenizer.chat_template"] = tokenizer.chat_template
+    if tokenizer.templates:
+        out["tokenizer.chat_templates"] = list(tokenizer.templates)
+        out |= {f"tokenizer.chat_template.{name}": text for name, text in tokenizer.templates.items()}
     return out
 
 

@@ -36,8 +36,9 @@ def unigram_metadata(tokenizer: Tokenizer, vocab_size: int) -> tuple[Vocabulary,
     if splits and inner is not None:
         raise UserError(f"tokenizer.pre_tokenizer: Metaspace splits words, yet token {inner!r} spans two")
     if squeezed != prefix:
-        what = "squeezes spaces and puts none before the text" if squeezed else "keeps spaces and puts one before the text"
-        raise UserError(f"tokenizer.normalizer: {what}, which llama.cpp's unigram tokenizer does not")
+        spaces, first = ("squeezes", "none") if squeezed else ("keeps", "one")
+        raise UserError(f"tokenizer.normalizer: {spaces} spaces and puts {first} before the text, which llama.cpp's "
+                        "unigram tokenizer does not")  # fmt: skip
     out: dict[str, Any] = {
         "tokenizer.ggml.model": "t5", "tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": prefix,
         "tokenizer.ggml.remove_extra_whitespaces": squeezed, "tokenizer.ggml.unknown_token_id": unk,

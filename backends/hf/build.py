@@ -22,6 +22,7 @@ from backends.hf.config import config
 from backends.hf.fit import Fit, choose
 from backends.hf.store import TORCH, Slot, Store, describe, pack
 from backends.safetensors import FileWriter, header, narrow
+from backends.tokens import misread
 from spec.config import Spec
 from spec.errors import UserError
 from spec.params import params
@@ -37,9 +38,10 @@ LEVELS_KEY = "allotrope.levels"
 INDEX = "model.safetensors.index.json"
 
 
-def carried(spec: Spec, architecture: str) -> Fit:
-    """The carrier. Raises `UserError` with everything that stands in the way."""
-    fit = choose(spec, architecture)
+def carried(spec: Spec, architecture: str, tokenizer: Tokenizer | None) -> Fit:
+    """The carrier, one whose tokenizer transformers reads as it is. Raises `UserError` with everything that stands in
+    the way."""
+    fit = choose(spec, architecture, misread(tokenizer))
     if fit.refusals:
         from backends.hf.support import support
 
@@ -176,7 +178,7 @@ def writer(
     metadata: not written, as config.json has no place for it; the receipt says the same. Raises `UserError` where no
     architecture carries the spec or the disk is full.
     """
-    fit = carried(spec, architecture)
+    fit = carried(spec, architecture, tokenizer)
     return writer_for(fit, spec, planned, tokenizer, out, level=level)
 
 
@@ -192,7 +194,7 @@ def writer_for(
 
 def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, architecture: str = "") -> int:
     """Bytes of the folder, without the model card."""
-    store = Store(carried(spec, architecture), planned)
+    store = Store(carried(spec, architecture, tokenizer), planned)
     files = [(t, {LEVELS_KEY: describe(store.levels)}) for t in store.shards().values()]
     files += [(store.scales(), {})] if store.dense else []
     weights = sum(len(header(tensors, meta)[0]) + sum(t.nbytes for t in tensors) for tensors, meta in files)

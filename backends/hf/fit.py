@@ -59,16 +59,20 @@ def examine(spec: Spec, c: Carrier) -> Fit:
     return Fit(c, spec, tuple(dict.fromkeys(refusals)), tuple(dict.fromkeys(folds)))
 
 
-def choose(spec: Spec, architecture: str = "") -> Fit:
+def choose(spec: Spec, architecture: str = "", without: frozenset[str] = frozenset()) -> Fit:
     """The carrier with the fewest rewrites, or, where none carries the spec, the one that comes nearest; among the
-    rows of one architecture, if one is named."""
-    found = _choose(ByHash(spec), architecture)
+    rows of one architecture, if one is named, else of all but some, if one of those carries it."""
+    found = _choose(ByHash(spec), architecture, frozenset())
+    if found.carrier.arch in without and not architecture:
+        other = _choose(ByHash(spec), architecture, without)
+        found = found if other.refusals else other
     return replace(found, source=spec)  # of the same function, another initialisation and dropout
 
 
 @lru_cache(maxsize=32)
-def _choose(key: ByHash, architecture: str) -> Fit:
-    return best(examine(key.spec, c) for c in (BY_ARCH[architecture] if architecture else CARRIERS))
+def _choose(key: ByHash, architecture: str, without: frozenset[str]) -> Fit:
+    rows = BY_ARCH[architecture] if architecture else CARRIERS
+    return best(examine(key.spec, c) for c in rows if c.arch not in without)
 
 
 def _norm(path: str, n: Norm, c: Carrier) -> Found:

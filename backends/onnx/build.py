@@ -134,11 +134,11 @@ class OnnxWriter:
 
     def close(self, receipt: dict[str, Any]) -> None:
         """What lies beside the weights, and at last the mark."""
-        from backends.onnx.genai import write_config
+        from backends.onnx.genai import tokenizer_class, write_config
 
         try:
             self._graph.close()
-            write_tokenizer(self.out, self.tokenizer, self.spec.context)
+            write_tokenizer(self.out, self.tokenizer, self.spec.context, tokenizer_class(self.tokenizer))
             write_config(self.out, self.spec, self.tokenizer, **self.options)
             write_mark(self.out, "onnx", self.spec, self.level, self.options, receipt)
         except OSError as e:

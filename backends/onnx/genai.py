@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from backends.base import Tokenizer
-from backends.folder import end_ids, token_id, write_json
+from backends.folder import PLAIN_CLASS, end_ids, token_id, write_json
 from backends.onnx.kernels import Kernel, kernel
 from backends.onnx.layout import MODEL
+from backends.tokens import CL100K, GPT2, O200K, QWEN2, steps
 from spec.config import Spec
+
+log = logging.getLogger(__name__)
 
 CONFIG = "genai_config.json"
 
@@ -20,8 +24,49 @@ LENGTH = 4096
 """Tokens of a session that does not ask for more: shared caches are allocated at once."""
 
 
+_ENGLISH = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
+SPLITS = frozenset({
+    GPT2, GPT2.removesuffix(r"|\s+"), QWEN2, CL100K, O200K, QWEN2.replace(*_ENGLISH), CL100K.replace(*_ENGLISH),
+})  # fmt: skip
+"""Expressions that its tokenizer was seen to split by as `tokenizers` does."""
+
+
+def tokenizer_class(tokenizer: Tokenizer | None) -> str:
+    """The class that tokenizer_config.json names. Of those that it knows, Gemma's alone lets a BPE on characters merge
+    what the rules say (others keep digits apart and cut long texts)."""
+    characters = tokenizer is not None and tokenizer.json["model"].get("byte_fallback")
+    return "GemmaTokenizer" if characters else PLAIN_CLASS
+
+
+def unread(tokenizer: Tokenizer | None) -> str:
+    """What of a tokenizer onnxruntime-genai reads otherwise: then a folder has no genai_config.json."""
+    if tokenizer is None:
+        return ""
+    model = tokenizer.json["model"]
+    if model.get("type", "BPE") != "BPE":
+        return f"a {model['type']} model"
+    for s in steps(tokenizer.json.get("pre_tokenizer"), "pretokenizers"):
+        match s:
+            case {"type": "Split", "pattern": {"Regex": expression}} if not model.get("byte_fallback"):
+                if expression not in SPLITS:
+                    return f"the expression {expression}"
+            case {"type": "Digits", "individual_digits": True} | {"type": "ByteLevel", "add_prefix_space": False}:
+                pass
+            case {"type": "Metaspace", "prepend_scheme": "never"} if model.get("byte_fallback"):
+                pass
+            case {"type": "Split", "pattern": {"String": " "}} if model.get("byte_fallback"):
+                pass  # there are no spaces left
+            case _:
+                return f"the pre-tokenizer {s['type']}"
+    return ""
+
+
 def write_config(folder: Path, spec: Spec, tokenizer: Tokenizer | None, *, profile: str, compute: str) -> None:
-    """Write the file."""
+    """Write the file, unless the tokenizer is one that onnxruntime-genai reads otherwise."""
+    if why := unread(tokenizer):
+        log.warning("onnxruntime-genai's tokenizer does not have %s: no %s is written, pass ids from `tokenizers` to "
+                    "ONNX Runtime", why, CONFIG)  # fmt: skip
+        return
     write_json(folder / CONFIG, config(spec, tokenizer, profile, compute))
 
 

@@ -14,7 +14,6 @@ from convert.tokenizers import read_tokenizer, token_count
 from convert.vocabularies.common import added
 from spec import Spec, UserError
 
-
 SPECIAL = ["<s>", "</s>", "<unk>", "<|eot|>"]
 
 
@@ -64,8 +63,15 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
         (template("<s>", "A", "</s>"), {}, (True, True)),
         ({"type": "Sequence", "processors": [BYTES, template("<s>", "A")]}, {}, (True, False)),
         (
-            {"type": "RobertaProcessing", "cls": ["<s>", 92], "sep": ["</s>", 93], "trim_offsets": True,
-             "add_prefix_space": False}, {}, (True, True),
+            {
+                "type": "RobertaProcessing",
+                "cls": ["<s>", 92],
+                "sep": ["</s>", 93],
+                "trim_offsets": True,
+                "add_prefix_space": False,
+            },
+            {},
+            (True, True),
         ),
         (BYTES, {"add_bos_token": False}, (False, False)),
     ],

@@ -71,6 +71,11 @@ class Shipped:
         return self.path if self.backend.hub else None
 
     @property
+    def genai(self) -> Path | None:
+        """Where onnxruntime-genai finds the tokenizer; none for formats that it does not read."""
+        return self.path if self.backend.name == "onnx" else None
+
+    @property
     def emulated(self) -> bool:
         """Whether an interpreter stands in for the hardware."""
         return self.artifact.arithmetic.emulated

@@ -21,7 +21,8 @@ from convert import levels
 from convert.verify import numeric, sample
 from convert.verify.packing import check_packing
 from convert.verify.report import Check, Report, Status, dumps
-from convert.verify.tokens import check_client, check_stock, check_tokenizer
+from convert.verify.stock import check_client, check_genai, check_stock
+from convert.verify.tokens import check_tokenizer
 from convert.verify.weights import source_weights
 from spec.config import Spec
 from spec.errors import UserError
@@ -58,6 +59,11 @@ class Shipped(Protocol):
     @property
     def folder(self) -> Path | None:
         """Where clients that read it by transformers' AutoTokenizer look; none for other formats."""
+        ...
+
+    @property
+    def genai(self) -> Path | None:
+        """Where onnxruntime-genai, with a tokenizer of its own, looks; none for other formats."""
         ...
 
     @property
@@ -239,6 +245,8 @@ class Session:
             words = check_client(self.source.path, self.source.tokenizer, words)
         if words.status is Status.PASS and self.shipped.folder is not None:
             return check_stock(self.shipped.folder, self.source.tokenizer) or words
+        if words.status is Status.PASS and self.shipped.genai is not None:
+            return check_genai(self.shipped.genai, self.source.tokenizer, words)
         return words
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import unicodedata
-import warnings
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from backends.base import Tokenizer
 from backends.folder import end_ids
+from backends.tokens import surrounding
 from convert.gates import TOKENIZER_DIFFERENCES
+from convert.verify import limits
 from convert.verify.report import Check, Status
 from convert.verify.sample import corpus, open_tokenizer
 
@@ -48,6 +46,10 @@ _ALPHABETS = (
     "😀🎉👍🏽\u200d♥",
     "0123456789",
 )
+
+
+MOST = 60
+"""Added tokens that texts are made of, of a tokenizer with more."""
 
 
 class Encoder(Protocol):
@@ -85,121 +87,118 @@ def fuzz(specials: Sequence[str] = (), count: int = 300, seed: int = 0) -> list[
 
 
 def expected_ids(library: Any, tokenizer: Tokenizer, text: str) -> list[int]:
-    """What the `tokenizers` library makes of a text, with the BOS and EOS policy of the tokenizer's configuration."""
-    ids: list[int] = list(library.encode(text, add_special_tokens=False).ids)
-    if tokenizer.add_bos and tokenizer.bos is not None:
-        ids.insert(0, library.token_to_id(tokenizer.bos))
-    if tokenizer.add_eos and tokenizer.eos is not None:
-        ids.append(library.token_to_id(tokenizer.eos))
-    return ids
-
-
-def normal_form(tokenizer: Tokenizer) -> Literal["NFC", "NFD", "NFKC", "NFKD"] | None:
-    """The Unicode normal form that the tokenizer's normalizer brings text to, if any."""
-    steps = [tokenizer.json.get("normalizer") or {}]
-    while steps:
-        step = steps.pop(0)
-        steps += step.get("normalizers", [])
-        if step.get("type") in ("NFC", "NFD", "NFKC", "NFKD"):
-            return step["type"]
-    return None
-
-
-def check_stock(folder: Path, tokenizer: Tokenizer, count: int = 60) -> Check | None:
-    """The ids that transformers' AutoTokenizer (which mlx-lm and vLLM use too) makes of a folder, since it builds some
-    architectures' tokenizers by rules of its own. None where they are equal, or transformers is not here."""
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    from transformers import AutoTokenizer
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        stock: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    library = open_tokenizer(tokenizer)
-    texts = [t for t in fuzz((), count) if t]
-    pairs = [(t, expected_ids(library, tokenizer, t), list(stock(t).input_ids)) for t in texts]
-    wrong = [p for p in pairs if p[1] != p[2]]
-    if not wrong:
-        return None
-    text, want, got = wrong[0]
-    at = _first_difference(want, got)
-    kind = type(stock).__name__
-    reason = (
-        f"transformers' AutoTokenizer ({kind}) makes other ids of {len(wrong)} of {len(texts)} texts, "
-        f"first {text[:40]!r}: {want[at : at + 4]} became {got[at : at + 4]}"
-    )
-    if kind == "Qwen2Tokenizer":
-        reason += " (it splits text as Qwen does, whatever tokenizer.json says; with a bias on o too it is a llama)"
-    return Check("tokenizer", Status.FAIL, len(wrong), TOKENIZER_DIFFERENCES, reason)
-
-
-def check_client(path: Path, tokenizer: Tokenizer | None, found: Check) -> Check:
-    """`found`, or what llama.cpp, whose file the source is, makes otherwise of a text."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        return replace(found, flags=(*found.flags, "not compared with llama.cpp, which is not installed"))
-    from backends.gguf.runtime import Words
-
-    with Words(path) as words:
-        check = check_tokenizer(words, tokenizer)
-    if check.status is Status.PASS:
-        return replace(found, reason=f"{found.reason}; llama.cpp's ids of the source too")
-    return replace(check, reason=f"the source in llama.cpp: {check.reason}")
+    """What the `tokenizers` library makes of a text, with what the tokenizer's policy puts around it."""
+    before, after = ([library.token_to_id(t) for t in side] for side in surrounding(tokenizer))
+    return [*before, *library.encode(text, add_special_tokens=False).ids, *after]
 
 
 def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def check_tokenizer(runtime: Encoder, tokenizer: Tokenizer | None, count: int = 300, seed: int = 0) -> Check:
-    """Ids equal on every fuzzed text, and text back from ids wherever the library itself gets it back.
+@dataclass(frozen=True)
+class Texts:
+    """Texts and the ids that are right for them."""
 
-    Where the tokenizer begins by bringing text to a Unicode normal form and the runtime does not, texts are compared in
-    that form; the check is flagged, since other texts get other ids.
-    """
+    library: Any
+    tokenizer: Tokenizer
+    texts: tuple[str, ...]
+    chats: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, count: int, seed: int = 0) -> Texts:
+        """Fuzzed texts, added tokens (a few of many) among them, and conversations."""
+        added = [t["content"] for t in tokenizer.json.get("added_tokens") or []]
+        some = added if len(added) <= MOST else [*added[: MOST // 2], *added[-MOST // 2 :]]
+        named = [t for t in (tokenizer.bos, tokenizer.eos, *tokenizer.extra_eos) if t is not None]
+        texts = fuzz(list(dict.fromkeys([*some, *named])), count, seed)
+        return cls(open_tokenizer(tokenizer), tokenizer, tuple(texts), tuple(limits.conversations(tokenizer)))
+
+    def want(self, text: str) -> list[int]:
+        return expected_ids(self.library, self.tokenizer, text)
+
+    def plain(self, text: str) -> list[int]:
+        return list(self.library.encode(text, add_special_tokens=False).ids)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a client made of texts."""
+
+    wrong: list[tuple[str, list[int], list[int]]]
+    texts: tuple[str, ...]
+    tokens: int
+    flags: tuple[str, ...]
+
+    @property
+    def reason(self) -> str:
+        """The first text that differs, the shortest of them."""
+        text, want, got = min(self.wrong, key=lambda w: len(w[0]))
+        at = _first_difference(want, got)
+        change = f"{want[at : at + 4]} became {got[at : at + 4]}"
+        return f"{len(self.wrong)} of {len(self.texts)} texts differ, first {text[:40]!r} at token {at}: {change}"
+
+
+def compare(texts: Texts, got: Callable[[str], list[int]], allowed: frozenset[str], bare: bool = False) -> Compared:
+    """A client's ids on every text within its limits; `bare`: it leaves what goes around a text to its user."""
+    found = limits.find(texts.tokenizer, texts.plain if bare else texts.want, texts.plain, got, allowed)
+    want = texts.plain if bare or any(limit.alone for limit in found) else texts.want
+
+    def within(text: str, chat: bool) -> str:
+        for limit in found:
+            text = limit.within(text) if limit.chat or not chat else text
+        return text
+
+    asked = [*(within(t, False) for t in texts.texts), *(within(t, True) for t in texts.chats)]
+    pairs = [(t, want(t), list(got(t))) for t in asked]
+    return Compared(
+        [p for p in pairs if p[1] != p[2]], tuple(asked), sum(len(p[1]) for p in pairs),
+        tuple(limit.flag for limit in found if limit.flag),
+    )  # fmt: skip
+
+
+def check_tokenizer(runtime: Encoder, tokenizer: Tokenizer | None, count: int = 300, seed: int = 0) -> Check:
+    """Ids equal on every fuzzed text and on conversations, and text back from ids wherever the library itself gets it
+    back. A runtime may name `limits` (see `convert.verify.limits`): texts are compared within them, and the check is
+    flagged, since other texts get other ids."""
     if tokenizer is None:
         return Check("tokenizer", Status.NOT_RUN, reason="the source has no tokenizer")
-    library = open_tokenizer(tokenizer)
-    specials = [t["content"] for t in tokenizer.json.get("added_tokens", []) if t.get("special")]
-    texts = fuzz(specials, count, seed)
-    flags: tuple[str, ...] = ()
-    form = normal_form(tokenizer)
-    if form and runtime.encode("e\u0301") != expected_ids(library, tokenizer, "e\u0301"):
-        texts = [unicodedata.normalize(form, text) for text in texts]
-        flags = (f"the runtime does not bring text to {form}, as the tokenizer does: pass text that is in it",)
+    texts = Texts.of(tokenizer, count, seed)
+    found = compare(texts, runtime.encode, getattr(runtime, "limits", frozenset()))
+    flags = tuple(f"the runtime's tokenizer: {flag}" for flag in found.flags)
+    library = texts.library
+    added = tokenizer.json.get("added_tokens") or []
+    specials = [t["content"] for t in added if t.get("special") or t["id"] in runtime.eos_ids]  # no part of a text
     # a runtime decodes token by token, so that text can stream: some leave the prefix that the library strips
     first = library.encode("x", add_special_tokens=False)
-    prefix = b" " if first.tokens[0].startswith("\u2581") and runtime.decode(first.ids) == b" x" else b""
-    wrong, lossy, tokens, trips = [], [], 0, 0
-    for text in texts:
-        want, got = expected_ids(library, tokenizer, text), list(runtime.encode(text))
-        tokens += len(want)
-        if want != got:
-            wrong.append((text, _first_difference(want, got), want, got))
-        plain = library.encode(text, add_special_tokens=False).ids
+    marked = bool(first.tokens) and first.tokens[0].startswith("\u2581")
+    prefix = b" " if marked and runtime.decode(first.ids) == b" x" else b""
+    lossy, trips = [], 0
+    for text in found.texts:
+        plain = texts.plain(text)
         if any(s in text for s in specials) or library.decode(plain) != text:
             continue  # the library does not restore it either (normalisers, prefix spaces)
         trips += 1
-        if runtime.decode(plain) != (prefix if plain else b"") + text.encode():
+        spaced = prefix if plain and library.id_to_token(plain[0]).startswith("\u2581") else b""
+        if runtime.decode(plain) not in (spaced + text.encode(), text.encode()):
             lossy.append(text)
     details = {
-        "texts": len(texts),
-        "tokens": tokens,
+        "texts": len(found.texts),
+        "tokens": found.tokens,
         "round_trips": trips,
-        "different": len(wrong),
+        "different": len(found.wrong),
         "lossy": len(lossy),
     }
-    bad = len(wrong) + len(lossy)
+    bad = len(found.wrong) + len(lossy)
     endless = sorted(set(end_ids(tokenizer)) - runtime.eos_ids)
     if endless:
         reason = f"generation does not end at {endless}, as the source's tokenizer says it must"
         return Check("tokenizer", Status.FAIL, len(endless), 0, reason, flags, details)
     if bad <= TOKENIZER_DIFFERENCES:
-        reason = f"{len(texts)} texts, {tokens} tokens: ids equal, {trips} round trips exact"
+        reason = f"{len(found.texts)} texts, {found.tokens} tokens: ids equal, {trips} round trips exact"
         return Check("tokenizer", Status.PASS, 0, TOKENIZER_DIFFERENCES, reason, flags, details)
-    if wrong:
-        text, at, want, got = wrong[0]
-        change = f"{want[at : at + 4]} became {got[at : at + 4]}"
-        reason = f"{len(wrong)} of {len(texts)} texts differ, first {text[:40]!r} at token {at}: {change}"
+    if found.wrong:
+        reason = found.reason
     else:
         reason = f"{len(lossy)} of {trips} texts do not come back from their ids, first {lossy[0][:40]!r}"
     return Check("tokenizer", Status.FAIL, bad, TOKENIZER_DIFFERENCES, reason, flags, details)

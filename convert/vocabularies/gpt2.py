@@ -29,8 +29,8 @@ def read(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     if name not in FORMS:
         known = ", ".join(n for n in FORMS if n)
-        raise UserError(f"{file}: how a {name} splits text stands nowhere in the folder (known here: {known}); "
-                        "write a tokenizer.json with AutoTokenizer.from_pretrained(...).save_pretrained(...)")  # fmt: skip
+        raise UserError(f"{file}: how a {name} splits text stands nowhere in it (known here: {known}); "
+                        "write a tokenizer.json with AutoTokenizer....save_pretrained(...)")  # fmt: skip
     missing = [c for c in ALPHABET if c not in vocab]
     if missing:
         raise UserError(f"{file}: no vocabulary of bytes: {missing[0]!r}, which stands for byte "

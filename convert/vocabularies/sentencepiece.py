@@ -117,7 +117,8 @@ def read(data: bytes, file: Path, config: Mapping[str, Any]) -> tuple[dict[str, 
 def _refused(m: Model) -> str:
     names = [p for p, _, _ in m.pieces]
     if m.kind not in (UNIGRAM, BPE):
-        return f"a SentencePiece model of {({3: 'words', 4: 'characters'}).get(m.kind, m.kind)} (BPE and unigram are read)"
+        kind = {3: "words", 4: "characters"}.get(m.kind, m.kind)
+        return f"a SentencePiece model of {kind} (BPE and unigram are read)"
     if len(set(names)) < len(names):
         return f"piece {next(p for p in names if names.count(p) > 1)!r} appears twice"
     if m.suffix:

@@ -1,0 +1,105 @@
+"""What a client cannot do with any text, and the texts on which it can be equal: told to the user, never passed over.
+
+A client that owns its tokenizer (llama.cpp, onnxruntime-genai) has no way to carry some steps of a tokenizer.json. Each
+of these concerns texts of one plain description, which is found out by asking the client; all other texts must have
+equal ids, and a conversation as the chat template writes it must have them as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from backends.base import Tokenizer
+from backends.tokens import steps
+
+Encode = Callable[[str], list[int]]
+GENAI = frozenset({"form", "strips", "first", "nul"})
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Texts within it are what `within` leaves as they are."""
+
+    flag: str
+    """What to tell the user."""
+    within: Callable[[str], str] = lambda text: text
+    chat: bool = True
+    """Whether a conversation is compared within it too."""
+    alone: bool = False
+    """Whether the client puts nothing around a text."""
+
+
+def normal_form(tokenizer: Tokenizer) -> Literal["NFC", "NFD", "NFKC", "NFKD"] | None:
+    """The Unicode normal form that the tokenizer's normalizer brings text to, if any."""
+    for step in steps(tokenizer.json.get("normalizer"), "normalizers"):
+        if step.get("type") in ("NFC", "NFD", "NFKC", "NFKD"):
+            return step["type"]
+    return None
+
+
+def find(tokenizer: Tokenizer, want: Encode, plain: Encode, got: Encode, allowed: frozenset[str]) -> list[Limit]:
+    """The limits that a client has, of those that it may have. `want` and `plain` are the ids that are right, with and
+    without what goes around a text; `got` are the client's."""
+    found = [Limit("it puts nothing around a text", alone=True)] if "around" in allowed and (
+        want("x") != plain("x") and got("x;") == plain("x;") != want("x;")
+    ) else []  # fmt: skip
+    if found:
+        want = plain
+
+    def differ(text: str) -> bool:
+        return want(text) != got(text)
+
+    form = normal_form(tokenizer)
+    if "form" in allowed and form is not None and differ("e\u0301"):
+        found.append(Limit(f"it does not bring text to {form}, as the tokenizer does: pass text that is in it",
+                           lambda text: unicodedata.normalize(form, text)))  # fmt: skip
+    if "nul" in allowed and differ("a\0b"):
+        found.append(Limit("", lambda text: text.replace("\0", "")))  # C's end of text: nothing to warn of
+    if "next line" in allowed and (differ("a\x85b") or differ("\x85")) and not differ("ab"):
+        found.append(Limit("it does not take U+0085 for a space", lambda text: text.replace("\x85", "")))
+    if "first" in allowed and differ("x") and not differ(" x"):
+        found.append(Limit("it puts no space before a text: begin plain text with one", _spaced(tokenizer)))
+    elif "first" in allowed and differ(" x") and not differ("x"):
+        found.append(Limit("it puts a space before a text that begins with one too: begin with none",
+                           lambda text: text.lstrip(" ")))  # fmt: skip
+    if "strips" in allowed:
+        found += _strips(tokenizer, differ, found)
+    return found
+
+
+def _spaced(tokenizer: Tokenizer) -> Callable[[str], str]:
+    special = tuple(t["content"] for t in tokenizer.json.get("added_tokens") or [])
+    return lambda text: text if not text or text.startswith((" ", "\u2581", *special)) else f" {text}"
+
+
+def _strips(tokenizer: Tokenizer, differ: Callable[[str], bool], found: list[Limit]) -> list[Limit]:
+    def other(text: str) -> bool:
+        for limit in found:
+            text = limit.within(text)
+        return differ(text)
+
+    tokens = [t for t in tokenizer.json.get("added_tokens") or [] if t.get("lstrip") or t.get("rstrip")]
+    tokens = [t for t in tokens if other(f"x {t['content']} x") and not other(f"x{t['content']}x")]
+    if not tokens:
+        return []
+    sides = "|".join((r"\s*" if t["lstrip"] else "") + re.escape(t["content"]) + (r"\s*" if t["rstrip"] else "")
+                     for t in sorted(tokens, key=lambda t: -len(t["content"])))  # fmt: skip
+    name = tokens[0]["content"]
+    flag = f"it keeps spaces around {name} ({len(tokens)} tokens take those beside them): write none there"
+    return [Limit(flag, lambda text: re.sub(sides, lambda m: m[0].strip(), text), chat=False)]
+
+
+def conversations(tokenizer: Tokenizer) -> list[str]:
+    """Conversations as the chat template writes them; none where there is no template or it wants something else."""
+    from convert import templates
+
+    if tokenizer.chat_template is None:
+        return []
+    user, system = {"role": "user", "content": "What is 2 + 2?\n"}, {"role": "system", "content": "Be brief."}
+    answer = {"role": "assistant", "content": "4."}
+    names = {f"{r}_token": t for r in ("bos", "eos", "unk", "pad") if (t := getattr(tokenizer, r)) is not None}
+    return templates.render(tokenizer.chat_template, [[user], [user, answer, user], [system, user]], names)
