@@ -13,6 +13,7 @@ from backends.base import Floats, Tokenizer
 from backends.hf.build import writer_for
 from backends.hf.carriers import ACTIVATIONS, Carrier
 from backends.hf.fit import Fit
+from backends.hf.mixture import Mixture
 from convert.recipe import plan
 from convert.stream import rounded
 from spec import Spec, parse
@@ -27,7 +28,7 @@ CARRIED = {
     "attn_scale": "granite", "window": "mistral", "window_pattern": "ministral", "sinks": "granite_swa",
     "mlp_plain": "arcee", "mlp_plain_bias": "arcee", "gelu": "llama", "gelu_tanh": "llama", "quick_gelu": "llama",
     "relu2": "arcee", "embed_scale": "granite", "residual_scale": "granite", "logit_scale": "granite", "gpt2": "gpt2",
-    "olmo2": "olmo2", "neox": "gpt_neox",
+    "olmo2": "olmo2", "neox": "gpt_neox", "moe": "mixtral", "moe_shared_gate": "qwen2_moe", "moe_sinks": "gpt_oss",
 }  # fmt: skip
 """Features that transformers computes, and the architecture that does."""
 
@@ -68,6 +69,8 @@ def spec_for(c: Carrier, seed: int, width: int = 64) -> Spec:
     flow = rng.choice(list(c.flow))
     activation = c.activation or rng.choice([a for a in ACTIVATIONS if a not in c.lacks])
     hidden = c.hidden_times * width or 96
+    mlp = {"hidden": hidden, "gated": c.gated, "activation": activation,
+           "bias": {n: n in on for n in ("gate", "up", "down")}}  # fmt: skip
     return parse({
         "name": f"{c.arch}-{seed}", "vocab_size": 97, "width": width, "depth": 4, "context": 64,
         "embedding": {
@@ -79,16 +82,40 @@ def spec_for(c: Carrier, seed: int, width: int = 64) -> Spec:
             "attention": attention, "norm": norm, "placement": c.placement,
             "parallel": flow != "sequential", "shared_norm": flow == "shared",
             "residual_scale": 0.4 if some(bool(c.residual_scale)) else 1.0,
-            "mlp": {"hidden": hidden, "gated": c.gated, "activation": activation,
-                    "bias": {n: n in on for n in ("gate", "up", "down")}},
+            "mlp": mlp if c.mixture is None else {**mlp, **_mixture(c.mixture, rng)},
         },
         "pattern": pattern,
+        "overrides": {} if c.mixture is None else _dense(c.mixture, mlp, rng),
         "final_norm": norm,
         "head": {
             "tied": some(), "bias": "head" in on, "scale": 0.3 if some(bool(c.logit_scale)) else None,
             "softcap": 5.0 if some(bool(c.logit_softcap)) else None,
         },
     })  # fmt: skip
+
+
+def _mixture(m: Mixture, rng: random.Random) -> dict[str, Any]:
+    """The fields of a mixture: experts of one and of several groups, some chosen alone."""
+    experts, top_k = rng.choice([(5, 2), (3, 1), (4, 3)])
+    hidden = rng.choice([32, 64, 20])
+    shared = m.shared == "required" or (m.shared == "optional" and rng.random() < 0.5)
+    return {
+        "kind": "moe", "experts": experts, "hidden": hidden,
+        "shared": {"hidden": hidden * 2 if m.shared_times else 96, "gate": m.shared_gate} if shared else None,
+        **({"alpha": rng.choice([1.702, 1.3]), "limit": rng.choice([7.0, 0.9])} if m.limit else {}),
+        "router": {
+            "top_k": top_k, "score": m.score, "renormalise": not m.renormalise or rng.random() < 0.5,
+            "scale": rng.choice([1.0, 2.5]) if m.scale else 1.0, "bias": m.bias and rng.random() < 0.7,
+            "correction": m.correction and rng.random() < 0.7,
+        },
+    }  # fmt: skip
+
+
+def _dense(m: Mixture, mlp: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """Layers without experts where the architecture has any."""
+    places = {"none": [[]], "first": [[], [0], [0, 1]], "steps": [[], [0, 2], [3]], "list": [[], [1], [0, 3]],
+              "span": [[], [0], [0, 2], [3]]}  # fmt: skip
+    return {str(i): {"mlp": {"kind": "dense", **mlp}} for i in rng.choice(places[m.dense])}
 
 
 def _positions(c: Carrier, rng: random.Random, head_dim: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:

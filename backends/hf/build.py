@@ -145,7 +145,7 @@ class FolderWriter:
                 continue
             file = self._of[f"{slot.name}_packed"]
             file.rows(f"{slot.name}_packed", run.start, pack(mine.codes, slot.bits))
-            file.rows(f"{slot.name}_scale", run.start, mine.scales.astype("<f2"))
+            file.rows(f"{slot.name}_scale", run.start, narrow(mine.scales, slot.dtype))
 
     def close(self, receipt: dict[str, Any]) -> None:
         """Flush everything, and last of all say what the folder is."""

@@ -133,6 +133,11 @@ class Carrier:
     packs: bool = True
     """Whether transformers can load this code's products packed."""
 
+    @property
+    def apart(self) -> bool:
+        """Whether files hold each expert by itself; the last of `also` has them stacked."""
+        return any("{e}" in name for r in self.rules for name in r.external)
+
 
 ACTIVATIONS = {
     "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "relu": "relu",

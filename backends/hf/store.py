@@ -3,7 +3,8 @@
 Quantized products are stored as compressed-tensors' `pack-quantized`: codes + 2^(bits-1), low bits first in 32-bit
 words, and float16 scales. transformers loads neither embeddings nor the products of some architectures packed; those
 hold code * scale in the narrowest float that is exact (float16 for q4, float32 for q8 and for a source's own scales),
-and their scales lie beside them in a file that no client opens, so that codes and scales are read back bit for bit.
+and their scales lie beside them in a file that no client opens, so that codes and scales are read back bit for bit. Experts that lie apart are
+packed where all have one width, with float32 scales; others are stored like embeddings.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from backends.hf.fit import Fit
 from backends.hf.names import FUSED_BY_SERVERS, RENAMED
 from backends.safetensors import Tensor, file_names
 from spec.layout import Bound, Layout
-from spec.params import params
+from spec.params import Role, params
 
 BITS = {"q8": 8, "q4": 4}
 GROUP = 32
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EXPERTS = r"re:.*\.experts\.\d+\..*"
+"""What config.json calls the products of experts: there may be many thousands."""
 SHARD = 5_000_000_000
 """Bytes of a shard at most (a larger tensor has one of its own)."""
 
@@ -48,6 +51,14 @@ class Slot:
     def module(self) -> str:
         return self.name.removesuffix(".weight")
 
+    @property
+    def role(self) -> Role:
+        return self.bound.canonical[0].role
+
+    @property
+    def matrix(self) -> bool:
+        return len(self.shape) > 1
+
     def tensors(self) -> list[Tensor]:
         """What is stored of it."""
         if self.bits is None:
@@ -67,7 +78,9 @@ class Store:
         self.fit = fit
         self.levels = {p.name: p.level for p in planned}
         self._wide = {p.name for p in planned if p.wide}
-        self.layout = Layout(fit.carrier.rules, fit.spec)
+        self.packs_experts = self._packs_experts()
+        stacked = fit.carrier.apart and not self.packs_experts and any(v in BITS for v in self.levels.values())
+        self.layout = Layout(fit.carrier.also[-1] if stacked else fit.carrier.rules, fit.spec)
         quantized = any(level in BITS for level in self.levels.values())
         matrices = {self.levels[p.name] for p in params(fit.source) if p.matrix}
         self.dtype = "F32" if quantized or len(matrices) > 1 else DTYPES[next(iter(matrices))]
@@ -79,6 +92,12 @@ class Store:
         origin = self.fit.origins[shipped].name
         return None if origin is None else self.levels[origin]
 
+    def _packs_experts(self) -> bool:
+        """Whether experts are stored packed: transformers reads them so where each lies apart, all by one scheme. It
+        reads no others apart where anything is packed, but stacked."""
+        levels = {self.levels[p.name] for p in params(self.fit.source) if p.role == "experts"}
+        return self.fit.carrier.apart and len(levels) == 1 and levels <= set(BITS)
+
     def _slots(self, bound: Bound) -> list[Slot]:
         parts = [p.name for p in bound.canonical]
         levels = [self.level(p) for p in parts]
@@ -89,7 +108,10 @@ class Store:
         if experts is not None and parts[0].endswith(experts.wide):
             dtype = "F32"
         if bound.canonical[0].matrix:
-            if bits and self.fit.carrier.packs and bound.canonical[0].role == "linear":
+            role = bound.canonical[0].role
+            if bits and role == "experts" and self.packs_experts:
+                packed, dtype = bits[0], "F32"  # transformers computes code * scale, and with it, in this dtype
+            elif bits and self.fit.carrier.packs and role == "linear":
                 packed, dtype = max(self._beside(n) for n in parts), "F16"
             elif bits:
                 wide = any(self.fit.origins[n].name in self._wide for n in parts)
@@ -146,12 +168,14 @@ class Store:
         for bits in sorted({s.bits for s in packed if s.bits is not None}):
             weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP,
                        "dynamic": False}  # fmt: skip
-            targets = [_module(s) for s in packed if s.bits == bits]
+            mine = [s for s in packed if s.bits == bits]
+            targets = [_module(s) for s in mine if s.role != "experts"]
+            targets += [EXPERTS] * any(s.role == "experts" for s in mine)
             groups[f"group_{len(groups)}"] = {
                 "targets": targets, "weights": weights, "input_activations": None, "output_activations": None,
                 "format": "pack-quantized",
             }  # fmt: skip
-        linear = (s for s in self.slots.values() if s.bits is None and s.bound.canonical[0].role == "linear")
+        linear = (s for s in self.slots.values() if s.bits is None and s.role in ("linear", "router") and s.matrix)
         ignored = [_module(s) for s in linear]
         if self.fit.spec.head.tied:
             ignored.append("lm_head")

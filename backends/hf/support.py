@@ -58,8 +58,18 @@ def _notes(fit: Fit, level: str) -> list[str]:
     if narrow:
         out.append(f"matrices of width {', '.join(map(str, narrow))} stay f16: no multiples of {GROUP}")
     out.append("transformers unpacks no embeddings: code * scale is stored, as float16 (q4) or float32 (q8)")
+    if fit.carrier.mixture is not None:
+        out.append(_experts(fit))
     if not fit.carrier.packs:
         out.append(f"nor products of {fit.carrier.arch}, which are stored in the same way: nothing is saved over f16")
     elif level == "q4":
         out.append("q, k and v (gate and up) have 8 bits where one of them is int8, as vLLM computes them together")
     return out
+
+
+def _experts(fit: Fit) -> str:
+    if not fit.carrier.apart:
+        return f"nor experts of {fit.carrier.arch}, which lie in one tensor: they are stored like embeddings"
+    if any(p.shape[-1] % GROUP for p in params(fit.source) if p.role == "experts"):
+        return "nor experts where some stay f16: all are stored stacked, like embeddings"
+    return "packed experts have float32 scales (half a bit a weight more): transformers computes them in float32 alone"
