@@ -30,6 +30,11 @@ def _scaling(**fields: Any) -> dict[str, Any]:
     return _attn(position={"kind": "rope", "scaling": fields})
 
 
+def _moe(experts: int, top_k: int, shared: dict[str, Any] | None = None, **router: Any) -> dict[str, Any]:
+    mixture = {"kind": "moe", "experts": experts, "hidden": 32, "shared": shared, "router": {"top_k": top_k, **router}}
+    return {"block": {"mlp": mixture}}
+
+
 NATIVE: dict[str, list[tuple[dict[str, Any], ...]]] = {
     "llama": [
         (
@@ -97,6 +102,37 @@ NATIVE: dict[str, list[tuple[dict[str, Any], ...]]] = {
         _attn(head_dim=12, position=_HALF),
     )],
     "gpt2": [(PATCHES["gpt2"], {"block": {"mlp": {"hidden": 128}}})],
+    "mixtral": [
+        (_moe(8, 2), {"head": {"tied": True}, "block": {"norm": {"offset": 1.0}}, "final_norm": {"offset": 1.0}}),
+        (_moe(3, 1), _attn(position={"kind": "rope", "theta": 500.0})),
+    ],
+    "qwen3_moe": [
+        (_moe(6, 3), _attn(heads=3, kv_heads=1, head_dim=12, qk_norm={"eps": 1e-5})),
+        (_moe(5, 2, renormalise=False), _attn(qk_norm={}), {"head": {"tied": True}}),
+    ],
+    "qwen2_moe": [(_moe(5, 2, {"hidden": 64, "gate": True}, renormalise=False), _attn(bias={"q": True}))],
+    "olmoe": [
+        (
+            _moe(6, 2, renormalise=False), _attn(head_dim=12, qk_norm={"over": "width"}, bias=True),
+            {"block": {"mlp": {"bias": {"down": True}}}},
+        ),
+        (_moe(4, 4), _attn(qk_norm={"over": "width"}), _scaling(kind="llama3", factor=8.0, original_context=32)),
+    ],
+    "granitemoe": [(
+        _moe(7, 2), {"embedding": {"scale": 3.3}, "head": {"scale": 0.21, "tied": True}},
+        {"block": {"residual_scale": 0.22}}, _attn(scale=0.11),
+    )],
+    "gpt_oss": [
+        (
+            _moe(5, 2, bias=True), {"pattern": [{"attention": {"window": 6}}, {}]},
+            {"block": {"mlp": {"activation": "clamped_swiglu", "bias": True}}}, _attn(sinks=True, bias=True),
+            _scaling(kind="yarn", factor=4.0, original_context=12),
+        ),
+        (
+            _moe(4, 3), {"depth": 3, "pattern": [{}, {"attention": {"window": 9}}]}, _attn(sinks=True, head_dim=12),
+            {"block": {"mlp": {"activation": "clamped_swiglu"}}},
+        ),
+    ],
 }  # fmt: skip
 """Patches to the small Llama of `cases`, by the architecture that carries them."""
 

@@ -31,6 +31,7 @@ OURS = {
     "norm_post", "norm_sandwich", "embed_norm", "qk_norm_head", "qk_norm_width", "qk_layernorm", "attn_softcap", "clip",
     "window", "sinks", "mlp_plain", "mlp_plain_bias", "gelu", "gelu_tanh", "quick_gelu", "relu2", "clamped_swiglu",
     "parallel", "parallel_shared", "logit_softcap", "gpt2", "gemma2", "qwen3", "neox",
+    "moe_plain_scores", "moe_one", "moe_sigmoid", "moe_sinks", "moe_ungated",
 }  # fmt: skip
 """Features that no architecture of mlx-lm computes exactly: they go with the bundled model.py."""
 

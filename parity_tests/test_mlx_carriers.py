@@ -95,7 +95,10 @@ def test_mlx_lm_runs_the_bundled_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", ["f16", "q8", "q4", "mlx-q3", "mxfp4"])
-@pytest.mark.parametrize("name", ["tied", "qkv_bias", "gemma3_text-0", "cohere-0", "alibi", "sinks"])
+@pytest.mark.parametrize("name", [
+    "tied", "qkv_bias", "gemma3_text-0", "cohere-0", "alibi", "sinks", "mixtral-0", "gpt_oss-0", "qwen2_moe-0",
+    "moe_sigmoid",
+])  # fmt: skip
 def test_quantized_folders_are_what_mlx_lm_computes_in_float32(name: str, level: str, tmp_path: Path) -> None:
     """Float32 activations on the stored codes, whatever carries them."""
     spec = CASES[name][1] if name in CASES else FEATURES[name]
@@ -104,7 +107,10 @@ def test_quantized_folders_are_what_mlx_lm_computes_in_float32(name: str, level:
 
 
 @pytest.mark.parametrize("level", ["f16", "bf16", "q8", "q4", "mlx-q4", "mxfp4", "nvfp4"])
-@pytest.mark.parametrize("name", ["llama-0", "qwen3-0", "gemma3_text-0", "olmo2-0", "nemotron-0", "cohere-0"])
+@pytest.mark.parametrize("name", [
+    "llama-0", "qwen3-0", "gemma3_text-0", "olmo2-0", "nemotron-0", "cohere-0", "mixtral-0", "qwen3_moe-0",
+    "qwen2_moe-0", "olmoe-0", "granitemoe-0", "gpt_oss-0",
+])  # fmt: skip
 def test_native_folders_compute_in_their_dtype(name: str, level: str, tmp_path: Path) -> None:
     """Activations, logits and caches all have the dtype of the folder: nothing in it makes MLX widen silently."""
     spec = wide(CASES[name][1])

@@ -53,10 +53,15 @@ class ModelArgs:
         return args
 
 
+class MoE(SimpleNamespace):
+    """The constants of a mixture of experts."""
+
+
 def namespace(data: Any) -> Any:
     """Mappings as attributes, all the way down."""
     if isinstance(data, dict):
-        return SimpleNamespace(**{{k: namespace(v) for k, v in data.items()}})
+        kind = MoE if data.get("kind") == "moe" else SimpleNamespace
+        return kind(**{{k: namespace(v) for k, v in data.items()}})
     return [namespace(v) for v in data] if isinstance(data, list) else data
 '''
 

@@ -26,7 +26,9 @@ from backends.mlx.checks import (
     layernorm,
     local_global,
     mha,
+    mixture,
     mlp_biases,
+    moe,
     no_bias,
     one_window,
     period,
@@ -37,7 +39,7 @@ from backends.mlx.checks import (
     window,
     windows,
 )
-from spec.config import NoPosition, Rope, Spec
+from spec.config import Block, NoPosition, Rope, Spec, YarnScaling
 
 HF: Mapping[str, str] = {
     "embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
@@ -48,6 +50,15 @@ HF: Mapping[str, str] = {
     "mlp.gate": "model.layers.{i}.mlp.gate_proj", "mlp.up": "model.layers.{i}.mlp.up_proj",
     "mlp.down": "model.layers.{i}.mlp.down_proj",
 }  # fmt: skip
+
+
+def _experts(block: str, router: str, experts: str) -> dict[str, str]:
+    """The names of an architecture whose layers hold a mixture in `block`."""
+    parts = {f"mlp.experts.{n}": f"model.layers.{{i}}.{block}.{experts}.{n}_proj" for n in ("gate", "up", "down")}
+    rest = {module: name for module, name in HF.items() if not module.startswith("mlp.")}
+    return {**rest, "mlp.router": f"model.layers.{{i}}.{block}.{router}", **parts}
+
+
 POST: Mapping[str, str] = {
     **{module: name for module, name in HF.items() if module not in ("attn_norm", "mlp_norm")},
     "attn_post_norm": "model.layers.{i}.post_attention_layernorm",
@@ -122,6 +133,7 @@ def _llama_config(s: Spec) -> dict[str, Any]:
 QKVO = frozenset({"attn.q", "attn.k", "attn.v", "attn.o"})
 QKV = QKVO - {"attn.o"}
 GLU = frozenset({"mlp.gate", "mlp.up", "mlp.down"})
+GLUS = frozenset({"mlp.experts.gate", "mlp.experts.up", "mlp.experts.down"})
 NORM = frozenset({"norm"})
 
 
@@ -139,6 +151,42 @@ def _gemma3(s: Spec) -> dict[str, Any]:
         "sliding_window": next((w for w in windows(s) if w is not None), s.context),
     }  # fmt: skip
 
+
+def _moe(s: Spec, count: str = "num_experts") -> dict[str, Any]:
+    m = moe(s.layers[0])
+    return {count: m.experts, "num_experts_per_tok": m.router.top_k}
+
+
+def _granite(s: Spec) -> dict[str, Any]:
+    return {
+        **_rms(s), "attention_bias": attention_biases(s), "attention_multiplier": s.layers[0].attention.scale,
+        "embedding_multiplier": s.embedding.scale or 1.0, "residual_multiplier": s.layers[0].residual_scale,
+        "logits_scaling": 1 / (s.head.scale or 1.0),
+    }  # fmt: skip
+
+
+def _both_windows(s: Spec, b: Block) -> bool:
+    """Layers with a window and layers without."""
+    return one_window(s, b) and len(set(windows(s))) == 2
+
+
+def _plain_or_yarn(s: Spec, b: Block) -> bool:
+    p = b.attention.position
+    return rotary.plain(b.attention) or (isinstance(p, Rope) and p.fraction == 1 and isinstance(p.scaling, YarnScaling))
+
+
+def _oai(s: Spec, b: Block) -> bool:
+    m = b.mlp
+    return m.activation == "clamped_swiglu" and (m.alpha, m.limit) == (1.702, 7.0)
+
+
+GRANITE: Mapping[str, Check] = {
+    "block.attention.head_dim": square, "block.attention.scale": ANY, "block.residual_scale": ANY,
+    "embedding.scale": ANY, "head.scale": ANY,
+}  # fmt: skip
+PLAIN_ROPE: Mapping[str, Check] = {
+    "block.attention.position": uniform(lambda s, b: rotary.plain(b.attention)),
+}  # fmt: skip
 
 CARRIERS: tuple[Carrier, ...] = (
     Carrier(
@@ -158,15 +206,8 @@ CARRIERS: tuple[Carrier, ...] = (
     ),
     Carrier("qwen3", {"block.attention.qk_norm": qk_norm("head"), "block.attention.bias": no_bias}, _rms),
     Carrier(
-        "granite", {
-            "block.attention.head_dim": square, "block.mlp.bias": ANY, "block.attention.scale": ANY,
-            "block.residual_scale": ANY, "embedding.scale": ANY, "head.scale": ANY,
-        },
-        lambda s: {
-            **_rms(s), "attention_bias": attention_biases(s), "mlp_bias": mlp_biases(s),
-            "attention_multiplier": s.layers[0].attention.scale, "embedding_multiplier": s.embedding.scale or 1.0,
-            "residual_multiplier": s.layers[0].residual_scale, "logits_scaling": 1 / (s.head.scale or 1.0),
-        }, _llama_biases,
+        "granite", {**GRANITE, "block.mlp.bias": ANY}, lambda s: {**_granite(s), "mlp_bias": mlp_biases(s)},
+        _llama_biases,
     ),
     Carrier(
         "olmo2", {
@@ -271,5 +312,56 @@ CARRIERS: tuple[Carrier, ...] = (
             "layer_norm_epsilon": s.layers[0].norm.eps,
         },
         lambda s: QKVO | {"mlp.up", "mlp.down"} | NORM, GPT2,
+    ),
+    Carrier(
+        "mixtral", {**mixture(), **PLAIN_ROPE, "block.attention.head_dim": square, "block.attention.bias": no_bias},
+        lambda s: {**_rms(s), **_moe(s, "num_local_experts")}, names=_experts("block_sparse_moe", "gate", "switch_mlp"),
+    ),
+    Carrier(
+        "qwen3_moe", {
+            **mixture(None), **PLAIN_ROPE, "block.attention.qk_norm": qk_norm("head"),
+            "block.attention.bias": no_bias,
+        },
+        lambda s: {
+            **_rms(s), **_moe(s), "moe_intermediate_size": s.layers[0].mlp.hidden, "decoder_sparse_step": 1,
+            "mlp_only_layers": [], "norm_topk_prob": moe(s.layers[0]).router.renormalise,
+        }, names=_experts("mlp", "gate", "switch_mlp"),
+    ),
+    Carrier(
+        "qwen2_moe", {
+            **mixture(False, shared=True), **PLAIN_ROPE, "block.attention.head_dim": square,
+            "block.attention.bias": qkv_bias, "head.tied": lambda s, b: not s.head.tied,
+        },
+        lambda s: {
+            **_rms(s), **_moe(s), "moe_intermediate_size": s.layers[0].mlp.hidden, "decoder_sparse_step": 1,
+            "mlp_only_layers": [], "norm_topk_prob": False,
+            "shared_expert_intermediate_size": x.hidden if (x := moe(s.layers[0]).shared) else 0,
+        }, lambda s: QKV, {
+            **_experts("mlp", "gate", "switch_mlp"), "mlp.shared_gate": "model.layers.{i}.mlp.shared_expert_gate",
+            **{f"mlp.shared.{n}": f"model.layers.{{i}}.mlp.shared_expert.{n}_proj" for n in ("gate", "up", "down")},
+        },
+    ),
+    Carrier(
+        "olmoe", {**mixture(None), "block.attention.qk_norm": qk_norm("width"), "block.mlp.bias": ANY},
+        lambda s: {
+            **_rms(s), **_moe(s), "norm_topk_prob": moe(s.layers[0]).router.renormalise,
+            "attention_bias": attention_biases(s), "mlp_bias": mlp_biases(s),
+        },
+        lambda s: (QKVO if attention_biases(s) else frozenset()) | (GLUS if mlp_biases(s) else frozenset()),
+        _experts("mlp", "gate", "switch_mlp"),
+    ),
+    Carrier(
+        "granitemoe", {**GRANITE, **mixture()}, lambda s: {**_granite(s), **_moe(s, "num_local_experts")},
+        lambda s: QKVO if attention_biases(s) else frozenset(),
+        _experts("block_sparse_moe", "router.layer", "switch_mlp"),
+    ),
+    Carrier(
+        "gpt_oss", {
+            **mixture(bias=True), "block.mlp.activation": _oai, "block.mlp.bias": ANY,
+            "block.attention.sinks": lambda s, b: b.attention.sinks, "block.attention.window": _both_windows,
+            "block.attention.position": uniform(_plain_or_yarn), "head.tied": lambda s, b: not s.head.tied,
+        },
+        lambda s: {**_llama_config(s), **_moe(s, "num_local_experts")}, lambda s: QKVO | GLUS | {"mlp.router"},
+        {**_experts("mlp", "router", "experts"), "attn.sinks": "model.layers.{i}.self_attn.sinks"},
     ),
 )  # fmt: skip

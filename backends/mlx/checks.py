@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from backends.mlx import rotary
-from spec.config import Block, NoPosition, Norm, Spec
+from spec.config import Block, MoE, NoPosition, Norm, Spec
 
 Check = Callable[[Spec, Block], bool]
 """Whether a field of a layer, or of the whole, has a value that a row takes."""
@@ -126,6 +126,37 @@ def inverse_square(b: Block) -> int | None:
     return round(n) if math.isclose(n, round(n), rel_tol=1e-12) else None
 
 
+def moe(b: Block) -> MoE:
+    """A layer's mixture, of which a row asks only where it has one."""
+    assert isinstance(b.mlp, MoE)
+    return b.mlp
+
+
+def router(*, renormalise: bool | None = True, bias: bool = False) -> Check:
+    """Softmax alone; `renormalise` none: either way."""
+
+    def check(s: Spec, b: Block) -> bool:
+        if not isinstance(b.mlp, MoE):
+            return True
+        r = b.mlp.router
+        plain = r.score == "softmax" and r.scale == 1 and not r.correction and (bias or not r.bias)
+        return plain and renormalise in (None, r.renormalise)
+
+    return check
+
+
+def mixture(renormalise: bool | None = True, *, bias: bool = False, shared: bool = False) -> dict[str, Check]:
+    """What rows with experts ask; `shared`: of a shared expert with a gate, else none."""
+    return {
+        "block.mlp.kind": lambda s, b: isinstance(b.mlp, MoE),
+        "block.mlp.router": router(renormalise=renormalise, bias=bias),
+        "block.mlp.shared": lambda s, b: (
+            not isinstance(b.mlp, MoE)
+            or ((x := b.mlp.shared) is not None and x.gate if shared else b.mlp.shared is None)
+        ),
+    }
+
+
 PLAIN: Mapping[str, Check] = {
     "block.norm.kind": lambda s, b: b.norm.kind == "rmsnorm",
     "block.norm.bias": lambda s, b: not b.norm.bias,
@@ -144,6 +175,9 @@ PLAIN: Mapping[str, Check] = {
     "block.attention.clip": lambda s, b: b.attention.clip is None,
     "block.attention.sinks": lambda s, b: not b.attention.sinks,
     "block.attention.qk_norm": lambda s, b: b.attention.qk_norm is None,
+    "block.mlp.kind": lambda s, b: not isinstance(b.mlp, MoE),
+    "block.mlp.router": lambda s, b: not isinstance(b.mlp, MoE),
+    "block.mlp.shared": ANY,
     "block.mlp.gated": lambda s, b: b.mlp.gated,
     "block.mlp.hidden": ANY,
     "block.mlp.activation": lambda s, b: b.mlp.activation == "silu",

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from backends.mlx import rotary
 from backends.mlx.carriers import CARRIERS, Carrier
-from backends.mlx.checks import PLAIN
-from backends.mlx.layout import BUNDLED, Fit, Piece, Slot, bundled, fold_text, offsets, without_offsets
+from backends.mlx.checks import PLAIN, moe
+from backends.mlx.layout import BUNDLED, Fit, Piece, Slot, bundled, fold_text, offsets, whole, without_offsets
 from backends.mlx.levels import FLOATS, NATIVE, unpacked
 from spec.config import Rope, Spec
 from spec.errors import UserError
@@ -95,7 +95,12 @@ def shipped(c: Carrier, s: Spec) -> Spec:
     blocks = [b.model_dump(mode="json") for b in s.layers]
     data = s.model_dump(mode="json")
     for b in blocks:
-        for part, fields in (("attn", b["attention"]["bias"]), ("mlp", b["mlp"]["bias"])):
+        mixture = b["mlp"]["kind"] == "moe"
+        if mixture:
+            b["mlp"]["router"]["bias"] = "mlp.router" in biased
+        for part, fields in (
+            ("attn", b["attention"]["bias"]), ("mlp.experts" if mixture else "mlp", b["mlp"]["bias"]),
+        ):  # fmt: skip
             fields |= {x: f"{part}.{x}" in biased and (x != "gate" or b["mlp"]["gated"]) for x in fields}
         if b["attention"]["qk_norm"] is not None:
             b["attention"]["qk_norm"]["weight"] = True
@@ -115,6 +120,10 @@ def _slots(c: Carrier, s: Spec, add: dict[str, float]) -> list[Slot]:
     out = []
     for file, members in groups.items():
         module = members[0][1]
+        if module == "attn.sinks":
+            ((i, _),) = members
+            out.append(whole(have[f"layers.{i}.{module}"], file))
+            continue
         out.append(_slot(c, s, have, add, file, members, "weight", 1 - c.offset))
         if module in biased or ("norm" in biased and module in NORMS):
             out.append(_slot(c, s, have, add, file, members, "bias", 0.0))
@@ -148,7 +157,10 @@ def _slot(
         else:
             neutral.append(Piece(name, at + rows))
         at += len(rows)
-    return Slot(f"{file}.{leaf}", (at, *width), tuple(pieces), tuple(neutral), fill)
+    module = members[0][1]
+    experts = moe(s.layers[members[0][0]]).experts if module.startswith("mlp.experts.") else 0
+    kept = "compute" if module in ("mlp.router", "mlp.shared_gate") else ""
+    return Slot(f"{file}.{leaf}", (at, *width), tuple(pieces), tuple(neutral), fill, experts, kept)
 
 
 def _rows(c: Carrier, s: Spec, i: int, module: str, have: dict[str, Param]) -> NDArray[np.intp]:

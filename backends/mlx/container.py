@@ -79,6 +79,10 @@ class Input:
         """Rows start..stop as they are stored."""
         return self._of[name].rows(name, start, stop)
 
+    def elements(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Elements start..stop as they are stored."""
+        return self._of[name].elements(name, start, stop)
+
 
 def _files(folder: Path) -> list[Path]:
     single, index = folder / WEIGHTS, folder / INDEX

@@ -141,6 +141,91 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
+class Scores(nn.Module):
+    """[..., in] -> [..., out] in float32, whatever the dtype of x: what chooses experts, or weighs one."""
+
+    def __init__(self, width: int, out: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = mx.zeros((out, width))
+        if bias:
+            self.bias = mx.zeros((out,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = product(x.astype(mx.float32), self["weight"].astype(mx.float32))
+        return y + self["bias"] if "bias" in self else y
+
+
+class GroupedLinear(nn.Module):
+    """The same linear of every expert, one below the other: weight [experts * out, in], bias [experts * out]."""
+
+    def __init__(self, experts: int, width: int, out: int, bias: bool) -> None:
+        super().__init__()
+        self._experts = experts
+        self.weight = mx.zeros((experts * out, width))
+        if bias:
+            self.bias = mx.zeros((experts * out,))
+
+    def __call__(self, x: mx.array, owner: mx.array, ordered: bool) -> mx.array:
+        """[N, 1, in] -> [N, 1, out] in the dtype of x: row n through expert owner[n]; `ordered`: they ascend."""
+        y = self.product(x, owner, ordered)
+        return (y + by_expert(self["bias"], self._experts)[owner][:, None] if "bias" in self else y).astype(x.dtype)
+
+    def product(self, x: mx.array, owner: mx.array, ordered: bool) -> mx.array:
+        """The products alone."""
+        weight, width = by_expert(self["weight"], self._experts), x.shape[-1]
+        step = BLOCK if wide() and x.dtype == mx.float32 else width
+        return total(
+            mx.gather_mm(
+                x[..., i : i + step], weight[..., i : i + step].swapaxes(-1, -2), rhs_indices=owner,
+                sorted_indices=ordered,
+            )
+            for i in range(0, width, step)
+        )  # fmt: skip
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4, mode: str = "affine", **_: Any) -> Any:
+        return QuantizedGroupedLinear(self, group_size, bits, mode)
+
+
+class QuantizedGroupedLinear(GroupedLinear):
+    """The same with quantized weights."""
+
+    def __init__(self, plain: GroupedLinear, group_size: int, bits: int, mode: str) -> None:
+        nn.Module.__init__(self)
+        self._experts, self.group_size, self.bits, self.mode = plain._experts, group_size, bits, mode
+        self.weight, self.scales, *biases = mx.quantize(plain.weight, group_size, bits, mode=mode)
+        if biases:
+            self.biases = biases[0]
+        if "bias" in plain:
+            self.bias = plain.bias
+
+    def product(self, x: mx.array, owner: mx.array, ordered: bool) -> mx.array:
+        """The products alone; in float32 on devices that need it."""
+        weight, scales = (by_expert(self[n], self._experts) for n in ("weight", "scales"))
+        biases = by_expert(self["biases"], self._experts) if "biases" in self else None
+
+        def part(first: int, last: int) -> mx.array:
+            packed = slice(first * self.bits // 32, last * self.bits // 32)
+            groups = slice(first // self.group_size, last // self.group_size)
+            return mx.gather_qmm(
+                x[..., first:last], weight[..., packed], scales[..., groups],
+                None if biases is None else biases[..., groups], rhs_indices=owner, transpose=True,
+                group_size=self.group_size, bits=self.bits, mode=self.mode, sorted_indices=ordered,
+            )  # fmt: skip
+
+        width = x.shape[-1]
+        if not wide():
+            return part(0, width)
+        step = BLOCK if x.dtype == mx.float32 else width
+        x, scales = x.astype(mx.float32), floats(scales)
+        biases = None if biases is None else floats(biases)
+        return total(part(i, min(i + step, width)) for i in range(0, width, step))
+
+
+def by_expert(x: mx.array, experts: int) -> mx.array:
+    """[experts * n, ...] as [experts, n, ...]."""
+    return x.reshape(experts, -1, *x.shape[1:])
+
+
 class TiedHead:
     """The embedding as a head, with a bias of its own if there is one."""
 

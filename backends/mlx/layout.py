@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,10 @@ class Slot:
     """What the architecture has and the spec has not, by the names it would have."""
     fill: float = 0.0
     """Stored there: a bias of 0, a gain of 1 less what the architecture adds."""
+    experts: int = 0
+    """Of how many experts it has the rows: then the file has one axis more, [experts, rows of each, ...]."""
+    kept: Literal["", "f32", "compute"] = ""
+    """Of a router: never quantized, in float32 or in the dtype of the activations whatever the level."""
 
     @property
     def matrix(self) -> bool:
@@ -85,11 +89,12 @@ class Stored:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors in the file, by their part of the whole: `weight`, `scales`, `biases`, or only the whole, ``."""
         s, p = self.slot, self.packing
+        lead = (s.experts, s.shape[0] // s.experts) if s.experts else s.shape[:1]
         if p is None:
-            return {"": Tensor(s.name, self.dtype, s.shape)}
-        rows, cols = s.shape
-        scales = Tensor(f"{s.path}.scales", self.dtype if p.mode == "affine" else "U8", (rows, cols // p.group))
-        out = {"weight": Tensor(s.name, "U32", (rows, cols * p.bits // 32)), "scales": scales}
+            return {"": Tensor(s.name, self.dtype, (*lead, *s.shape[1:]))}
+        cols = s.shape[1]
+        scales = Tensor(f"{s.path}.scales", self.dtype if p.mode == "affine" else "U8", (*lead, cols // p.group))
+        out = {"weight": Tensor(s.name, "U32", (*lead, cols * p.bits // 32)), "scales": scales}
         if p.mode == "affine":
             out["biases"] = Tensor(f"{s.path}.biases", self.dtype, scales.shape)
         return out
@@ -101,8 +106,8 @@ def arrange(slots: Sequence[Slot], planned: Sequence[Planned], compute: str) -> 
     levels = {p.name: p.level for p in planned}
     out = []
     for s in slots:
-        if not s.matrix:
-            out.append(Stored(s, FLOATS[compute], None, "f32"))
+        if s.kept or not s.matrix:
+            out.append(Stored(s, "F32" if s.kept == "f32" else FLOATS[compute], None, "f32"))
             continue
         kinds = {levels[p.name] for p in s.pieces}
         level = kinds.pop() if len(kinds) == 1 else "q8"
@@ -125,8 +130,9 @@ def quantization(stored: Sequence[Stored]) -> dict[str, Any]:
 
 
 def whole(p: Param, name: str, add: float = 0.0) -> Slot:
-    """A stored tensor of one canonical tensor."""
-    return Slot(name, p.shape, (Piece(p.name, np.arange(p.shape[0]), add),))
+    """A stored tensor of one canonical tensor. A router's are float32: its choices are no matter of rounding."""
+    kept = "f32" if p.role == "router" or ".mlp.router." in p.name else ""
+    return Slot(name, p.shape, (Piece(p.name, np.arange(p.shape[0]), add),), kept=kept)
 
 
 def norms(spec: Spec) -> Iterator[tuple[str, Norm]]:

@@ -5,15 +5,19 @@ B batch, T tokens, D model, V vocab. This file becomes a part of the bundled mod
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from backends.mlx.layers import Embedding, Linear, Norm, TiedHead
+from backends.mlx.layers import Embedding, GroupedLinear, Linear, Norm, Scores, TiedHead
 from backends.mlx.ops import MLXOps
-from spec.forward import block, hidden, logits
+from spec.forward import block, dense, hidden, logits
 
+SORTED = 64
+"""Pairs of a token and an expert from which on they are sorted by expert."""
 DTYPES = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}
 
 
@@ -64,12 +68,57 @@ class AttentionWeights(nn.Module):
 class MLPWeights(nn.Module):
     """Projections of one layer's feed-forward part."""
 
+    def __init__(self, m: Any, width: int, hidden: int) -> None:
+        super().__init__()
+        if m.gated:
+            self.gate = Linear(width, hidden, m.bias.gate)
+        self.up = Linear(width, hidden, m.bias.up)
+        self.down = Linear(hidden, width, m.bias.down)
+
+
+class Router(Scores):
+    """Logits of the experts, and the correction that joins their scores for the choice."""
+
+    def __init__(self, m: Any, width: int) -> None:
+        super().__init__(width, m.experts, m.router.bias)
+        if m.router.correction:
+            self.correction = mx.zeros((m.experts,))
+
+
+class Experts(nn.Module):
+    """The feed-forward networks of a layer's experts."""
+
     def __init__(self, m: Any, width: int) -> None:
         super().__init__()
         if m.gated:
-            self.gate = Linear(width, m.hidden, m.bias.gate)
-        self.up = Linear(width, m.hidden, m.bias.up)
-        self.down = Linear(m.hidden, width, m.bias.down)
+            self.gate = GroupedLinear(m.experts, width, m.hidden, m.bias.gate)
+        self.up = GroupedLinear(m.experts, width, m.hidden, m.bias.up)
+        self.down = GroupedLinear(m.experts, m.hidden, width, m.bias.down)
+
+    def __call__(self, ops: MLXOps, x: mx.array, chosen: mx.array, weights: mx.array, m: Any) -> mx.array:
+        """x [B, T, D], chosen and weights [B, T, k] -> [B, T, D]. Many tokens are sorted by expert, so that kernels
+        read each expert once."""
+        k, owner = chosen.shape[-1], chosen.flatten()
+        ordered = owner.size >= SORTED
+        order = mx.argsort(owner) if ordered else mx.arange(owner.size)
+        rows = x.reshape(-1, x.shape[-1])[order // k][:, None]
+        parts = SimpleNamespace(**{n: partial(p, owner=owner[order], ordered=ordered) for n, p in self.items()})
+        y = dense(ops, m, parts, rows)[:, 0]
+        y = (y[mx.argsort(order)] if ordered else y).reshape(*chosen.shape, -1)
+        return (y.astype(mx.float32) * weights[..., None]).sum(-2).astype(x.dtype)
+
+
+class MoEWeights(nn.Module):
+    """One layer's mixture of experts."""
+
+    def __init__(self, m: Any, width: int) -> None:
+        super().__init__()
+        self.router = Router(m, width)
+        self.experts = Experts(m, width)
+        if m.shared is not None:
+            self.shared = MLPWeights(m, width, m.shared.hidden)
+            if m.shared.gate:
+                self.shared_gate = Scores(width, 1)
 
 
 class Layer(nn.Module):
@@ -79,7 +128,8 @@ class Layer(nn.Module):
         super().__init__()
         self._block = b
         self.attn = AttentionWeights(b.attention, width, slopes)
-        self.mlp = MLPWeights(b.mlp, width)
+        mixture = b.mlp.kind == "moe"
+        self.mlp = MoEWeights(b.mlp, width) if mixture else MLPWeights(b.mlp, width, b.mlp.hidden)
         if b.pre:
             self.attn_norm = Norm(b.norm, width)
         if b.pre and not b.shared_norm:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from backends.mlx.layers import wide, widened
-from spec.config import MLP, Activation, Attention, Norm
+from spec.config import Activation, Attention, FeedForward, MoE, Norm
 from spec.ops import Ops, Step
 
 
@@ -71,6 +71,12 @@ def scaled(x: mx.array, factor: float) -> mx.array:
 
 
 @elementwise
+def gated(x: mx.array, y: mx.array) -> mx.array:
+    """`x * sigmoid(y)`."""
+    return x * mx.sigmoid(y)
+
+
+@elementwise
 def softcapped(x: mx.array, cap: float) -> mx.array:
     """`cap * tanh(x / cap)`."""
     return cap * mx.tanh(x / cap)
@@ -122,10 +128,27 @@ class MLXOps(Ops[mx.array, Any, Any]):
     def cast(self, x: mx.array) -> mx.array:
         return x.astype(self.dtype)
 
-    def glu(self, gate: mx.array, up: mx.array, m: MLP) -> mx.array:
+    def glu(self, gate: mx.array, up: mx.array, m: FeedForward) -> mx.array:
         if m.activation == "clamped_swiglu":
             return clamped_swiglu(gate, up, m.alpha, m.limit)
         return GLU[m.activation](gate, up)
+
+    def route(self, x: mx.array, w: Any, m: MoE) -> tuple[mx.array, mx.array]:
+        """The chosen experts [B, T, k], and their weights in float32."""
+        r, logits = m.router, w(x)
+        scores = mx.softmax(logits, axis=-1, precise=True) if r.score == "softmax" else mx.sigmoid(logits)
+        ranked = scores + w["correction"] if "correction" in w else scores
+        chosen = mx.argsort(-ranked, axis=-1)[..., : r.top_k]
+        weights = mx.take_along_axis(scores, chosen, axis=-1)
+        if r.renormalise:
+            weights = weights / weights.sum(-1, keepdims=True)
+        return chosen, weights * r.scale
+
+    def experts(self, x: mx.array, routes: tuple[mx.array, mx.array], w: Any, m: MoE) -> mx.array:
+        return w(self, x, *routes, m)
+
+    def gate(self, x: mx.array, y: mx.array) -> mx.array:
+        return gated(x, y)
 
     def split_heads(self, x: mx.array, head_dim: int) -> mx.array:
         return x.reshape(*x.shape[:-1], -1, head_dim).swapaxes(1, 2)

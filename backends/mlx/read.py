@@ -106,7 +106,7 @@ class MLXArtifact:
     def _neutral(self, t: Stored) -> bool:
         """Whether what no canonical tensor provides has its neutral value."""
         s = t.slot
-        got = packs.from_floats(self.input.rows(s.name, 0, s.shape[0]), t.dtype) if s.neutral else np.empty(0)
+        got = packs.from_floats(self.input.elements(s.name, 0, s.shape[0]), t.dtype) if s.neutral else np.empty(0)
         return all(bool((got[p.to] == np.float32(s.fill)).all()) for p in s.neutral)
 
     def stored(self, slot: Slot) -> Stored:
@@ -120,7 +120,7 @@ class MLXArtifact:
         if scales is None:
             raise UserError(f"{self.path}: tensor {slot.path}.scales is missing")
         cols = slot.shape[1]
-        group, bits = cols // scales.shape[1], t.shape[1] * 32 // cols
+        group, bits = cols // scales.shape[-1], t.shape[-1] * 32 // cols
         mode = NATIVE[self.level].mode if self.level in NATIVE else "affine"
         return Stored(slot, FLOATS[self.compute], Packing(bits, group, mode), self.level)
 
@@ -137,7 +137,8 @@ class MLXArtifact:
         if not len(to):
             return np.empty((0, *self._shapes[name][1:]), np.float32)
         first, last = int(to.min()), int(to.max()) + 1
-        parts = {n: self.input.rows(x.name, first, last)[to - first] for n, x in t.tensors.items()}
+        fetch = self.input.rows if t.slot.matrix else self.input.elements
+        parts = {n: fetch(x.name, first, last)[to - first] for n, x in t.tensors.items()}
         if t.packing is None:
             return _unfold(packs.from_floats(parts[""], t.dtype), piece)
         if self.level in GRID:

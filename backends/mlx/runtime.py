@@ -152,7 +152,9 @@ def build(artifact: MLXArtifact, exact: bool = False) -> Model:
             if t.packing is not None:
                 packed[piece.name.removesuffix(".weight")] = t
             for part, tensor in t.tensors.items():
-                x = _rows(files[tensor.name], _order(fit, piece))
+                x = files[tensor.name]
+                x = x.reshape(-1, *x.shape[2:]) if slot.experts else x
+                x = _rows(x, _order(fit, piece))
                 if exact and mx.issubdtype(x.dtype, mx.floating):
                     x = x.astype(mx.float32)
                 if fit.offset and piece.name.endswith("norm.weight"):
