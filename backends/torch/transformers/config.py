@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -59,6 +59,9 @@ class AllotropeConfig(PreTrainedConfig):
 
     model_type = "allotrope"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers adds lists to it)
+
+    auto_map: ClassVar[dict[str, str]] = {}
+    """Code in the folder: there is none, and TRL asks."""
 
     spec: Any = None
     use_cache: bool = True
