@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +90,14 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 """Variants of each family by its own config's arguments, over `BASE`."""
 
 
-def model(family: str, variant: str, dtype: str = "float32") -> Any:
+def model(family: str, variant: str, dtype: str = "float32", changes: Mapping[str, Any] | None = None) -> Any:
     """A model in which every parameter and every correction is random: no gain is 1, no bias 0."""
     import torch
     import transformers
 
     config_class = transformers.CONFIG_MAPPING[family]
     usual = set(config_class().to_dict()) | {"head_dim"}
-    arguments = {**{k: v for k, v in BASE.items() if k in usual}, **MODELS[family][variant]}
+    arguments = {**{k: v for k, v in BASE.items() if k in usual}, **MODELS[family][variant], **(changes or {})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = config_class(**arguments)
@@ -118,6 +119,11 @@ def save(family: str, variant: str, path: Path, dtype: str = "float32") -> Any:
     made = model(family, variant, dtype)
     made.save_pretrained(path)
     return made
+
+
+def save_with(family: str, variant: str, changes: Mapping[str, Any], path: Path, dtype: str = "float32") -> None:
+    """A model of other sizes."""
+    model(family, variant, dtype, changes).save_pretrained(path)
 
 
 def float64_logits(made: Any, ids: NDArray[Any]) -> NDArray[np.float64]:

@@ -3,8 +3,8 @@
 Quantized products are stored as compressed-tensors' `pack-quantized`: codes + 2^(bits-1), low bits first in 32-bit
 words, and float16 scales. transformers loads neither embeddings nor the products of some architectures packed; those
 hold code * scale in the narrowest float that is exact (float16 for q4, float32 for q8 and for a source's own scales),
-and their scales lie beside them in a file that no client opens, so that codes and scales are read back bit for bit. Experts that lie apart are
-packed where all have one width, with float32 scales; others are stored like embeddings.
+and their scales lie beside them in a file that no client opens, so that codes and scales are read back bit for bit.
+Experts that lie apart are packed where all have one width, with float32 scales; others are stored like embeddings.
 """
 
 from __future__ import annotations
