@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -93,14 +94,16 @@ def check_arithmetic(path: Path, compute: str) -> None:
     assert artifact.arithmetic.compute == artifact.arithmetic.cache == compute
     length = artifact.session or spec.context
     emulation = emulate_dtype(spec, values(artifact), ids, length, artifact.arithmetic)
+    if any(b.mlp.kind == "moe" for b in spec.layers):  # single tokens near a router's tie amplify noise by chance
+        emulation = replace(emulation, certain=False)
     gate = gates.gate(
         "arithmetic", compute, emulation.control(ids.size), layers=spec.depth, positions=ids.size
     )  # fmt: skip
     assert gate.usable
     with backends.load(path) as runtime:
-        assert nmse(runtime.logits(ids), emulation.exact) <= gate.limit
+        assert emulation.measure(runtime.logits(ids), emulation.exact) <= gate.limit
         pieces, at = chunked(runtime, ids[0], [9, 1, 5, 1, ids.size - 16])
-        assert nmse(pieces, emulation.exact[0, at]) <= gate.limit
+        assert emulation.measure(pieces, emulation.exact[0, at]) <= gate.limit
 
 
 @pytest.mark.parametrize("level", NATIVE)

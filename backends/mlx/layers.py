@@ -32,6 +32,9 @@ BLOCK = 256
 """Columns that a CPU product sums at once in float32. MLX's kernels there add one term after the other, whose rounding
 grows with the width (at 4096 ten times that of a blocked sum)."""
 
+EXPERT_BLOCK = 64
+"""The same for experts, whose rounding a router amplifies."""
+
 
 def product(x: mx.array, weight: mx.array) -> mx.array:
     """`x @ weight.T`: [..., in] and [out, in] to [..., out], in the wider of both dtypes."""
@@ -171,9 +174,10 @@ class GroupedLinear(nn.Module):
         return (y + by_expert(self["bias"], self._experts)[owner][:, None] if "bias" in self else y).astype(x.dtype)
 
     def product(self, x: mx.array, owner: mx.array, ordered: bool) -> mx.array:
-        """The products alone."""
+        """The products alone; in float32 where nothing else is there."""
         weight, width = by_expert(self["weight"], self._experts), x.shape[-1]
-        step = BLOCK if wide() and x.dtype == mx.float32 else width
+        step = EXPERT_BLOCK if wide() and x.dtype == mx.float32 else width
+        x, weight = widened(x), widened(weight)
         return total(
             mx.gather_mm(
                 x[..., i : i + step], weight[..., i : i + step].swapaxes(-1, -2), rhs_indices=owner,
@@ -215,7 +219,7 @@ class QuantizedGroupedLinear(GroupedLinear):
         width = x.shape[-1]
         if not wide():
             return part(0, width)
-        step = BLOCK if x.dtype == mx.float32 else width
+        step = EXPERT_BLOCK if x.dtype == mx.float32 else width
         x, scales = x.astype(mx.float32), floats(scales)
         biases = None if biases is None else floats(biases)
         return total(part(i, min(i + step, width)) for i in range(0, width, step))
