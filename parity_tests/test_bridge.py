@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ pytest.importorskip("transformers")
 from transformers import DynamicCache, StaticCache
 
 from backends.torch.transformers import AllotropeConfig, AllotropeForCausalLM
+from backends.torch.transformers.past import place
 
 torch.set_num_threads(1)
 
@@ -87,6 +89,31 @@ def test_chunks_through_a_cache_are_one_pass(name: str, kind: str) -> None:
         for row, tokens in enumerate((ids[0], ids[1, :SHORT])):
             alone = model(torch.cat([tokens, more[row]])[None]).logits[0, -4:]
             assert (torch.cat(got, 1)[row] - alone).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("name", ["llama", "window", "alibi", "learned", "sinks"])
+@torch.no_grad()
+def test_holes_in_a_row_are_closed(name: str) -> None:
+    """As virtual tokens before left padding leave them, or tokens after right padding."""
+    spec = FEATURES[name]
+    ids, model = torch.from_numpy(random_ids(spec, 3, T)), build(spec)
+    mask = (torch.rand(3, T, generator=torch.Generator().manual_seed(4)) < 0.7).long()
+    out = model(ids, attention_mask=mask).logits
+    for row, seen in enumerate(mask == 1):
+        assert (out[row, seen] - model(ids[row, seen][None]).logits[0]).abs().max() < EXACT
+
+
+def test_a_packed_step_has_one_run_a_document() -> None:
+    """As the kernels for documents count them."""
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        mask = (torch.rand(2, 6, generator=generator) < 0.7).long()
+        step = place((2, 6), torch.device("cpu"), mask, None, None, 48).step
+        if step.layout == "packed":
+            assert step.segments is not None
+            for row in step.segments.tolist():
+                runs = [k for k, _ in itertools.groupby(row)]
+                assert runs.count(1) <= 1
 
 
 @pytest.mark.parametrize("name", ["llama", "window", "alibi"])

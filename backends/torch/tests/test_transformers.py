@@ -28,9 +28,8 @@ torch.set_num_threads(1)
 
 SINKS_AND_SLOPES = parse(merge(FEATURES["alibi"].model_dump(mode="json", exclude_unset=True),
                                {"block": {"attention": {"sinks": True}}}), "both")  # fmt: skip
-LOADED: dict[str, Spec] = {
-    name: FEATURES[name] for name in ("llama", "tied", "head_bias", "learned", "rope_longrope", "local_theta", "moe")
-} | {"both": SINKS_AND_SLOPES}
+NAMES = ("llama", "tied", "head_bias", "learned", "rope_longrope", "local_theta", "moe", "moe_sigmoid")
+LOADED: dict[str, Spec] = {name: FEATURES[name] for name in NAMES} | {"both": SINKS_AND_SLOPES}
 
 
 def build(spec: Spec) -> Any:

@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from backends.torch.attention import Request, plan
 from backends.torch.model import angles_in, assemble, computed_in, initial
-from backends.torch.modules import Constants, Head
+from backends.torch.modules import Constants, Head, Router
 from backends.torch.ops import TorchOps
 from backends.torch.transformers.config import CONFIG, SPEC, AllotropeConfig
 from backends.torch.transformers.past import Inputs, past_layers, place, restarts
@@ -293,6 +293,9 @@ class AllotropeForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError("\n".join(problems))
         if beside.is_file() and load(beside) != model.spec:
             raise UserError(f"{where}: {SPEC} and config.json hold two specs (save the model again, or remove one)")
+        for module in model.modules():
+            if isinstance(module, Router) and module.correction is not None:
+                module.correction.requires_grad_(False)  # transformers lets every tensor that it loads be trained
         return (model, info) if output_loading_info else model
 
 

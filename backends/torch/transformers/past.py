@@ -69,9 +69,10 @@ def place(
     own, segments = slots[:, start:], mask[:, start:]
     positions = own if positions is None else positions
     within(int(positions.masked_fill(segments == 0, 0).max()), length)
-    if past is None:
+    holes = bool(((mask[:, 1:] > mask[:, :-1]).sum(1) + mask[:, 0] > 1).any())
+    if past is None and not holes:
         return Inputs(Step("packed", positions, own, segments), 0)
-    return Inputs(Step("cached", positions, own, segments), start, Keys(slots, mask))
+    return Inputs(Step("cached", positions, own, segments), start, Keys(slots, mask))  # a packed document is one run
 
 
 def restarts(positions: Tensor) -> bool:
