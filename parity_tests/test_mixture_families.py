@@ -1,8 +1,8 @@
 """Every family with experts, in and out: models that transformers made and saved, in odd shapes, against its own
 float64 logits; in torch, in the artifacts' stock runtimes, and back in a folder of the same bytes.
 
-Routers compute in float32 there in any model. Weights are random, and no score of these tokens lies within rounding of
-another: a route that differed would show as an error of 1e-3.
+Routers compute in float32 there in any model. Tokens are drawn whose scores do not lie within rounding of one another:
+a route that differed would show as an error of 1e-3.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import backends
 from backends.hf.carriers import BY_ARCH, CARRIERS
 from backends.hf.fit import choose
+from backends.numpy.model import Oracle
 from backends.torch.model import Decoder
 from convert.pipeline import convert
 from convert.sources import open_source
@@ -48,6 +49,11 @@ SLOW_BUT_FIRST = [
 
 def ids(tokens: int, batch: int = 1) -> np.ndarray:
     return np.random.default_rng(0).integers(0, V, (batch, tokens))
+
+
+def settled(spec: Spec, weights: Mapping[str, np.ndarray], tokens: int) -> np.ndarray:
+    """Two texts whose experts rounding cannot turn."""
+    return artifacts.settled_ids(Oracle(spec, weights, length=tokens), 2, tokens)[0]
 
 
 def read(path: Path) -> tuple[Spec, dict[str, np.ndarray]]:
@@ -75,18 +81,19 @@ def test_torch_computes_what_transformers_computes(family: str, variant: str, tm
     """A few tokens and several, past the window of 17 and the scalings' boundary at 32."""
     theirs = save(family, variant, tmp_path / "m")
     spec, weights = read(tmp_path / "m")
-    for tokens in (12, 70, 256):
+    for tokens in (12, 256):
+        drawn = settled(spec, weights, tokens)
         ours = Decoder(spec, length=tokens).double().eval()
         ours.load_state_dict({n: torch.from_numpy(w) for n, w in weights.items()})
-        want = float64_logits(theirs, ids(tokens, 2))
+        want = float64_logits(theirs, drawn)
         with torch.no_grad():
-            got = ours(torch.from_numpy(ids(tokens, 2))).numpy()
+            got = ours(torch.from_numpy(drawn)).numpy()
         assert want.std() > 0.03
         assert nmse(got, want) <= LIMIT
         assert nmse(got[:, -4:], want[:, -4:]) <= 4 * LIMIT
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("f32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "variant"), SLOW_BUT_FIRST)
 def test_a_folder_comes_back_byte_for_byte(family: str, variant: str, dtype: str, tmp_path: Path) -> None:
     """The same names, dtypes and bytes, float32 corrections and routers in bfloat16 models too; and a config.json that
@@ -107,7 +114,7 @@ def test_experts_are_read_as_transformers_keeps_them_in_memory(family: str, tmp_
     """Stacked, under the names of its modules, as folders have them that were saved without its conversion."""
     theirs = save(family, next(iter(MODELS[family])), tmp_path / "m")
     before = read(tmp_path / "m")[1]
-    state = {n: t.contiguous() for n, t in theirs.state_dict().items()}
+    state = {n: t.contiguous().clone() for n, t in theirs.state_dict().items()}
     assert any(t.dim() == 3 for t in state.values())
     save_file(state, tmp_path / "m" / "model.safetensors", {"format": "pt"})
     after = read(tmp_path / "m")[1]
@@ -115,8 +122,24 @@ def test_experts_are_read_as_transformers_keeps_them_in_memory(family: str, tmp_
     assert all(np.array_equal(before[n], after[n]) for n in before)
 
 
+REFUSED: dict[tuple[str, str], list[str]] = {
+    ("qwen2_moe-five", "gguf"): ["block.attention.head_dim"],
+    ("olmoe-five", "gguf"): ["block.attention.kv_heads"],
+    ("flex_olmo-five", "gguf"): ["block.attention.head_dim"],
+    ("gpt_oss-five", "gguf"): ["layers[0].attention.position.scaling"],
+}
+"""What a target refuses of a family's first variant, by the fields that it names."""
+QUICK = ("mixtral", "gpt_oss", "glm4_moe")
+
+
 @pytest.mark.parametrize("target", ["gguf", "mlx", "onnx"])
-@pytest.mark.parametrize(("family", "variant"), SLOW_BUT_FIRST)
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        pytest.param(f, v, id=f"{f}-{v}", marks=[] if f in QUICK and (f, v) in FIRST else [pytest.mark.slow])
+        for f, v in EVERY
+    ],
+)
 def test_stock_runtimes_compute_what_transformers_computes(
     family: str, variant: str, target: str, tmp_path: Path
 ) -> None:
@@ -124,14 +147,16 @@ def test_stock_runtimes_compute_what_transformers_computes(
     pytest.importorskip({"gguf": "llama_cpp", "mlx": "mlx.core", "onnx": "onnxruntime"}[target])
     theirs = save(family, variant, tmp_path / "m")
     spec, weights = read(tmp_path / "m")
-    verdict = backends.support(target, spec, "f32")
-    if not verdict.ok:
-        assert all(":" in r for r in verdict.refusals)
-        pytest.skip(verdict.refusals[0])
+    fields = sorted({r.split(":")[0] for r in backends.support(target, spec, "f32").refusals})
+    if (family, variant) in FIRST:
+        assert fields == REFUSED.get((f"{family}-{variant}", target), [])
+    if fields:
+        return
     out = artifacts.write(target, spec, weights, tmp_path / f"a{backends.get(target).suffix}")
     with backends.load(out, target, exact=True, context=CONTEXT) as runtime:
-        got = runtime.logits(ids(70, 2))
-    assert nmse(got, float64_logits(theirs, ids(70, 2))) <= 1e-11
+        drawn = settled(spec, weights, 70)
+        got = runtime.logits(drawn)
+    assert nmse(got, float64_logits(theirs, drawn)) <= 1e-11
 
 
 @pytest.mark.parametrize("level", ["q8", "q4"])
