@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convert import render
 from convert.sources.files import present, read_text
 from spec.errors import UserError
 
 LIMIT = 1_000_000
 """Characters of a template at most."""
-SECONDS, MEMORY = 5, 2**30
-"""That a template may take."""
 MOST = 32
 """Templates of a folder at most."""
 
@@ -65,7 +64,7 @@ def checked(text: str, where: str) -> str:
     except ImportError:
         return text
     try:
-        _environment().parse(text)
+        render.environment().parse(text)
     except (jinja2.TemplateError, RecursionError) as e:
         line = getattr(e, "lineno", None)
         at = f" line {line}" if line else ""
@@ -73,69 +72,16 @@ def checked(text: str, where: str) -> str:
     return text
 
 
-def _environment() -> Any:
-    """Jinja as transformers runs templates: without access to Python's insides, with `generation` blocks and loop
-    controls."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 (the class's own protocol)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-
-
-def render(text: str, conversations: list[list[dict[str, str]]], names: Mapping[str, str]) -> list[str]:
+def rendered(text: str, conversations: list[list[dict[str, str]]], names: Mapping[str, str]) -> list[str]:
     """Conversations as the template writes them, less those that it refuses, none without jinja2. A template is
     somebody else's program: it runs in a process of its own with little time and memory."""
     job = json.dumps({"text": text, "conversations": conversations, "names": dict(names)})
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "convert.templates"], input=job.encode(), capture_output=True, timeout=3 * SECONDS,
-            cwd=Path(__file__).parents[1], check=False,
+            [sys.executable, "-I", render.__file__], input=job.encode(), capture_output=True, check=False,
+            timeout=3 * render.SECONDS,
         )  # fmt: skip
         found = json.loads(done.stdout) if done.returncode == 0 else []
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return []
     return [t for t in found if isinstance(t, str)]
-
-
-def _main() -> None:
-    import resource
-    from datetime import datetime
-
-    import jinja2
-
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-
-    def refuse(message: str) -> Any:
-        raise jinja2.TemplateError(message)
-
-    def today(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    job = json.load(sys.stdin)
-    environment = _environment()
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    environment.globals |= {"raise_exception": refuse, "strftime_now": today}
-    out = []
-    for messages in job["conversations"]:
-        try:
-            made = environment.from_string(job["text"]).render(
-                messages=messages, add_generation_prompt=True, **job["names"]
-            )
-        except Exception:  # it may raise anything
-            made = None
-        out.append(made if made is None or len(made) <= LIMIT else None)
-    json.dump(out, sys.stdout)
-
-
-if __name__ == "__main__":
-    _main()

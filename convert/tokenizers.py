@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.base import Tokenizer
-from backends.tokens import template
+from backends.tokens import steps, template
 from convert import templates, vocabularies
 from convert.sources.files import present, read_bytes, read_json
 from convert.vocabularies.common import added
@@ -63,6 +63,7 @@ def read_tokenizer(folder: Path, model_config: Mapping[str, Any] | None = None) 
     _mark(data, ids, [t for t in roles.values() if t is not None])
     _load(data, main)
     sides = template(data.get("post_processor"))
+    _agree(data, ids, main)
     before, after = sides or ([], [])
     bos = roles["bos"] or (before[0] if len(before) == 1 else None)
     eos = roles["eos"] or next(iter(ends), None) or (after[0] if len(after) == 1 else None)
@@ -142,6 +143,18 @@ def _load(data: dict[str, Any], where: Path) -> None:
             raise
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{where}: not a tokenizer that `tokenizers` can open: {reason}") from None
+
+
+def _agree(data: Mapping[str, Any], ids: Mapping[str, int], where: Path) -> None:
+    """Raises `UserError` where a template's tokens have other ids than the vocabulary's."""
+    for step in steps(data.get("post_processor"), "processors"):
+        if step.get("type") == "TemplateProcessing":
+            told = {t: s["ids"] for t, s in step.get("special_tokens", {}).items()}
+        else:
+            told = {t: [i] for t, i in (step.get(k) or ("", 0) for k in ("cls", "sep")) if t}
+        for text, found in told.items():
+            if found != [ids.get(text)]:
+                raise UserError(f"{where}: post_processor: {text!r} has ids {found}, in the vocabulary {ids.get(text)}")
 
 
 def _mark(data: dict[str, Any], ids: Mapping[str, int], roles: Iterable[str]) -> None:

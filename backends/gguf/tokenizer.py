@@ -112,6 +112,9 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     base = model["vocab"].items() if isinstance(model["vocab"], dict) else _numbered(model["vocab"])
     by_id: dict[int, tuple[str, int]] = {i: (t, NORMAL) for t, i in base}
     for t in tokenizer.json.get("added_tokens", []):
+        if t.get("single_word"):
+            raise UserError(f"tokenizer.added_tokens: {t['content']!r} is found as a whole word alone (single_word), "
+                            "which has no llama.cpp form")  # fmt: skip
         by_id[t["id"]] = (t["content"], CONTROL if t.get("special") else USER_DEFINED)
     top = max(by_id, default=-1)
     if top >= vocab_size:
@@ -119,6 +122,8 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
             f"vocab_size: {vocab_size}, but the tokenizer has id {top} ({by_id[top][0]!r}): it needs {top + 1} rows"
         )
     taken = {t for t, _ in by_id.values()}
+    if (nul := next((t for t in taken if "\0" in t), None)) is not None:
+        raise UserError(f"tokenizer: token {nul!r} holds a NUL, where llama.cpp's texts end")
     if len(taken) != len(by_id):
         names = [t for t, _ in by_id.values()]
         twice = next(t for t in names if names.count(t) > 1)

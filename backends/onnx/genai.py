@@ -45,6 +45,8 @@ def unread(tokenizer: Tokenizer | None) -> str:
     model = tokenizer.json["model"]
     if model.get("type", "BPE") != "BPE":
         return f"a {model['type']} model"
+    if any(t.get("single_word") for t in tokenizer.json.get("added_tokens") or []):
+        return "added tokens that are found as whole words alone (single_word)"
     for s in steps(tokenizer.json.get("pre_tokenizer"), "pretokenizers"):
         match s:
             case {"type": "Split", "pattern": {"Regex": expression}} if not model.get("byte_fallback"):

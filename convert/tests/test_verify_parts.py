@@ -21,7 +21,8 @@ from convert.sources import open_source
 from convert.verify import sample
 from convert.verify.packing import compare_values, difference
 from convert.verify.report import Check, Report, Status, dumps
-from convert.verify.tokens import check_stock, check_tokenizer, fuzz
+from convert.verify.stock import check_stock
+from convert.verify.tokens import check_tokenizer, fuzz
 from convert.verify.weights import SourceRows, source_weights
 from parity_tests.cases import FEATURES, random_ids
 from parity_tests.checkpoints import llama, write_checkpoint

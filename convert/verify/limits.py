@@ -11,11 +11,13 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from backends.base import Tokenizer
 from backends.tokens import steps
 
+Turn = tuple[tuple[str, str], ...]
 Encode = Callable[[str], list[int]]
 GENAI = frozenset({"form", "strips", "first", "nul"})
 
@@ -95,11 +97,19 @@ def _strips(tokenizer: Tokenizer, differ: Callable[[str], bool], found: list[Lim
 
 def conversations(tokenizer: Tokenizer) -> list[str]:
     """Conversations as the chat template writes them; none where there is no template or it wants something else."""
-    from convert import templates
-
     if tokenizer.chat_template is None:
         return []
-    user, system = {"role": "user", "content": "What is 2 + 2?\n"}, {"role": "system", "content": "Be brief."}
-    answer = {"role": "assistant", "content": "4."}
+    user, system = (("role", "user"), ("content", "What is 2 + 2?\n")), (("role", "system"), ("content", "Be brief."))
+    answer = (("role", "assistant"), ("content", "4."))
     names = {f"{r}_token": t for r in ("bos", "eos", "unk", "pad") if (t := getattr(tokenizer, r)) is not None}
-    return templates.render(tokenizer.chat_template, [[user], [user, answer, user], [system, user]], names)
+    return list(
+        _rendered(tokenizer.chat_template, tuple(names.items()), ((user,), (user, answer, user), (system, user)))
+    )
+
+
+@lru_cache(maxsize=8)
+def _rendered(text: str, names: tuple[tuple[str, str], ...], turns: tuple[tuple[Turn, ...], ...]) -> tuple[str, ...]:
+    from convert import templates
+
+    messages = [[dict(turn) for turn in conversation] for conversation in turns]
+    return tuple(templates.rendered(text, messages, dict(names)))

@@ -179,8 +179,7 @@ def check_tokenizer(runtime: Encoder, tokenizer: Tokenizer | None, count: int = 
         if any(s in text for s in specials) or library.decode(plain) != text:
             continue  # the library does not restore it either (normalisers, prefix spaces)
         trips += 1
-        spaced = prefix if plain and library.id_to_token(plain[0]).startswith("\u2581") else b""
-        if runtime.decode(plain) not in (spaced + text.encode(), text.encode()):
+        if runtime.decode(plain) != (prefix if plain else b"") + text.encode():
             lossy.append(text)
     details = {
         "texts": len(found.texts),
