@@ -164,13 +164,13 @@ def test_an_adapter_is_saved_read_and_merged(tmp_path: Path, name: str, config: 
         from peft import PeftModel
 
         read = PeftModel.from_pretrained(fresh(spec), tmp_path / "adapter").eval()
-        assert torch.equal(read(ids).logits, logits)
+        assert (read(ids).logits - logits).abs().max() < 1e-4
         merged = model.merge_and_unload()
         assert isinstance(merged, AllotropeForCausalLM)
         assert (merged(ids).logits - logits).abs().max() < 1e-4
         merged.save_pretrained(tmp_path / "merged")
         back: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-        assert equal(back, merged) and torch.equal(back(ids).logits, merged(ids).logits)
+        assert equal(back, merged) and (back(ids).logits - logits).abs().max() < 1e-4
 
 
 def test_an_adapter_that_a_tied_head_would_not_follow_is_refused() -> None:
