@@ -173,6 +173,12 @@ def _full(spec: Spec, c: Carrier, rope: Rope, a: Attention, out: Rotary) -> None
     out.keys["rope.dimension_count"] = round(dims / c.full_dims)
     out.keys["rope.freq_base"] = _theta(rope, head_dim, spec.context)
     whole = dims == table.dim
+    if not whole and table.factor != 1.0:
+        out.refusals.append(
+            f"{_at(spec, 0)}.scaling: {s.kind if s else 'none'} with an attention factor, which would reach the "
+            f"dimensions that do not rotate in llama.cpp's {c.arch}"
+        )
+        return
     if isinstance(s, DynamicScaling):
         out.folds.append(f"dynamic rotary scaling: fixed for sessions of the whole context ({spec.context} tokens)")
         out.session = spec.context

@@ -24,6 +24,8 @@ ACTIVATIONS = {
 """transformers' names to the spec's."""
 
 Data = dict[str, Any]
+MAX_DEPTH = 4096
+"""Layers of a spec."""
 
 
 def choose(c: Config) -> Carrier:
@@ -64,10 +66,13 @@ def read(c: Config, row: Carrier) -> Data:
         "sinks": row.sinks == "required", "dropout": dropouts.get("attention_dropout", 0.0),
     }  # fmt: skip
     vocab, width, depth = c.take("vocab_size", int), c.take(keys["width"], int), c.take(keys["depth"], int)
+    if depth is not None and depth > MAX_DEPTH:  # lists are made of it before the spec is checked
+        c.bad(keys["depth"], depth, "is more layers than a spec has", f"at most {MAX_DEPTH}")
+        depth = None
     ends = _ends(c, row)
     std = c.number(keys["std"]) or 0.02
     tied = c.take("tie_word_embeddings", bool)
-    layers = _layers(c, row, depth, full, local)
+    layers = _layers(c, row, depth, context, full, local)
     sparse = mixtures.sparse(c, row.mixture, depth) if row.mixture is not None else []
     moe = mixtures.mixture(c, row.mixture) if row.mixture is not None else {}
     if c.problems:
@@ -168,17 +173,21 @@ def _positions(c: Config, row: Carrier, context: int | None) -> tuple[Position, 
     return one, one
 
 
-def _layers(c: Config, row: Carrier, depth: int | None, full: Position, local: Position) -> list[Data]:
-    """What differs from layer to layer, a partial `attention` each."""
+def _layers(
+    c: Config, row: Carrier, depth: int | None, context: int | None, full: Position, local: Position
+) -> list[Data]:
+    """What differs from layer to layer, a partial `attention` each. A window as long as the context hides nothing, and
+    is left out where nothing else hangs on it."""
     window = c.take("sliding_window", int, optional=True) if row.window != "no" else None
     on = c.take("use_sliding_window", bool) if row.window_switch else True
     turning = _turning(c, row, depth)
     kinds = _kinds(c, row, depth, window if on else None)
-    if c.problems or depth is None:
+    if c.problems or depth is None or context is None:
         return []
+    idle = window is not None and window >= context and row.rope_by != "window" and row.no_position in ("no", "list")
     out: list[Data] = []
     for i, kind in enumerate(kinds):
-        mine = window if on and kind == LOCAL else None
+        mine = window if on and kind == LOCAL and not idle else None
         position = local if kind == LOCAL else full
         if row.no_position == "global":
             still = mine is None
@@ -186,7 +195,7 @@ def _layers(c: Config, row: Carrier, depth: int | None, full: Position, local: P
             still = window is not None and mine is None
         else:
             still = turning[i] is False
-        if row.no_position == "theta" and turning[i]:
+        if turning[i] is not True and not still:
             position = {**position, "theta": float(turning[i])}
         out.append({"window": mine, "position": {"kind": "none"} if still else position})
     return out

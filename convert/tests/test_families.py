@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends.hf.carriers import KEYS
+from backends.hf.config import config
+from backends.hf.fit import examine
 from backends.numpy.model import Oracle
-from convert.families import read
+from convert.families import Config, Family, read, reader
+from convert.families.table import ROWS
 from convert.sources import open_source
 from convert.tests.conftest import LLAMA
+from convert.tests.published_configs import PUBLISHED
 from spec import SpecError, UserError
 from spec.rope import rope_tables
 
+DENSE = [f for f in ROWS if f.carriers[0].mixture is None]
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -184,6 +192,154 @@ VALUES = st.one_of(
     st.lists(st.integers(), max_size=2),
     st.sampled_from([0, -1, 1e308, "yarn", "longrope", {}, {"rope_type": "yarn"}, {"full_attention": {}}]),
 )  # fmt: skip
+CONFIGS = pytest.mark.parametrize("name", PUBLISHED)
+
+
+@CONFIGS
+def test_published_configs_are_read_as_transformers_reads_them(name: str) -> None:
+    """What transformers makes of an older layout, in its own present one, is the same spec."""
+    transformers = pytest.importorskip("transformers")
+    data = PUBLISHED[name]
+    kept = copy.deepcopy({k: v for k, v in data.items() if k not in ("auto_map", "architectures")})
+    if (kept.get("rope_scaling") or {}).get("type") == "su":
+        kept["rope_scaling"]["type"] = "longrope"  # 5.23 renames it too late to find the original context
+    theirs = transformers.CONFIG_MAPPING[data["model_type"]].from_dict(kept).to_dict()
+    assert read({**theirs, "architectures": None}, "config.json").spec.hash == read(data, "config.json").spec.hash
+
+
+@CONFIGS
+def test_what_is_read_is_written_as_the_same_spec(name: str) -> None:
+    """Both directions are one table."""
+    found = read(PUBLISHED[name], "config.json")
+    assert examine(found.spec, found.row).refusals == ()
+    written = config(found.spec, found.row, "float32", None)
+    assert read(written, "config.json").spec.hash == found.spec.hash
+
+
+@CONFIGS
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_any_key_of_a_published_config_may_be_anything(name: str, data: st.DataObject) -> None:
+    """A spec or one clear error; and a key that is not known is named."""
+    keys = st.sampled_from(sorted({*PUBLISHED[name], "unheard_of"} - {"model_type"}))
+    changed = {**PUBLISHED[name], **data.draw(st.dictionaries(keys, VALUES, min_size=1, max_size=3))}
+    said = ""
+    try:
+        rope_tables(read(changed, "config.json").spec)
+    except UserError as e:
+        said = str(e)
+    assert "unheard_of" not in changed or "unheard_of: " in said or "architectures: " in said
+
+
+@pytest.mark.parametrize("f", DENSE, ids=lambda f: f.name)
+def test_defaults_are_those_of_transformers(f: Family) -> None:
+    """Every value that is filled in where config.json is silent, and nothing else."""
+    transformers = pytest.importorskip("transformers")
+    kind = transformers.CONFIG_MAPPING[f.name]
+    said, whole = _declared(kind), kind()
+    c = Config(whole.to_dict() | {"vocab_size": 96}, "config.json", f)
+    f.tidy(c)
+    reader.read(c, reader.choose(c))
+    for key in c.taken & set(f.defaults):
+        ours = f.defaults[key]
+        outer, _, inner = key.rpartition(".")
+        if key in ("rope_theta", "partial_rotary_factor", "rotary_emb_base", "rotary_pct", "rope_local_base_freq"):
+            continue  # below, as they come out
+        if outer:
+            assert getattr(getattr(whole, outer), inner) == ours, key
+        elif key in said:
+            assert said[key] == ours, key
+        else:
+            assert ours in (None, 1.0) or getattr(whole, key, ours) == ours, key
+    silent = _smallest(f)
+    loud = kind.from_dict(copy.deepcopy(silent)).to_dict() | {"architectures": None}
+    assert read(silent, "config.json").spec.hash == read(loud, "config.json").spec.hash
+
+
+def _declared(kind: Any) -> dict[str, Any]:
+    """Defaults as a config class declares them, before it fills any in."""
+    return {f.name: f.default for f in dataclasses.fields(kind)}
+
+
+def _smallest(f: Family) -> dict[str, Any]:
+    """A config.json that says nothing but sizes."""
+    keys = {**KEYS, **f.carriers[0].keys}
+    sizes = {"width": 2560, "depth": 9, "heads": 160, "hidden": 96, "context": 64}
+    return {"model_type": f.name, "vocab_size": 96, **{keys[n]: v for n, v in sizes.items() if keys[n]}}
+
+
+@pytest.mark.parametrize("f", DENSE, ids=lambda f: f.name)
+def test_every_key_of_a_familys_own_config_class_has_a_place(f: Family) -> None:
+    transformers = pytest.importorskip("transformers")
+    whole = transformers.CONFIG_MAPPING[f.name](**{k: v for k, v in _smallest(f).items() if k != "model_type"})
+    assert read({**whole.to_dict(), "architectures": [f.architecture]}, "config.json").family is f
+    wrong = {**whole.to_dict(), "architectures": None, "unheard_of": 1}
+    with pytest.raises(UserError, match="unheard_of: 1 is an unknown key"):
+        read(wrong, "config.json")
+
+
+REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "alibi": ("falcon-7b", {"alibi": True}, r"alibi: True changes the function .*supported: False"),
+    "falcon-post-norm": ("falcon-7b", {"apply_residual_connection_post_layernorm": True}, "changes the function"),
+    "qk-norm-by-head": ("command-r", {"use_qk_norm": True}, r"use_qk_norm: True changes the function"),
+    "stablelm-qk-norm": ("stablelm-2", {"qk_layernorm": True}, r"qk_layernorm: True changes the function"),
+    "layer-scale": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, r"inverse_layer_idx: True changes"),
+    "unscaled": ("gpt2", {"scale_attn_weights": False}, r"scale_attn_weights: False changes"),
+    "cross-attention": ("gpt2", {"add_cross_attention": True}, r"add_cross_attention: True changes"),
+    "bidirectional": ("gemma-2", {"use_bidirectional_attention": True}, r"use_bidirectional_attention: True changes"),
+    "projected": ("opt", {"word_embed_proj_dim": 512}, r"word_embed_proj_dim: 512 differs from hidden_size, 768"),
+    "post-norm": ("opt", {"do_layer_norm_before": False}, r"do_layer_norm_before: False changes the function"),
+    "no-final-norm": ("opt", {"_remove_final_layer_norm": True}, r"_remove_final_layer_norm: True changes"),
+    "biased-mpt": ("mpt-7b", {"no_bias": False}, r"no_bias: False changes the function"),
+    "mpt-learned": ("mpt-7b", {"attn_config": {"alibi": False}}, r"attn_config.alibi: False changes the function"),
+    "mpt-norms": ("mpt-7b", {"attn_config": {"qk_ln": True}}, r"attn_config.qk_ln: True changes the function"),
+    "mpt-unknown": ("mpt-7b", {"attn_config": {"softcap": 1}}, r"attn_config.softcap: 1 is an unknown key"),
+    "mpt-wrong": ("mpt-7b", {"attn_config": 3}, r"attn_config: 3 is no mapping"),
+    "biased-phi": ("phi-4-mini", {"lm_head_bias": True}, r"lm_head_bias: True changes the function"),
+    "phi3-linear": ("phi-4-mini", {"rope_scaling": {"type": "linear", "factor": 2.0}},
+                    r"rope_scaling.rope_type: 'linear' is no scaling of phi3"),
+    "whole-heads": ("llama-2", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor: 0.5 is not used by llama"),
+    "two-activations": ("gemma", {"hidden_act": "silu", "hidden_activation": "relu"},
+                        r"hidden_activation: 'relu' differs from hidden_act, silu"),
+    "olmo3-theta": ("gemma-2", {"model_type": "olmo3", "architectures": None, "rope_theta": 1e4},
+                    r"rope_theta: 10000.0 holds for all layers in transformers 4, and for some in 5"),
+    "layer-types": ("exaone-4", {"layer_types": ["chunked_attention"] * 4}, r"layer_types: 'chunked_attention' does"),
+    "too-few": ("exaone-4", {"layer_types": ["full_attention"]}, r"layer_types: '1 entries' does not describe"),
+    "nope": ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers: \[1, 0\] does not describe the layers"),
+    "no-window": ("gemma-2", {"sliding_window": None}, r"sliding_window: is missing, and layer_types names"),
+    "by-layer": ("llama-2", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "by layer type"),
+    "by-unknown": ("gemma-3-1b", {"rope_parameters": {"full_attention": {}, "chunked": {}}},
+                   r"chunked: .* unknown kind"),
+    "truncate": ("gemma-3-1b", {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
+                 r"rope_scaling.truncate: False is not read"),
+    "other-code": ("phi-3-mini-128k", {"auto_map": {"AutoModelForCausalLM": "modeling.MyModel"}},
+                   "auto_map: .*changes"),
+    "classes": ("gpt2", {"architectures": ["GPT2DoubleHeadsModel"]}, "is another function than GPT2LMHeadModel"),
+    "scalar": ("gemma-2", {"query_pre_attn_scalar": 0}, r"query_pre_attn_scalar: 0 must be positive"),
+    "both-names": ("bloom-560m", {"n_head": 8}, r"num_attention_heads: 16 is an unknown key"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_options_that_are_not_carried_are_refused_by_key_and_value(case: str) -> None:
+    import re
+
+    name, changes, says = REFUSALS[case]
+    with pytest.raises(UserError) as e:
+        read({**PUBLISHED[name], **changes}, "config.json")
+    assert re.search(says, str(e.value)), str(e.value)
+
+
+def test_an_unread_family_says_what_the_nearest_could_not_place() -> None:
+    data = {**PUBLISHED["qwen3"], "model_type": "qwen9", "linear_conv_kernel_dim": 4}
+    with pytest.raises(UserError, match=r"mean qwen3\?; known: .*; of its keys, qwen3, the nearest, has no place for "
+                                        r"linear_conv_kernel_dim$"):  # fmt: skip
+        read(data, "config.json")
+    with pytest.raises(UserError, match=r"'gemma3' is no family .*no place for .*text_config"):
+        read({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": {},
+              "vision_config": {}}, "config.json")  # fmt: skip
+
+
 NUMBERS = (
     "factor", "original_max_position_embeddings", "attention_factor", "low_freq_factor", "high_freq_factor",
     "short_factor", "long_factor", "mscale", "mscale_all_dim", "beta_fast", "truncate", "rope_theta",
