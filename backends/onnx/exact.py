@@ -15,8 +15,7 @@ FULL = 1
 """MatMulNBits' and QMoE's accuracy level for float32 arithmetic."""
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 UNSIGNED = {8: ir.DataType.UINT8, 4: ir.DataType.UINT4}
-SHARED = ("k", "activation_type", "activation_alpha", "activation_beta", "swiglu_fusion", "swiglu_limit",
-          "normalize_routing_weights")  # fmt: skip
+SHARED = ("k", "activation_type", "activation_alpha", "activation_beta", "swiglu_fusion", "swiglu_limit")
 """Attributes that QMoE has in common with MoE."""
 
 
@@ -40,7 +39,8 @@ def _bits(node: ir.Node) -> tuple[int, int]:
 
 
 def _dequantize(graph: ir.Graph, node: ir.Node) -> None:
-    """QMoE has no float32 kernel for codes of 8 bits; MoE has, and takes what it finds for logits of a softmax."""
+    """QMoE has no float32 kernel for codes of 8 bits; MoE has. It takes what it finds for logits of a softmax, so that
+    weights come out divided by their sum."""
     x, share, *held = node.inputs[:8]
     assert x is not None and share is not None
     new: list[ir.Node] = []
@@ -69,16 +69,17 @@ def _dequantize(graph: ir.Graph, node: ir.Node) -> None:
         matrices += [add("DequantizeLinear", table, scales, zero, axis=2, block_size=GROUP), bias]
     attributes = {n: node.attributes[n].value for n in SHARED if n in node.attributes}
     y = add("MoE", x, add("Log", share), *matrices, domain=CONTRIB, **attributes)
-    sizes = ir.Tensor(np.array([-1, groups_out(node)]), name=f"{node.name}.sizes")
-    total = add("ReduceSum", share, constant(f"{node.name}.axis", ir.Tensor(np.array([-1]), name=f"{node.name}.axis")))
-    y = add("Mul", add("Reshape", y, constant(f"{node.name}.sizes", sizes)), total)
-    y = add("Reshape", y, add("Shape", x))
+    if not node.attributes["normalize_routing_weights"].as_int():
+        axis = constant(f"{node.name}.axis", ir.Tensor(np.array([-1]), name=f"{node.name}.axis"))
+        sizes = constant(f"{node.name}.sizes", ir.Tensor(np.array([-1, _width(node)]), name=f"{node.name}.sizes"))
+        y = add("Mul", add("Reshape", y, sizes), add("ReduceSum", share, axis))
+        y = add("Reshape", y, add("Shape", x))
     node.outputs[0].replace_all_uses_with(y)
     graph.insert_before(node, new)
     graph.remove(node)
 
 
-def groups_out(node: ir.Node) -> int:
+def _width(node: ir.Node) -> int:
     """Width of QMoE's result."""
     codes = node.inputs[5]
     assert codes is not None and codes.shape is not None

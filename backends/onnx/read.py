@@ -175,7 +175,8 @@ class Artifact:
             if not isinstance(b.mlp, MoE):
                 continue
             at = f"layers.{i}.mlp.experts"
-            levels = {p.name: self._weights.level(p.name) for p in params(self.spec) if p.name.startswith(f"{at}.")}
+            own = (p.name for p in params(self.spec) if p.role == "experts" and p.name.startswith(f"{at}."))
+            levels = {name: self._weights.level(name) for name in own}
             if not grouped_experts(b.mlp, self.profile, self.compute, expert_levels(levels, at)):
                 yield from levels
 
