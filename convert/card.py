@@ -91,13 +91,13 @@ def index(results: Sequence[Result], made: Sequence[Backend], repo: str, known: 
     first = results[0]
     lines = [front(first, made, first.receipt, known), f"# {repo}", ""]
     lines += ["| artifact | size | bits/weight | verified | card |", "|---|---|---|---|---|"]
-    for r in results:
+    for r, backend in zip(results, made, strict=True):
         assert r.report is not None, "only verified artifacts are uploaded"
         marks: dict[str, int] = {}
         for c in r.report.checks:
             marks[str(c.status)] = marks.get(str(c.status), 0) + 1
         verdict = ", ".join(f"{n} {status}" for status, n in marks.items())
-        where = f"{r.out.name}.md" if r.out.suffix else f"{r.out.name}/{INSIDE}"
+        where = beside(r.out).name if backend.suffix else f"{r.out.name}/{INSIDE}"
         lines.append(f"| `{r.out.name}` | {r.size / 1e6:,.1f} MB | {r.bits:.2f} | {verdict} | [{where}]({where}) |")
     lines += (
         ["", f"Codes and scales sha256: {first.receipt['weights_hash']}", ""] if first.receipt["weights_hash"] else []

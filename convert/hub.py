@@ -51,7 +51,10 @@ def explained(what: str) -> Iterator[None]:
     """What goes wrong between here and the Hub, in one line."""
     import httpx2
     from huggingface_hub import errors
+    from huggingface_hub.utils import logging as chatter
 
+    before = chatter.get_verbosity()
+    chatter.set_verbosity_error()  # its remarks on patterns that match nothing, on tokens, on the cache
     try:
         yield
     except errors.GatedRepoError:
@@ -72,6 +75,8 @@ def explained(what: str) -> Iterator[None]:
         raise UserError(f"{what}: the Hub cannot be reached, and no whole copy is in the cache ({reason})") from None
     except OSError as e:
         raise UserError(f"{what}: {e.filename or ''} {e.strerror or e}".replace("  ", " ")) from None
+    finally:
+        chatter.set_verbosity(before)
 
 
 def _first(text: str) -> str:

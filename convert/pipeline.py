@@ -190,7 +190,8 @@ def convert_all(
             seconds = _estimate(job)
             for result in results:
                 result.seconds = seconds
-                result.pushed = push.expected(results, known) if push is not None else None
+                if push is not None:
+                    result.pushed = push.expected(results, [t.backend for t in job.targets], known)
             return results
         with ExitStack() as stack:
             partials = [stack.enter_context(output.reserved(t.path, *_beside(t))) for t in job.targets]

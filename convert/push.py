@@ -46,10 +46,11 @@ class Push:
             except errors.LocalTokenNotFoundError:
                 raise UserError(f"--push {self.repo}: no token (`hf auth login` or set HF_TOKEN)") from None
 
-    def expected(self, results: Sequence[Result], known: Provenance) -> str:
+    def expected(self, results: Sequence[Result], made: Sequence[Backend], known: Provenance) -> str:
         """What would be uploaded, for a dry run."""
-        made = [r.out.name + ("" if r.out.suffix else "/*" if len(results) > 1 else "'s files") for r in results]
-        names = [*made, card.INSIDE, *(p.name for p in known.licences)]
+        under = "/*" if len(results) > 1 else "'s files"
+        artifacts = [r.out.name + ("" if b.suffix else under) for r, b in zip(results, made, strict=True)]
+        names = [*artifacts, card.INSIDE, *(p.name for p in known.licences)]
         size = sum(r.size for r in results)
         where = f"{self.repo}{' (private, if it is new)' if self.private else ''}"
         return f"{where}: {', '.join(names)}, about {size / 1e6:,.1f} MB; tag {results[0].level}-<weights' hash>"
@@ -80,7 +81,7 @@ def files(results: Sequence[Result], made: Sequence[Backend], repo: str, known: 
     """What a repository gets: names in it, and files here or contents."""
     out: dict[str, Path | bytes] = {p.name: p for p in known.licences}
     for r, backend in zip(results, made, strict=True):
-        root = f"{r.out.name}/" if r.out.suffix or len(results) > 1 else ""
+        root = f"{r.out.name}/" if backend.suffix or len(results) > 1 else ""
         if r.out.is_dir():
             out |= {root + p.relative_to(r.out).as_posix(): p for p in sorted(r.out.rglob("*")) if p.is_file()}
         else:

@@ -21,7 +21,7 @@ from spec import Spec, UserError
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, pipes and resource limits")
 MEMORY = 3_000_000_000
 """Bytes of address space that the child may have: Python with its libraries takes about one."""
-Attack = Callable[[Path], None]
+Attack = Callable[[Path], object]
 
 
 def config(**changes: Any) -> Attack:
