@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,8 @@ def _load(source: str, length: int | None = None) -> Spec:
 
     if length is not None and length < 1:
         raise UserError(f"--length: {length} must be at least 1")
+    if source.endswith(".gguf"):
+        return import_module("backends.gguf.read").open_any(Path(source))[0].source
     return load(source)
 
 
@@ -157,7 +160,6 @@ def targets(
     source
         A YAML file, a folder with a spec.yaml, or a preset.
     """
-    from importlib import import_module
 
     # The language knows no backend: this one command looks them up by name, when it is asked to.
     found = import_module("backends.targets").targets(_load(source), to, quant)

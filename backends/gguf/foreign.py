@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from backends.gguf.carriers import CARRIERS, Carrier, Need
 from backends.gguf.container import Header, read_rows
 from backends.gguf.fit import CHECKS, NEUTRAL_CAP, Fit
+from backends.gguf.foreign_experts import mixtures
 from backends.gguf.foreign_rotary import rotations
+from backends.gguf.keys import REQUIRED as _REQUIRED
 from backends.gguf.keys import Keys
 from backends.gguf.pack import dense, unpack
 from backends.gguf.rotary import Rotary
@@ -58,7 +60,7 @@ class _Reading:
 
     def __init__(self, c: Carrier, header: Header, path: Path) -> None:
         self.c, self.header, self.path = c, header, path
-        self.k = Keys(header.keys, c.arch, str(path))
+        self.k = Keys(header.keys, c.arch, str(path), dict(c.keys))
         self.notes: list[str] = []
         self.used: set[str] = set()
 
@@ -97,10 +99,12 @@ class _Reading:
             raise UserError(f"{self.path}: {depth} layers of width {width} and {context} tokens are no model")
         heads = k.layers("attention.head_count", depth, int)
         kv = k.layers("attention.head_count_kv", depth, int, heads)
-        hidden = k.layers("feed_forward_length", depth, int)
+        k.check()
+        experts = mixtures(self, depth)
+        hidden = k.layers("feed_forward_length", depth, int, 0 if all(experts) else _REQUIRED)
         k.check()
         assert heads and kv and hidden
-        if not min(*heads, *kv, *hidden, depth) > 0:
+        if not min(*heads, *kv, *(h for h, m in zip(hidden, experts, strict=True) if m is None), depth) > 0:
             raise UserError(f"{self.path}: a layer without heads or MLP is none that a spec has")
         head_dim = k.whole("attention.key_length", width // heads[0])
         for key in ("value_length", "key_length_swa", "value_length_swa"):
@@ -118,7 +122,9 @@ class _Reading:
                     **a, "heads": heads[i], "kv_heads": kv[i], "head_dim": head_dim, "position": positions[i],
                     "window": windows[i],
                 },
-                "mlp": {"hidden": hidden[i], "gated": c.gated, "activation": c.activation, "bias": mlp},
+                "mlp": experts[i] or {
+                    "kind": "dense", "hidden": hidden[i], "gated": c.gated, "activation": c.activation, "bias": mlp,
+                },
                 "norm": norm, "placement": c.placement, **self._flow(i),
             }
             for i, (a, mlp) in enumerate(zip(attention, self._mlp_biases(depth), strict=True))
@@ -138,7 +144,7 @@ class _Reading:
         return "".join(ch for ch in text if ch.isprintable() and ch != "\ufeff")[:128] or self.path.stem[:128]
 
     def _norm_biases(self, depth: int) -> list[str]:
-        norms = [f"blk.{i}.{n}.bias" for i in range(depth) for n in ("attn_norm", "ffn_norm")]
+        norms = [f"blk.{i}.{n}.bias" for i in range(depth) for n in ("attn_norm", self.c.mlp_norm)]
         return ["output_norm.bias", *(n for n in norms if self.has(n))]
 
     def _windows(self, depth: int, context: int) -> list[int | None]:
@@ -205,9 +211,9 @@ class _Reading:
         biases = {n: self.part(c.qkv_bias, [f"blk.{i}.attn_{p}.bias" for i in range(depth)]) for n, p in part.items()}
         biases["o"] = self.part(c.o_bias, [f"blk.{i}.attn_output.bias" for i in range(depth)])
         sinks = [False] * depth
-        if c.sinks == "required":
+        if c.sinks != "no":
             names = [f"blk.{i}.attn_sinks.weight" for i in range(depth)]
-            sinks = self.part("required", names, float(np.float32(NO_SINK)))
+            sinks = self.part(c.sinks, names, float(np.float32(NO_SINK)))
         out = []
         for i in range(depth):
             qk = None
@@ -231,7 +237,7 @@ class _Reading:
         if "parallel" in c.flow:
             parallel = bool(self.k.flag("use_parallel_residual"))
             return {"parallel": parallel, "shared_norm": False}
-        shared = c.flow == ("shared",) or ("shared" in c.flow and not self.has(f"blk.{i}.ffn_norm.weight"))
+        shared = c.flow == ("shared",) or ("shared" in c.flow and not self.has(f"blk.{i}.{c.mlp_norm}.weight"))
         return {"parallel": shared, "shared_norm": shared}
 
     def _embedding(self, norm: dict[str, Any], width: int) -> dict[str, Any]:

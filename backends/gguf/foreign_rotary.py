@@ -27,6 +27,7 @@ Position = dict[str, Any]
 
 PUBLISHED = ((1.0, 4.0, 8192),)
 """low_freq_factor, high_freq_factor and original context of the models that have the llama3 scaling."""
+_POWERS = tuple((1.0, 4.0, 1 << n) for n in range(4, 21))
 
 
 def rotations(c: Carrier, k: Keys, vector: Vector, head_dim: int, context: int, windows: bool) -> list[Position]:
@@ -90,6 +91,8 @@ def _full(
         k.bad("rope.scaling.type", f"comes together with {next(iter(found))} divisors")
     if not found and factor != 1 and kind in ("linear", "yarn", "longrope") and kind not in (*c.scaling, "longrope"):
         k.bad("rope.scaling.factor", f"has an effect in llama.cpp's {c.arch} that a spec cannot say")
+    if attention != 1 and any((v >= DEAD / 10).any() for v in found.values()):
+        k.bad("rope.scaling.attn_factor", "reaches pairs that stand still, which a spec cannot say")
     if k.problems:
         return {}
     if len(found) == 2:
@@ -170,14 +173,14 @@ def from_divisors(
 
 def _candidates(f: NDArray[np.float64], freq: NDArray[np.float64], context: int) -> Iterator[dict[str, Any] | None]:
     yield None
-    factor = decimal(float(np.float32(f.max())))
-    if factor <= 1:
-        return
-    yield {"kind": "linear", "factor": factor}
-    bands = [*PUBLISHED, *((1.0, 4.0, 1 << n) for n in range(4, 21)), *_fitted(f, freq, factor)]
-    for low, high, original in bands:
-        yield {"kind": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-               "original_context": original}  # fmt: skip
+    top = float(f.max())
+    for factor in dict.fromkeys((round(top, 4), decimal(float(np.float32(top))))):  # rounding moves the largest too
+        if factor <= 1:
+            continue
+        yield {"kind": "linear", "factor": factor}
+        for low, high, original in (*PUBLISHED, *_POWERS, *_fitted(f, freq, factor)):
+            yield {"kind": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                   "original_context": original}  # fmt: skip
 
 
 def _fitted(f: NDArray[np.float64], freq: NDArray[np.float64], factor: float) -> Iterator[tuple[float, float, int]]:

@@ -31,8 +31,14 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
     "expert_feed_forward_length": (0,),
-    "expert_group_count": (0,),
-    "expert_group_used_count": (0,),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_shared_feed_forward_length": (0,),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_gating_func": (0,),
+    "expert_weights_norm": (False,),
+    "leading_dense_block_count": (0,),
     "nextn_predict_layers": (0,),
     "use_parallel_residual": (True, False),
     "attention.clamp_kqv": (0.0,),
@@ -52,14 +58,16 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Keys that would change it, where nothing reads them: fine at these values, refused by name at others."""
 
-_MISSING = object()
+REQUIRED = object()
+"""As a default: the key has to be there."""
 
 
 class Keys:
     """Metadata of one architecture. Everything wrong is collected; `done` raises it together with what nobody read."""
 
-    def __init__(self, data: Mapping[str, Any], arch: str, source: str) -> None:
-        self.data, self.arch, self.source = data, arch, source
+    def __init__(self, data: Mapping[str, Any], arch: str, source: str, fixed: Mapping[str, Any] | None = None) -> None:
+        """fixed: keys that the architecture's loader insists on, with values that change nothing."""
+        self.data, self.arch, self.source, self.fixed = data, arch, source, fixed or {}
         self.taken: set[str] = set()
         self.problems: list[Problem] = []
 
@@ -73,13 +81,13 @@ class Keys:
 
     def _take(self, key: str, default: Any) -> Any:
         self.taken.add(key)
-        value = self.data.get(f"{self.arch}.{key}", _MISSING)
-        if value is _MISSING and default is _MISSING:
+        value = self.data.get(f"{self.arch}.{key}", REQUIRED)
+        if value is REQUIRED and default is REQUIRED:
             self.bad(key, "is missing")
             return None
-        return default if value is _MISSING else value
+        return default if value is REQUIRED else value
 
-    def whole(self, key: str, default: Any = _MISSING) -> Any:
+    def whole(self, key: str, default: Any = REQUIRED) -> Any:
         """A number of things."""
         value = self._take(key, default)
         if value is None or value is default:
@@ -89,7 +97,7 @@ class Keys:
             return None
         return value
 
-    def number(self, key: str, default: Any = _MISSING) -> Any:
+    def number(self, key: str, default: Any = REQUIRED) -> Any:
         """A finite number, as the shortest decimal that is this float32: what its writer meant."""
         value = self._take(key, default)
         if value is None or value is default:
@@ -99,21 +107,21 @@ class Keys:
             return None
         return decimal(value)
 
-    def text(self, key: str, default: Any = _MISSING) -> Any:
+    def text(self, key: str, default: Any = REQUIRED) -> Any:
         value = self._take(key, default)
         if value is not None and not isinstance(value, str):
             self.bad(key, "is no text")
             return None
         return value
 
-    def flag(self, key: str, default: Any = _MISSING) -> Any:
+    def flag(self, key: str, default: Any = REQUIRED) -> Any:
         value = self._take(key, default)
         if value is not None and not isinstance(value, bool):
             self.bad(key, "is neither true nor false")
             return None
         return value
 
-    def layers(self, key: str, depth: int, kind: type, default: Any = _MISSING) -> list[Any] | None:
+    def layers(self, key: str, depth: int, kind: type, default: Any = REQUIRED) -> list[Any] | None:
         """A value for each layer, from one for all or a list."""
         value = self._take(key, default)
         values = value if isinstance(value, list) else [value] * depth
@@ -139,7 +147,9 @@ class Keys:
             if key in self.taken or key in IGNORED:
                 continue
             values = value if isinstance(value, list) else [value]
-            if key in NEUTRAL and all(v in NEUTRAL[key] for v in values):
+            if (key in NEUTRAL and all(v in NEUTRAL[key] for v in values)) or (
+                key in self.fixed and all(v == self.fixed[key] for v in values)
+            ):
                 continue
             rule = "changes the function and is not supported" if key in NEUTRAL else "is an unknown key"
             self.problems.append(Problem(name, _short(value), rule, "unknown keys may change the function"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Planned, QuantizedTensor, Values
-from backends.gguf.build import RECEIPT_KEY, Stored, layout
-from backends.gguf.container import Header, Info, read_header, read_rows
+from backends.gguf.build import RECEIPT_KEY, SPEC_KEY, Stored, layout
+from backends.gguf.container import Header, Info, read_header, read_rows, read_split
 from backends.gguf.fit import Fit
+from backends.gguf.foreign import read_foreign
 from backends.gguf.names import Piece
 from backends.gguf.pack import dense, pack, unpack
 from backends.gguf.twin import shipped_fit, shipped_spec
@@ -27,6 +29,25 @@ Array = NDArray[Any]
 def open_artifact(path: Path) -> Artifact:
     """A file that this program wrote. Raises `UserError` where it is none, or damaged."""
     return Artifact(path)
+
+
+def open_any(path: Path) -> tuple[Artifact, frozenset[str], tuple[str, ...]]:
+    """Any GGUF file, or one of the files of a split one: opened, the tensors that hold only what its spec says of
+    rotations, and notes.
+
+    A file of this program is opened by the spec that it carries, with folds undone where that is exact; any other by
+    its architecture's row (`foreign`). Raises `UserError`, `SpecError`.
+    """
+    header, note = read_split(path), ""
+    if SPEC_KEY in header.keys:
+        artifact = Artifact(path, shipped_spec(header, path), header)
+        factors = {piece.times for name in artifact.shapes for _, piece in artifact.places(name)}
+        if all(math.frexp(abs(f))[0] == 0.5 for f in factors):
+            return artifact, frozenset(), ("opened by the spec that the file carries, folds undone",)
+        note = "a scale of the logits was folded into the final norm, which rounded it: it stays there"
+    found = read_foreign(header, path)
+    artifact = Artifact(path, found.spec, header, found.fit)
+    return artifact, found.rotary, (*found.notes, *([note] if note else []))
 
 
 class Artifact:

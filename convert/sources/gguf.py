@@ -6,7 +6,6 @@ architecture in llama.cpp (`backends.gguf.foreign`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import PORTABLE, Floats, QuantizedTensor, Values
-from backends.gguf.container import Header, read_split
-from backends.gguf.foreign import read_foreign
+from backends.gguf.container import Header
 from backends.gguf.pack import dense
-from backends.gguf.read import Artifact
-from backends.gguf.twin import shipped_spec
+from backends.gguf.read import Artifact, open_any
+from backends.gguf.vocabulary import read_vocabulary
 from convert.recipe import Held
 from convert.sources.base import Source, collapse
 from convert.sources.store import Entry
-from spec.config import Spec
 from spec.errors import UserError
 from spec.layout import Layout, Rule
 from spec.params import params
@@ -34,33 +31,12 @@ ON_GRID = {"q4_0": "q4", "q8_0": "q8"}
 
 def open_gguf(path: Path) -> Source:
     """Open a GGUF file, or one of the files of a split one. Raises `UserError`, `SpecError`."""
-    header = read_split(path)
-    artifact, rotary, notes = _artifact(path, header)
+    artifact, rotary, notes = open_any(path)
+    header = artifact.header
     _check(path, header, artifact, rotary)
-    from backends.gguf.vocabulary import read_vocabulary
-
     tokenizer = read_vocabulary(header.keys, artifact.source.vocab_size, str(path))
     rules = [Rule(p.name, p.name) for p in params(artifact.source)]
     return Source(path, artifact.source, Layout(rules, artifact.source), GGUFStore(artifact), tokenizer, notes=notes)
-
-
-def read_spec(path: Path) -> Spec:
-    """The spec of a GGUF file alone."""
-    return _artifact(path, read_split(path))[0].source
-
-
-def _artifact(path: Path, header: Header) -> tuple[Artifact, frozenset[str], tuple[str, ...]]:
-    if "allotrope.spec" in header.keys:
-        artifact = Artifact(path, shipped_spec(header, path), header)
-        times = {piece.times for name in artifact.shapes for _, piece in artifact.places(name)}
-        if all(math.frexp(abs(t))[0] == 0.5 for t in times):
-            return artifact, frozenset(), ("opened by the spec that the file carries, folds undone",)
-        note = "a scale of the logits was folded into the final norm, which rounded it: it stays there"
-    else:
-        note = ""
-    foreign = read_foreign(header, path)
-    artifact = Artifact(path, foreign.spec, header, foreign.fit)
-    return artifact, foreign.rotary, (*foreign.notes, *([note] if note else []))
 
 
 def _check(path: Path, header: Header, artifact: Artifact, rotary: frozenset[str]) -> None:
