@@ -1,4 +1,4 @@
-"""MXFP4 weights, as GPT-OSS's experts come: `NAME_blocks` [..., C / 32, 16] and `NAME_scales` [..., C / 32], bytes both.
+"""MXFP4 weights, as GPT-OSS's experts come: bytes `NAME_blocks` [..., C / 32, 16] and `NAME_scales` [..., C / 32].
 
 Every 32 columns share a power of two (OCP Microscaling Formats, E8M0: 2^(code - 127)); a byte holds two codes of E2M1,
 the lower half first. What they mean is exact in float32 and in bfloat16.
