@@ -171,8 +171,10 @@ def _both_windows(s: Spec, b: Block) -> bool:
 
 
 def _plain_or_yarn(s: Spec, b: Block) -> bool:
+    """As far as mlx-lm's settings give the table: its YaRN has whole dimensions alone, and GPT-OSS's own has not."""
     p = b.attention.position
-    return rotary.plain(b.attention) or (isinstance(p, Rope) and p.fraction == 1 and isinstance(p.scaling, YarnScaling))
+    yarn = isinstance(p, Rope) and p.fraction == 1 and isinstance(p.scaling, YarnScaling)
+    return rotary.plain(b.attention) or (yarn and rotary.configured(s, b.attention) is not None)
 
 
 def _oai(s: Spec, b: Block) -> bool:
