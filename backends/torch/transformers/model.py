@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D model, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -293,10 +293,21 @@ class AllotropeForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError("\n".join(problems))
         if beside.is_file() and load(beside) != model.spec:
             raise UserError(f"{where}: {SPEC} and config.json hold two specs (save the model again, or remove one)")
+        one_accelerator(getattr(model, "hf_device_map", {}))
         for module in model.modules():
             if isinstance(module, Router) and module.correction is not None:
                 module.correction.requires_grad_(False)  # transformers lets every tensor that it loads be trained
         return (model, info) if output_loading_info else model
+
+
+def one_accelerator(device_map: Mapping[str, Any]) -> None:
+    """Raises `UserError` where layers are spread over several: masks and rotations are made once, on one."""
+    used = {torch.device(where) for where in device_map.values() if where != "disk"} - {torch.device("cpu")}
+    if len(used) > 1:
+        names = ", ".join(sorted(map(str, used)))
+        raise UserError(
+            f"device_map: layers lie on {names}; use one ({{'': 0}}), and offload the rest to cpu"
+        )
 
 
 def _resized(old: Tensor, rows: int, fresh: Tensor | None) -> nn.Parameter:
