@@ -172,6 +172,47 @@ MUTANTS: dict[str, Change] = {
 }
 
 
+def _bypass(kind: str, after: str) -> Change:
+    """The first operation of a kind that takes what one of kind `after` gives: its x goes on in place of its result."""
+
+    def change(operations: Any) -> None:
+        makers = {v.name: o.type for o in operations for v in o.outputs}
+
+        def takes(o: Any) -> bool:
+            return any(makers.get(a.name) == after for arg in o.inputs.values() for a in arg.arguments)
+
+        op = next(o for o in operations if o.type == kind and takes(o))
+        held, made = op.inputs["x"].arguments[0].name, op.outputs[0].name
+        for argument in (a for o in operations for arg in o.inputs.values() for a in arg.arguments):
+            if argument.name == made:
+                argument.name = held
+
+    return change
+
+
+def _experts_swapped(operations: Any) -> None:
+    op = next(o for o in operations if o.outputs and o.outputs[0].name.startswith("experts_"))
+    numbers = op.attributes["val"].immediateValue.tensor.ints.values
+    numbers[0], numbers[1] = 1, 0
+
+
+def _router_bias(operations: Any) -> None:
+    """The first layer's router without its bias."""
+    scores = next(o for o in operations if o.outputs and o.outputs[0].name.endswith("mlp_scores"))
+    del _named(operations, scores.inputs["x"].arguments[0].name).inputs["bias"]
+
+
+MIXTURES: dict[str, tuple[Change, str]] = {
+    "experts in each other's place": (_experts_swapped, "moe_plain_scores"),
+    "weights are not divided by their sum": (_bypass("real_div", "topk"), "moe"),
+    "weights are not scaled": (_bypass("mul", "real_div"), "moe_sigmoid"),
+    "the router's bias is dropped": (_router_bias, "moe_sinks"),
+    "the correction is dropped": (_bypass("add", "sigmoid"), "moe_sigmoid"),
+    "the shared expert's gate is dropped": (_bypass("mul", "sigmoid"), "moe_shared_gate"),
+}
+"""Changes of mixtures of experts, and a feature in which each shows."""
+
+
 @pytest.fixture(scope="module")
 def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package that passes before anything is changed."""
@@ -184,11 +225,23 @@ def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_changed_program_does_not_pass(name: str, proven: Path, tmp_path: Path) -> None:
-    spec = FEATURES["window"]
-    path = shutil.copytree(proven, tmp_path / "m.mlpackage")
+    check_change(FEATURES["window"], MUTANTS[name], shutil.copytree(proven, tmp_path / "m.mlpackage"))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_changed_mixture_does_not_pass(name: str, tmp_path: Path) -> None:
+    change, feature = MIXTURES[name]
+    spec = FEATURES[feature]
+    path = artifacts.write("coreml", spec, random_weights(spec), tmp_path / "m.mlpackage", "q8")
+    artifacts.check_graph("coreml", path, batches=(1,))
+    check_change(spec, change, path)
+
+
+def check_change(spec: Spec, change: Change, path: Path) -> None:
+    """The graph check sees a changed program on the same weights."""
     before = (path / WEIGHTS / "weight.bin").read_bytes()
     model = read_model(path)
-    MUTANTS[name](model.mlProgram.functions["main"].block_specializations["CoreML8"].operations)
+    change(_operations(model))
     write_model(path, model)
     assert (path / WEIGHTS / "weight.bin").read_bytes() == before
     oracle = Oracle(spec, artifacts.values(artifacts.opened("coreml", path)))
