@@ -168,7 +168,9 @@ class Source:
         problems = []
         missing = [n for n in want if n not in have]
         if missing:
-            problems.append(f"{len(missing)} tensors are missing: {collapse(missing)}")
+            head = self._layout.of["head.weight"].external if "head.weight" in self._layout.of else ()
+            hint = " (the config says that the head is not tied to the embedding)" if head == (*missing,) else ""
+            problems.append(f"{len(missing)} tensors are missing: {collapse(missing)}{hint}")
         skip = re.compile(ignored)
         extra = [n for n in have if n not in want and n not in self._aliases.values() and not skip.fullmatch(n)]
         if extra:

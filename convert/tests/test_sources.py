@@ -262,3 +262,46 @@ def test_any_damage_to_a_header_is_found_or_harmless(checkpoint: Path, data: st.
         pass  # anything else fails the test
     finally:
         file.write_bytes(good)
+
+
+def test_an_untied_head_that_is_not_there_is_named(huggingface: Writes) -> None:
+    folder = huggingface(tie_word_embeddings=False)
+    w = dict(load_file(folder / "model.safetensors"))
+    del w["lm_head.weight"]
+    save_file(w, folder / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"1 tensors are missing: lm_head.weight \(the config says that the head is not"
+    ):
+        open_source(folder)
+
+
+def test_other_copies_of_the_weights_are_left_alone_and_named(huggingface: Writes) -> None:
+    folder = huggingface()
+    (folder / "original").mkdir()
+    (folder / "original" / "consolidated.00.pth").write_bytes(b"x")
+    (folder / "consolidated.safetensors").write_bytes(b"x")
+    with open_source(folder) as source:
+        assert (
+            "weights are read from model.safetensors; consolidated.safetensors, original beside it: not looked at"
+            in (source.notes)
+        )
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.int8, np.uint8, np.bool_])
+def test_weights_of_other_dtypes_are_named(huggingface: Writes, dtype: type) -> None:
+    folder = huggingface()
+    w = dict(load_file(folder / "model.safetensors"))
+    for i in range(3):
+        w[f"model.layers.{i}.mlp.up_proj.weight"] = w[f"model.layers.{i}.mlp.up_proj.weight"].astype(dtype)
+    save_file(w, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"3 tensors are \w+ \(F32, F16 and BF16 are read\): model.layers.\{0..2\}.mlp"):
+        open_source(folder)
+
+
+def test_an_embedding_of_another_size_than_the_config_says_is_named(huggingface: Writes) -> None:
+    folder = huggingface()
+    w = dict(load_file(folder / "model.safetensors"))
+    w["model.embed_tokens.weight"] = np.zeros((128, 64), np.float32)
+    save_file(w, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight: shape \[128, 64\], the model needs \[96, 64\]"):
+        open_source(folder)

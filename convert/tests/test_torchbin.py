@@ -61,7 +61,10 @@ def test_sixteen_bits_and_shared_storages(huggingface: Writes) -> None:
     torch.save(state, folder / "pytorch_model.bin")
     with open_source(folder) as source:
         assert source.dtypes() == {"bf16": len(source.names())}
-        for name, outside in (("embed.weight", "model.embed_tokens.weight"), ("final_norm.weight", "model.norm.weight")):
+        for name, outside in (
+            ("embed.weight", "model.embed_tokens.weight"),
+            ("final_norm.weight", "model.norm.weight"),
+        ):
             np.testing.assert_array_equal(source.tensor(name), state[outside].float().numpy())
 
 
