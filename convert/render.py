@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-SECONDS, MEMORY, LIMIT = 5, 2**30, 1_000_000
+SECONDS, MEMORY, LIMIT = 2, 2**30, 1_000_000
 """That a template may take, and characters that it may write."""
 
 

@@ -39,7 +39,7 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, dict[str,
         found |= {f.stem: read_text(f, LIMIT) for f in sorted(more.glob("*.jinja"))[:MOST]}
     where = str(folder)
     if not found:
-        where = f"{folder / 'tokenizer_config.json'}: chat_template"
+        where = str(folder / "tokenizer_config.json")
         told = config.get("chat_template")
         if isinstance(told, list):
             told = {t.get("name"): t.get("template") for t in told if isinstance(t, dict)}
@@ -48,7 +48,7 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, dict[str,
     for name, text in found.items():
         if not NAME.fullmatch(name):
             raise UserError(f"{where}: {name[:80]!r} is no name of a template (letters, digits, _ and -)")
-        checked(text, f"{where}: template {name!r}")
+        checked(text, f"{where}: chat template {name!r}")
     main = found.pop(DEFAULT, None)
     if main is None and found:
         main = found.pop(next(iter(found)))

@@ -119,6 +119,111 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(e.value)
 
 
+def changed(**change: Any) -> dict[str, Any]:
+    data = tokenizer_json()
+    data["model"] |= change
+    return data
+
+
+def with_added(**fields: Any) -> dict[str, Any]:
+    data = tokenizer_json()
+    data["added_tokens"][0] |= fields
+    return data
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "WordPiece": (changed(type="WordPiece"), "model.type: WordPiece is no tokenizer of a decoder here"),
+    "WordLevel": (changed(type="WordLevel"), "model.type: WordLevel is no tokenizer"),
+    "negative": (changed(vocab={"a": -1}), "id -1 is no number from 0 to"),
+    "large": (changed(vocab={"a": 10**12}), "id 1000000000000 is no number"),
+    "fraction": (changed(vocab={"a": 1.5}), "id 1.5 is no number"),
+    "boolean": (changed(vocab={"a": True}), "id True is no number"),
+    "added id": (with_added(id=-3), "id -3 is no number"),
+    "merges": (changed(merges=[["t1", "zz"]]), "`tokenizers` can open: .*zz"),
+    "merge of three": (changed(merges=["t1 t2 t3"]), "`tokenizers` can open"),
+    "step": (tokenizer_json(pre_tokenizer={"type": "Magic"}), "`tokenizers` can open"),
+    "flag": (with_added(lstrip="yes"), "`tokenizers` can open"),
+    "half a pair": (with_added(content="\ud83d"), "has half a surrogate pair"),
+    "expression": (
+        tokenizer_json(pre_tokenizer={
+            "type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated", "invert": False,
+        }), "`tokenizers` can open",
+    ),
+    "template": (tokenizer_json(post_processor=template("<s>")), "holds the text 0 times"),
+    "template's ids": (
+        tokenizer_json(post_processor=template("<s>", "A")) | {"added_tokens": []}, "'<s>' has ids .92., in the vocab",
+    ),
+}  # fmt: skip
+BAD["template's ids"][0]["model"]["vocab"] |= {"<s>": 3, "t3": 92}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name: str, tmp_path: Path) -> None:
+    data, message = BAD[name]
+    write(tmp_path, data)
+    with pytest.raises(UserError, match=message) as e:
+        read_tokenizer(tmp_path)
+    assert ("\n" not in str(e.value) and str(tmp_path) in str(e.value)) or "post_processor" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "not valid JSON"),
+        ('{"model": ' + '{"a": ' * 50_000, "not valid JSON"),
+        ('{"model": {"vocab": {"a": 0, "a": 1}}}', "key 'a' appears twice"),
+        ('{"model": {"vocab": {"a": NaN}}}', "NaN is no JSON number"),
+    ],
+    ids=["deep list", "deep object", "twice", "nan"],
+)
+def test_hostile_json_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=message) as e:
+        read_tokenizer(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"])
+def test_a_gigabyte_is_not_read(name: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    if name != "tokenizer_config.json":
+        (tmp_path / "tokenizer.json").unlink()
+    with (tmp_path / name).open("wb") as f:
+        f.truncate(10**9)
+    with pytest.raises(UserError, match="1,000,000,000 bytes are more than such a file ever has"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_word_piece_vocabulary_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[UNK]\nthe\n")
+    with pytest.raises(UserError, match=r"vocab.txt: a WordPiece vocabulary"):
+        read_tokenizer(tmp_path)
+
+
+def test_special_tokens_by_role_are_found_in_text(tmp_path: Path) -> None:
+    """As transformers has them, though tokenizer.json does not list them."""
+    data = tokenizer_json()
+    data["added_tokens"] = []
+    write(tmp_path, data, tokenizer_config={"eos_token": "</s>"})
+    t = read_tokenizer(tmp_path)
+    assert t is not None
+    assert [(a["content"], a["id"], a["special"]) for a in t.json["added_tokens"]] == [("</s>", 93, True)]
+
+
+def test_the_template_names_bos_and_eos_where_nothing_else_does(tmp_path: Path) -> None:
+    write(tmp_path, tokenizer_json(post_processor=template("<s>", "A", "</s>")))
+    t = read_tokenizer(tmp_path)
+    assert t is not None and (t.bos, t.eos, t.add_bos, t.add_eos) == ("<s>", "</s>", True, True)
+
+
+def test_a_template_counts_more_than_a_flag_that_denies_it(tmp_path: Path) -> None:
+    """transformers 5 and llama.cpp's converter drop the flag, too."""
+    write(tmp_path, tokenizer_json(post_processor=template("<s>", "A")),
+          tokenizer_config={"bos_token": "<s>", "add_bos_token": False})  # fmt: skip
+    t = read_tokenizer(tmp_path)
+    assert t is not None and t.add_bos
+
+
 def test_more_rows_than_tokens_are_padding_and_said(tmp_path: Path, small: Spec) -> None:
     folder = write_checkpoint(tmp_path / "c", small, weights(small))
     write(folder, tokenizer_json(90))

@@ -181,8 +181,9 @@ def _verify(made: dict[str, Any], data: bytes, file: Path) -> None:
         ours = Fast.from_str(json.dumps(made))
     except Exception as e:
         raise UserError(f"{file}: cannot be opened: {' '.join(str(e).split())[:200]}") from None
-    names = [t["content"] for t in made["added_tokens"]]
-    texts = [t for t in fuzz(count=400) if not any(n in t for n in names)]
+    control = [t["content"] for t in made["added_tokens"] if t["special"]]
+    own = [t["content"] for t in made["added_tokens"] if not t["special"]]
+    texts = [t for t in fuzz(own[:30], 400) if not any(n in t for n in control)]
     for text in texts:
         want, got = theirs.encode(text), ours.encode(text, add_special_tokens=False).ids
         if want != got:
