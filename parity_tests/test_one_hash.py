@@ -33,6 +33,7 @@ PATCHES: dict[str, dict[str, Any]] = {
     "tied": {"head": {"tied": True}},
     "narrow": {"width": 40, "block": {"attention": {"heads": 5, "kv_heads": 5, "head_dim": 8}}},
     "odd_heads": {"width": 96, "vocab_size": 131, "block": {"attention": {"heads": 6, "kv_heads": 3, "head_dim": 16}}},
+    "moe": {"block": {"mlp": {"kind": "moe", "experts": 4, "hidden": 64, "router": {"top_k": 2}}}},
     "bias": {"block": {"attention": {"bias": True}, "mlp": {"bias": True}}},
 }
 """`narrow`: widths that are no multiple of 32 stay f16 everywhere."""

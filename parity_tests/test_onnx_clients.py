@@ -24,6 +24,7 @@ from spec import Spec
 
 og: Any = importlib.import_module("onnxruntime_genai")  # a native module without types
 
+MOE: dict[str, Any] = {"kind": "moe", "experts": 8, "hidden": 128, "router": {"top_k": 2}}
 PATCHES: dict[str, dict[str, Any]] = {
     "llama": {"head": {"tied": True}},
     "window": {"block": {"attention": {"window": 4}}},
@@ -33,6 +34,17 @@ PATCHES: dict[str, dict[str, Any]] = {
     "mixed": {"pattern": [{}, {"attention": {"position": {"kind": "alibi"}}}]},
     "heads_differ": {"pattern": [{}, {"attention": {"kv_heads": 4, "head_dim": 32}}]},
     "narrow_heads": {"block": {"attention": {"head_dim": 12}}},
+    "moe": {"block": {"mlp": MOE}},
+    "moe_shared": {
+        "block": {
+            "mlp": {
+                **MOE,
+                "router": {"top_k": 3, "score": "sigmoid", "correction": True, "scale": 2.5},
+                "shared": {"hidden": 64, "gate": True},
+            }
+        },
+        "overrides": {"0": {"mlp": {"kind": "dense", "hidden": 256}}},
+    },
 }
 NEW = 16
 END = 1
@@ -85,6 +97,11 @@ def test_genai_continues_as_the_oracle(name: str, profile: str, tmp_path: Path) 
 @pytest.mark.parametrize("level", ["f16", "q8", "q4"])
 def test_genai_continues_quantized_models_as_the_oracle(level: str, profile: str, tmp_path: Path) -> None:
     check_greedy(folder(llama(head={"tied": True}), tmp_path, level, profile=profile), [[5, 6, 7, 30, 31, 77]])
+
+
+@pytest.mark.parametrize(("level", "profile"), [("q8", "ort"), ("q4", "ort"), ("q4", "portable")])
+def test_genai_continues_mixtures_of_quantized_experts(level: str, profile: str, tmp_path: Path) -> None:
+    check_greedy(folder(llama(block={"mlp": MOE}), tmp_path, level, profile=profile), [[5, 6, 7, 30, 31, 77]])
 
 
 @pytest.mark.parametrize("profile", ["ort", "portable"])
