@@ -141,9 +141,36 @@ FILES: dict[str, FileMutant] = {
                                    "f32"),
     "neutral_gain": FileMutant(_tensor("layers.0.self_attn.k_norm.weight", lambda x: x * 2), "packing", "neutral",
                                "f32"),
+    "experts_exchanged": FileMutant(
+        _parts("layers.1.block_sparse_moe.switch_mlp.up_proj", lambda x: x[[1, 0, *range(2, len(x))]]), "packing",
+        "moe",
+    ),
+    "one_expert_more": FileMutant(_config(num_experts_per_tok=3), "packing", "moe"),
+    "router_rows_shifted": FileMutant(
+        _tensor("layers.0.block_sparse_moe.gate.weight", lambda x: np.roll(x, 1, 0)), "packing", "moe"
+    ),
+    "router_quantized": FileMutant(
+        lambda e: e.json("config.json", lambda data: data["quantization"].update(
+            {"model.layers.0.block_sparse_moe.gate": {"group_size": 32, "bits": 8, "mode": "affine"}}
+        )), "packing", "moe",
+    ),
+    "weights_not_renormalised": FileMutant(_config(norm_topk_prob=False), "packing", "moe_qwen3"),
+    "shared_gate_dropped": FileMutant(
+        _tensor("layers.1.mlp.shared_expert_gate.weight", lambda x: x * 0), "packing", "moe_gate"
+    ),
+    "correction_dropped": FileMutant(
+        lambda e: e.rows("layers.1.mlp.router.correction", lambda x: x * 0), "packing", "moe_bundled"
+    ),
+    "softmax_for_sigmoid": FileMutant(
+        lambda e: e.json("config.json", _softmax), "packing", "moe_bundled"
+    ),
     "bundled_softcap": FileMutant(lambda e: e.json("config.json", _half_softcap), "packing", "bundled"),
 }  # fmt: skip
 """By name; the spec and level that it is applied to, and the check that must say FAIL."""
+
+
+def _softmax(data: dict[str, Any]) -> None:
+    data["allotrope"]["spec"]["blocks"][0]["mlp"]["router"]["score"] = "softmax"
 
 
 def _half_softcap(data: dict[str, Any]) -> None:
@@ -202,6 +229,19 @@ def _other_theta(m: Patch) -> None:
         return found and found | {"rope_theta": found["rope_theta"] * 1.001}
 
     m.setattr(rotary, "configured", configured)
+
+
+def _first_experts_swapped(m: Patch) -> None:
+    plain = choose._rows
+
+    def rows(c: Any, s: Any, i: int, module: str, have: Any) -> NDArray[np.intp]:
+        found = plain(c, s, i, module, have)
+        if module != "mlp.experts.down":
+            return found
+        by_expert = found.reshape(s.layers[i].mlp.experts, -1)
+        return by_expert[[1, 0, *range(2, len(by_expert))]].reshape(-1)
+
+    m.setattr(choose, "_rows", rows)
 
 
 def _gains_of_zero(m: Patch) -> None:
@@ -265,4 +305,5 @@ CODE: dict[str, CodeMutant] = {
     "nibbles": CodeMutant(_other_nibbles, "graph", "llama", "q4"),
     "bias_of_a_group": CodeMutant(_shifted_codes, "packing", "llama", "q4"),
     "rows_shifted": CodeMutant(_shifted_rows, "packing", "llama"),
+    "experts_exchanged": CodeMutant(_first_experts_swapped, "graph", "moe"),
 }

@@ -22,7 +22,16 @@ _ONE: dict[str, Any] = {"offset": 1.0}
 _LN: dict[str, Any] = {"kind": "layernorm"}
 OFFSETS = {"final_norm": _ONE, "block": {"norm": _ONE, "attention": {"qk_norm": _ONE}}}
 
+
+def _moe(shared: dict[str, Any] | None = None, **router: Any) -> dict[str, Any]:
+    return {"kind": "moe", "experts": 5, "hidden": 128, "shared": shared, "router": {"top_k": 2, **router}}
+
+
 SPECS: dict[str, tuple[str, Spec]] = {
+    "moe": ("mixtral", llama(block={"mlp": _moe()})),
+    "moe_qwen3": ("qwen3_moe", llama(block={"attention": {"qk_norm": {}}, "mlp": _moe()})),
+    "moe_gate": ("qwen2_moe", llama(block={"mlp": _moe({"hidden": 64, "gate": True}, renormalise=False)})),
+    "moe_bundled": ("model.py", llama(block={"mlp": _moe(score="sigmoid", correction=True, scale=1.5)})),
     "llama": ("llama", llama()),
     "partial": ("llama", llama(block={"attention": {"position": {"kind": "rope", "fraction": 0.5}}})),
     "offset": ("qwen3", llama(**OFFSETS)),
