@@ -21,12 +21,13 @@ from backends.numpy.model import Oracle
 from convert.families import Config, Family, read, reader
 from convert.families.table import ROWS
 from convert.sources import open_source
+from convert.tests import published_mixtures
 from convert.tests.conftest import LLAMA
-from convert.tests.published_configs import PUBLISHED
+from convert.tests.published_configs import PUBLISHED as DENSE
 from spec import SpecError, UserError
 from spec.rope import rope_tables
 
-DENSE = [f for f in ROWS if f.carriers[0].mixture is None]
+PUBLISHED = {**DENSE, **published_mixtures.MIXTURES}
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -231,7 +232,7 @@ def test_any_key_of_a_published_config_may_be_anything(name: str, data: st.DataO
     assert "unheard_of" not in changed or "unheard_of: " in said or "architectures: " in said
 
 
-@pytest.mark.parametrize("f", DENSE, ids=lambda f: f.name)
+@pytest.mark.parametrize("f", ROWS, ids=lambda f: f.name)
 def test_defaults_are_those_of_transformers(f: Family) -> None:
     """Every value that is filled in where config.json is silent, and nothing else."""
     transformers = pytest.importorskip("transformers")
@@ -265,10 +266,14 @@ def _smallest(f: Family) -> dict[str, Any]:
     """A config.json that says nothing but sizes."""
     keys = {**KEYS, **f.carriers[0].keys}
     sizes = {"width": 2560, "depth": 9, "heads": 160, "hidden": 96, "context": 64}
-    return {"model_type": f.name, "vocab_size": 96, **{keys[n]: v for n, v in sizes.items() if keys[n]}}
+    out = {"model_type": f.name, "vocab_size": 96, **{keys[n]: v for n, v in sizes.items() if keys[n]}}
+    if (m := f.carriers[0].mixture) is not None:
+        out |= {m.experts: 6, m.top_k: 2, m.hidden: 96}
+        out |= {m.shared_hidden: 1} if m.shared == "required" and f.defaults.get(m.shared_hidden) is None else {}
+    return out
 
 
-@pytest.mark.parametrize("f", DENSE, ids=lambda f: f.name)
+@pytest.mark.parametrize("f", ROWS, ids=lambda f: f.name)
 def test_every_key_of_a_familys_own_config_class_has_a_place(f: Family) -> None:
     transformers = pytest.importorskip("transformers")
     whole = transformers.CONFIG_MAPPING[f.name](**{k: v for k, v in _smallest(f).items() if k != "model_type"})
@@ -279,6 +284,7 @@ def test_every_key_of_a_familys_own_config_class_has_a_place(f: Family) -> None:
 
 
 REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
+    **published_mixtures.REFUSALS,
     "alibi": ("falcon-7b", {"alibi": True}, r"alibi: True changes the function .*supported: False"),
     "falcon-post-norm": ("falcon-7b", {"apply_residual_connection_post_layernorm": True}, "changes the function"),
     "qk-norm-by-head": ("command-r", {"use_qk_norm": True}, r"use_qk_norm: True changes the function"),
