@@ -1,5 +1,5 @@
 """Writes the generated pages: docs/spec.md from the spec's docstrings, docs/gguf.md and docs/hf.md from the tables of
-carriers.
+carriers, docs/families.md from what every target says to every family.
 
 `python docs/generate.py` writes them, `python docs/generate.py --check` says whether they are up to date.
 """
@@ -173,7 +173,16 @@ def hf_page() -> str:
     return page(NOTE.format(source="table in backends/hf/carriers.py"))
 
 
-PAGES: dict[str, Callable[[], str]] = {"spec.md": spec_page, "gguf.md": gguf_page, "hf.md": hf_page}
+def families_page() -> str:
+    """docs/families.md: the hand-written part, then what every target says to every family that is read."""
+    from docs.families_page import page
+
+    return page(NOTE.format(source="tables in backends/hf/carriers.py and convert/families"))
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "spec.md": spec_page, "gguf.md": gguf_page, "hf.md": hf_page, "families.md": families_page,
+}  # fmt: skip
 
 
 def stale() -> list[str]:

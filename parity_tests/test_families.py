@@ -7,7 +7,9 @@ transformers keeps rotary tables, RMSNorm and softmax in float32 in any model: w
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,29 @@ from spec import Spec, UserError
 torch.set_num_threads(1)
 
 LIMIT = 1e-12
+Shop = Callable[[str, str], tuple[Any, Path]]
+"""A model that may be changed, and its folder, which may not."""
 EVERY = [(f, v) for f, variants in MODELS.items() for v in variants]
 FIRST = {(f, next(iter(variants))) for f, variants in MODELS.items()}
 NAMED = [pytest.param(f, v, id=f"{f}-{v}") for f, v in EVERY]
 SLOW_BUT_FIRST = [
     pytest.param(f, v, id=f"{f}-{v}", marks=[] if (f, v) in FIRST else [pytest.mark.slow]) for f, v in EVERY
 ]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """Each model made once."""
+    made: dict[tuple[str, str], tuple[Any, Path]] = {}
+
+    def get(family: str, variant: str) -> tuple[Any, Path]:
+        if (family, variant) not in made:
+            path = tmp_path_factory.mktemp(f"{family}-{variant}")
+            made[family, variant] = save(family, variant, path), path
+        model, path = made[family, variant]
+        return copy.deepcopy(model), path
+
+    return get
 
 
 def ids(tokens: int, batch: int = 1) -> np.ndarray:
@@ -52,10 +71,10 @@ def read(path: Path) -> tuple[Spec, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize(("family", "variant"), NAMED)
-def test_torch_computes_what_transformers_computes(family: str, variant: str, tmp_path: Path) -> None:
+def test_torch_computes_what_transformers_computes(family: str, variant: str, shop: Shop) -> None:
     """A few tokens and several, past the window of 17 and the scalings' boundary at 32."""
-    theirs = save(family, variant, tmp_path / "m")
-    spec, weights = read(tmp_path / "m")
+    theirs, path = shop(family, variant)
+    spec, weights = read(path)
     for tokens in (12, 70, 256):
         ours = Decoder(spec, length=tokens).double().eval()  # tables for the one prefill that transformers sees
         ours.load_state_dict({n: torch.from_numpy(w) for n, w in weights.items()})
@@ -69,11 +88,10 @@ def test_torch_computes_what_transformers_computes(family: str, variant: str, tm
 
 @pytest.mark.parametrize("dtype", ["bf16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("f16", "f32"))])
 @pytest.mark.parametrize(("family", "variant"), SLOW_BUT_FIRST)
-def test_a_folder_comes_back_byte_for_byte(family: str, variant: str, dtype: str, tmp_path: Path) -> None:
+def test_a_folder_comes_back_byte_for_byte(family: str, variant: str, dtype: str, tmp_path: Path, shop: Shop) -> None:
     """The same names, dtypes and bytes; and a config.json that transformers reads as the same function."""
     names = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-    theirs = save(family, variant, tmp_path / "m").to(names[dtype])
-    theirs.save_pretrained(tmp_path / "m")
+    shop(family, variant)[0].to(names[dtype]).save_pretrained(tmp_path / "m")
     if family == "bloom" and dtype != "f32":
         with pytest.raises(UserError, match=f"level: {dtype}, at which transformers' bloom rounds ALiBi biases"):
             convert(tmp_path / "m", "hf", dtype, tmp_path / "out", verify=False)
@@ -143,23 +161,29 @@ REFUSED = {
     "mpt-plain": "block.mlp.activation",
     "mpt-clip": "block.attention.scale block.mlp.activation",
 }
-"""What llama.cpp does not compute, by the fields that its refusals name; MLX and ONNX refuse none of these."""
+"""What llama.cpp does not compute, by the fields that its refusals name; no other target refuses any of these."""
+
+
+@pytest.mark.parametrize(("family", "variant"), NAMED)
+def test_refusals_name_the_field(family: str, variant: str, shop: Shop) -> None:
+    spec = read(shop(family, variant)[1])[0]
+    for target in ("torch", "gguf", "mlx", "onnx", "coreml", "tensorrt"):
+        refusals = backends.support(target, spec, "f32").refusals
+        fields = " ".join(sorted({r.split(":")[0] for r in refusals}))
+        assert fields == (REFUSED.get(f"{family}-{variant}", "") if target == "gguf" else ""), target
 
 
 @pytest.mark.parametrize("target", ["gguf", "mlx", "onnx"])
 @pytest.mark.parametrize(("family", "variant"), SLOW_BUT_FIRST)
 def test_stock_runtimes_compute_what_transformers_computes(
-    family: str, variant: str, target: str, tmp_path: Path
+    family: str, variant: str, target: str, tmp_path: Path, shop: Shop
 ) -> None:
-    """At float32, 70 tokens: past the window and the scalings' boundary; or the refusal names the field."""
+    """At float32, 70 tokens: past the window and the scalings' boundary."""
     pytest.importorskip({"gguf": "llama_cpp", "mlx": "mlx.core", "onnx": "onnxruntime"}[target])
-    theirs = save(family, variant, tmp_path / "m")
-    spec, weights = read(tmp_path / "m")
-    verdict = backends.support(target, spec, "f32")
-    fields = " ".join(sorted({r.split(":")[0] for r in verdict.refusals}))
-    assert fields == (REFUSED.get(f"{family}-{variant}", "") if target == "gguf" else "")
-    if fields:
+    if target == "gguf" and f"{family}-{variant}" in REFUSED:
         return
+    theirs, path = shop(family, variant)
+    spec, weights = read(path)
     out = artifacts.write(target, spec, weights, tmp_path / f"a{backends.get(target).suffix}")
     with backends.load(out, target, exact=True, context=CONTEXT) as runtime:
         got = runtime.logits(ids(70, 2))
@@ -169,10 +193,10 @@ def test_stock_runtimes_compute_what_transformers_computes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
-def test_a_conversion_of_every_family_is_verified(family: str, tmp_path: Path) -> None:
-    save(family, next(iter(MODELS[family])), tmp_path / "m")
+def test_a_conversion_of_every_family_is_verified(family: str, tmp_path: Path, shop: Shop) -> None:
+    path = shop(family, next(iter(MODELS[family])))[1]
     for target in ("hf", "onnx"):
-        result = convert(tmp_path / "m", target, "q8", tmp_path / target)
+        result = convert(path, target, "q8", tmp_path / target)
         assert result.report is not None and result.report.ok
 
 

@@ -46,6 +46,8 @@ class Family:
 
     carriers: tuple[Carrier, ...]
     """Its rows; of several, config.json's keys choose one."""
+    covers: str = ""
+    """Models by their own names, for the documentation."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values that the family's own code has where config.json is silent."""
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)

@@ -113,3 +113,12 @@ UNREAD: Mapping[str, str] = {
                     "some of its layers are no attention"),
 }  # fmt: skip
 """Mixtures that the spec does not express, and why."""
+
+COVERS: Mapping[str, str] = {
+    "mixtral": "Mixtral 8x7B and 8x22B", "qwen2_moe": "Qwen 1.5 MoE, Qwen 2 57B-A14B", "qwen3_moe": "Qwen 3 MoE",
+    "olmoe": "OLMoE", "flex_olmo": "FlexOlmo", "granitemoe": "Granite 3 MoE", "granitemoeshared": "Granite MoE shared",
+    "granitemoe_swa": "Granite MoE with windows", "gpt_oss": "GPT-OSS 20B and 120B", "glm4_moe": "GLM 4.5 and 4.6",
+    "dots1": "dots.llm1", "solar_open": "Solar Open", "exaone_moe": "EXAONE MoE", "ernie4_5_moe": "ERNIE 4.5 MoE",
+    "minimax_m2": "MiniMax M2",
+}  # fmt: skip
+"""Models by their own names, for the documentation."""

@@ -75,7 +75,7 @@ def read(c: Config, row: Carrier) -> Data:
     layers = _layers(c, row, depth, context, full, local)
     sparse = mixtures.sparse(c, row.mixture, depth) if row.mixture is not None else []
     moe = mixtures.mixture(c, row.mixture) if row.mixture is not None else {}
-    if c.problems:
+    if c.problems or depth is None:
         return {}
     if mlp["hidden"] is None:
         mlp["hidden"] = (row.hidden_times or c.family.hidden_times) * width
