@@ -70,10 +70,11 @@ def _leading(k: Keys, x: Experts | None, layers: list[int], depth: int) -> None:
 
 def _router(k: Keys, x: Experts) -> dict[str, Any]:
     scores = {n: name for name, n in GATING.items()}
-    score: str | None = x.score[0]
-    if len(x.score) > 1:
+    first, *others = x.score
+    score: str | None = first
+    if others:
         score = scores.get(k.whole("expert_gating_func"))
-    elif k.whole("expert_gating_func", GATING[x.score[0]]) not in (0, GATING[x.score[0]]):
+    elif k.whole("expert_gating_func", GATING[first]) not in (0, GATING[first]):
         score = None
     if score is None:
         k.bad("expert_gating_func", "is no way to score experts that is read", "1: softmax, 2: sigmoid")

@@ -6,6 +6,7 @@ whose special tokens swallow spaces) is decided in the same way here, so that id
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from backends.base import Tokenizer
 from backends.gguf import pretokenizers
 from backends.gguf.sentencepiece import SPACE
 from backends.gguf.tokenizer import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from backends.gguf.unigram import SQUEEZES
 from spec.errors import UserError, nearest
 
 ALIASES = {
@@ -58,6 +60,10 @@ PLAIN = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"})
 NOT_ENDS = ((frozenset({"<|return|>", "<|call|>"}), "<|end|>"), (frozenset({"<|calls|>", "<|flush|>"}), "<|end|>"))
 """Where these are, that is no end."""
 
+DEFAULTS = {"gpt2": (None,) * 4, "llama": (1, 2, 0, None), "t5": (None, 1, 2, 0)}
+"""Ids of BOS, EOS, unknown and padding where a file names none. For a BPE llama.cpp takes 11 as BOS and EOS, which is
+no token's meaning: it counts as none."""
+
 BLANK = re.compile(r"\[+PAD\d+\]+")
 """Text of rows that no token has."""
 
@@ -96,10 +102,9 @@ def read_vocabulary(keys: Mapping[str, Any], rows: int, source: str) -> Tokenize
     if model in ("none", "no_vocab"):
         return None
     v = _Vocabulary(keys, source)
-    readers = {"gpt2": _gpt2, "llama": _llama}
+    readers = {"gpt2": _gpt2, "llama": _llama, "t5": _t5}
     if model not in readers:
-        names = {"bert": "WordPiece", "t5": "a unigram model"}
-        shown = f" ({names[model]})" if model in names else ""
+        shown = " (WordPiece)" if model == "bert" else ""
         raise v.bad("model", f"{model!r}{shown} is no tokenizer that is read ({', '.join(readers)} are)")
     v.tokens, v.types = _tokens(v, rows)
     return readers[model](v)
@@ -169,14 +174,48 @@ def _llama(v: _Vocabulary) -> Tokenizer:
     scores = v.get("scores")
     if not isinstance(scores, list) or len(scores) < len(v.tokens):
         raise v.bad("scores", f"are no score for each of {len(v.tokens)} tokens")
-    ids = {t: i for i, t in enumerate(v.tokens)}
+    ids, prefix = {t: i for i, t in enumerate(v.tokens)}, bool(v.get("add_space_prefix", True))
+    top = max(scores[: len(v.tokens)], default=0.0)
     found = []
     for t, i in ids.items():
-        for at in range(1, len(t)):
-            if t[:at] in ids and t[at:] in ids:
-                found.append((-scores[i], i, t[:at], t[at:]))
+        splits = [(t[:at], t[at:]) for at in range(1, len(t)) if t[:at] in ids and t[at:] in ids]
+        found += [(-scores[i], i, left, right) for left, right in splits]
+        apart = any(all(p in ids or len(p) == 1 for p in (t[:at], t[at:])) for at in range(1, len(t)))
+        if apart and not splits and scores[i] == top and v.types[i] == NORMAL and not prefix:
+            v.types[i] = USER_DEFINED  # made of characters that are no tokens, before anything else is merged
     found.sort(key=lambda r: r[:2])
-    return _characters(v, [[left, right] for *_, left, right in found], bool(v.get("add_space_prefix", True)), True)
+    return _characters(v, [[left, right] for *_, left, right in found], prefix, True)
+
+
+def _t5(v: _Vocabulary) -> Tokenizer:
+    """SentencePiece's unigram model, without bytes for what it does not know."""
+    scores, unk = v.get("scores"), v.get("unknown_token_id", 2)
+    if not isinstance(scores, list) or len(scores) < len(v.tokens):
+        raise v.bad("scores", f"are no score for each of {len(v.tokens)} tokens")
+    if type(unk) is not int or not 0 <= unk < len(v.tokens):
+        raise v.bad("unknown_token_id", f"{unk!r} is no token")
+    prefix, squeezed = bool(v.get("add_space_prefix", False)), bool(v.get("remove_extra_whitespaces", False))
+    if prefix and not squeezed:
+        raise v.bad("add_space_prefix", "true without remove_extra_whitespaces: llama.cpp then moves spaces")
+    table = v.get("precompiled_charsmap")
+    normalizers: list[dict[str, Any]] = []
+    if table:
+        text = base64.b64encode(bytes(int(b) & 255 for b in table)).decode()
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": text})
+    if squeezed:
+        normalizers.append({"type": "Replace", "pattern": SQUEEZES[1], "content": ""})
+    scheme = "always" if squeezed else "never"
+    spaces = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+    known = _vocab(v)
+    size = max(known.values(), default=-1) + 1
+    if size != len(known):
+        raise v.bad("tokens", "a row without a token comes before one with a token, which a unigram list cannot hold")
+    model = {
+        "type": "Unigram", "unk_id": unk, "byte_fallback": False,
+        "vocab": [[t, float(s)] for t, s in zip(v.tokens[:size], scores, strict=False)],
+    }  # fmt: skip
+    normalizer = {"type": "Sequence", "normalizers": normalizers} if normalizers else None
+    return _tokenizer(v, model, normalizer, spaces, spaces, False)
 
 
 def _characters(v: _Vocabulary, rules: list[list[str]], prefix: bool, bos: bool) -> Tokenizer:
@@ -214,22 +253,22 @@ def _tokenizer(
     decoder: dict[str, Any],
     add_bos: bool,
 ) -> Tokenizer:
-    scored = v.get("model") == "llama"
-    bos, eos = v.special("bos", 1 if scored else None), v.special("eos", 2 if scored else None)
+    defaults = DEFAULTS[v.get("model")]
+    bos, eos, unk, pad = (v.special(n, i) for n, i in zip(("bos", "eos", "unknown", "padding"), defaults, strict=True))
     begins = bool(v.get("add_bos_token", add_bos)) and bos is not None
-    ends = bool(v.get("add_eos_token", False)) and eos is not None
+    ends = bool(v.get("add_eos_token", v.get("model") == "t5")) and eos is not None
     data = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added(v), "normalizer": normalizer,
         "pre_tokenizer": pre, "post_processor": _around(v, bos if begins else None, eos if ends else None),
         "decoder": decoder,
-        "model": {
+        "model": model if model.get("type") == "Unigram" else {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, **model,
         },
     }  # fmt: skip
     template = v.keys.get("tokenizer.chat_template")
     return Tokenizer(
-        json=data, bos=bos, eos=eos, unk=v.special("unknown", 0 if scored else None), pad=v.special("padding"),
+        json=data, bos=bos, eos=eos, unk=unk, pad=pad,
         extra_eos=_ends(v, eos), add_bos=begins, add_eos=ends,
         chat_template=template if isinstance(template, str) else None,
     )  # fmt: skip
