@@ -163,6 +163,8 @@ def test_greedy_generation_is_the_runtimes(name: str) -> None:
         assert together[:, 9:].tolist() == want
         alone = model.generate(torch.from_numpy(ids[:1]), **options, **cache)
         assert alone[0, 9:].tolist() == want[0]
+    embeds = model.get_input_embeddings()(batch)
+    assert model.generate(inputs_embeds=embeds, attention_mask=mask, **options).tolist() == want
     drafted = model.generate(torch.from_numpy(ids[:1]), prompt_lookup_num_tokens=3, **options)
     assert drafted[0, 9:].tolist() == want[0]
 
@@ -185,9 +187,9 @@ def test_beams_and_samples_of_a_padded_batch_are_each_rows_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "logit_softcap", "moe"])
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_loss_and_gradients_are_our_trainers(name: str, checkpointed: bool) -> None:
-    """transformers' loss in float32 against our chunked one."""
+@pytest.mark.parametrize("checkpointed", [0, 1, 2])
+def test_loss_and_gradients_are_our_trainers(name: str, checkpointed: int) -> None:
+    """transformers' loss in float32 against our chunked one; with every layer recomputed, every other, or none."""
     spec = FEATURES[name]
     ids = torch.from_numpy(random_ids(spec, 2, T))
     labels = ids.clone()
@@ -195,7 +197,7 @@ def test_loss_and_gradients_are_our_trainers(name: str, checkpointed: bool) -> N
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     ours, model = decoder(spec, torch.float32).train(), build(spec, torch.float32).train()
     if checkpointed:
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable(every_n_layers=checkpointed)
     valid = int((targets != -100).sum())
     loss = ours(ids, targets) / valid
     loss.backward()
@@ -216,6 +218,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"input_ids": IDS, "inputs_embeds": torch.zeros(1, 4, 32)}, "give one of the two"),
     "long": ({"input_ids": torch.zeros(1, 49, dtype=torch.long)}, "49 tokens exceed the spec's context of 48"),
     "far": ({"input_ids": IDS, "position_ids": torch.tensor([[45, 46, 47, 48]])}, "49 tokens exceed"),
+    "flat positions": ({"input_ids": IDS, "position_ids": torch.arange(4)}, "position_ids: shape"),
     "positions": ({"input_ids": IDS, "position_ids": torch.zeros(2, 4).long()}, r"position_ids: shape \(2, 4\)"),
     "mask": ({"input_ids": IDS, "attention_mask": torch.ones(1, 3)}, r"is not \[1, 4\]"),
     "matrix": ({"input_ids": IDS, "attention_mask": torch.ones(1, 1, 4, 4)}, "queries by keys"),

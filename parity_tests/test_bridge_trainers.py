@@ -149,7 +149,9 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("name", "config"), ADAPTERS.values(), ids=ADAPTERS)
-def test_an_adapter_is_saved_read_and_merged(tmp_path: Path, name: str, config: dict[str, Any]) -> None:
+def test_an_adapter_is_saved_read_and_merged_here_and_in_convert(
+    tmp_path: Path, name: str, config: dict[str, Any]
+) -> None:
     spec = spec_of(name)
     model = adapted(fresh(spec), init_lora_weights=False, **config).eval()
     with torch.no_grad():
@@ -171,6 +173,14 @@ def test_an_adapter_is_saved_read_and_merged(tmp_path: Path, name: str, config: 
         merged.save_pretrained(tmp_path / "merged")
         back: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert equal(back, merged) and (back(ids).logits - logits).abs().max() < 1e-4
+    fresh(spec).save_pretrained(tmp_path / "base")
+    if "target_parameters" in config:
+        with pytest.raises(ValueError, match="target_parameters"):
+            open_source(tmp_path / "base", [tmp_path / "adapter"])
+        return
+    with open_source(tmp_path / "base", [tmp_path / "adapter"]) as source:
+        for key, value in merged.state_dict().items():
+            assert np.allclose(source.tensor(key), value.numpy(), atol=1e-6), key
 
 
 def test_an_adapter_that_a_tied_head_would_not_follow_is_refused() -> None:

@@ -33,7 +33,7 @@ def _parsed(text: str) -> Spec:
 
 
 def _of(get: Callable[[Spec], Any]) -> Any:
-    """A property that follows from the spec; it can be set to what it is."""
+    """A property that follows from the spec."""
 
     def read(self: AllotropeConfig) -> Any:
         return get(self.parsed)

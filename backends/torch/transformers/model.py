@@ -159,10 +159,12 @@ class AllotropeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _ops(self, inputs: Inputs, device: torch.device) -> _Ops:
         weight = self.embed.weight
-        setting = KERNELS[self.config._attn_implementation or "sdpa"]
+        name = self.config._attn_implementation or "sdpa"
+        if name not in KERNELS:
+            raise UserError(f"attn_implementation: {name} is none of this model's ({nearest(name, KERNELS)})")
         request = Request(inputs.step, inputs.start, computed_in(weight, device), self.training,
                           torch.is_grad_enabled(), inputs.keys)  # fmt: skip
-        return _Ops([plan(a, setting, request) for a in self.kinds], self.training, angles_in(weight))
+        return _Ops([plan(a, KERNELS[name], request) for a in self.kinds], self.training, angles_in(weight))
 
     @can_return_tuple
     def forward(
@@ -230,23 +232,17 @@ class AllotropeForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing, self._checkpoint_every = enable, every_n_layers
         self._gradient_checkpointing_func = gradient_checkpointing_func
 
-    def initialize_weights(self) -> None:
-        """Fill what no checkpoint filled, as `spec.init` says."""
-        self._prefixes = {module: name for name, module in self.named_modules()}
-        try:
-            super().initialize_weights()
-        finally:
-            del self._prefixes
-
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Constants):
-            module.restore()  # transformers gives buffers memory and no values
-        known = {p.name: p for p in params(self.spec)}
-        for name, p in module.named_parameters(recurse=False):
-            found = known.get(f"{self._prefixes[module]}.{name}")
-            if found is not None and not getattr(p, "_is_hf_initialized", False):
-                p.copy_(initial(self.spec, found, int(torch.randint(2**31, (), device="cpu"))))
+    def initialize_weights(self) -> None:
+        """Fill what no checkpoint filled: parameters as `spec.init` says, and the constants, to which transformers
+        gives memory and no values. Parameters of adapters are none of ours."""
+        for module in self.modules():
+            if isinstance(module, Constants):
+                module.restore()
+        own = dict(self.named_parameters())
+        for p in params(self.spec):
+            if p.name in own and not getattr(own[p.name], "_is_hf_initialized", False):
+                own[p.name].copy_(initial(self.spec, p, _seed()))
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -264,7 +260,7 @@ class AllotropeForCausalLM(PreTrainedModel, GenerationMixin):
             for name, owner in owned if not head.tied else (owned[0], owned[2]):
                 leaf = name.rpartition(".")[2]
                 if name in sized:
-                    more = None if mean_resizing else initial(self.spec, sized[name], int(torch.randint(2**31, ())))
+                    more = None if mean_resizing else initial(self.spec, sized[name], _seed())
                     setattr(owner, leaf, _resized(getattr(owner, leaf), rows, more))
             self.embed.num_embeddings = rows
         return self.embed
@@ -280,9 +276,8 @@ class AllotropeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         where = pretrained_model_name_or_path
         beside = Path(str(where)) / SPEC
-        if (
-            beside.is_file() and not beside.with_name(CONFIG).is_file()
-        ):  # where transformers looks for the ends of a text
+        if beside.is_file() and not beside.with_name(CONFIG).is_file():
+            # transformers would look for what ends a text in the config.json that is not there
             config = kwargs.setdefault("config", AllotropeConfig.from_pretrained(where))
             kwargs.setdefault("generation_config", GenerationConfig.from_model_config(config))
         loaded: Any = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
@@ -305,9 +300,12 @@ def one_accelerator(device_map: Mapping[str, Any]) -> None:
     used = {torch.device(where) for where in device_map.values() if where != "disk"} - {torch.device("cpu")}
     if len(used) > 1:
         names = ", ".join(sorted(map(str, used)))
-        raise UserError(
-            f"device_map: layers lie on {names}; use one ({{'': 0}}), and offload the rest to cpu"
-        )
+        raise UserError(f"device_map: layers lie on {names}; use one ({{'': 0}}), and offload the rest to cpu")
+
+
+def _seed() -> int:
+    """From torch's generator: `torch.manual_seed` governs new weights as it does elsewhere."""
+    return int(torch.randint(2**31, (), device="cpu"))
 
 
 def _resized(old: Tensor, rows: int, fresh: Tensor | None) -> nn.Parameter:

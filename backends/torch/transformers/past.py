@@ -77,7 +77,7 @@ def place(
 
 def restarts(positions: Tensor) -> bool:
     """Whether positions [B, T] are those of several documents in a row."""
-    return bool((positions[:, 1:] != positions[:, :-1] + 1).any())
+    return positions.dim() == 2 and bool((positions[:, 1:] != positions[:, :-1] + 1).any())
 
 
 def within(position: int, length: int) -> None:
