@@ -117,7 +117,38 @@ def gguf_page() -> str:
         values = {name: getattr(c, name) for name in defaults}
         cells = [", ".join(filter(None, (show(values, defaults) for show in column))) or "-" for column in COLUMNS]
         rows.append(f"| `{c.arch}` | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return NOTE.format(source="table in backends/gguf/carriers.py") + head + "\n" + "\n".join(rows) + "\n"
+    rows.append((HERE / "heads" / "gguf_mixtures.md").read_text(encoding="utf-8"))
+    text = "\n".join(rows) + "\n".join(_mixtures())
+    return NOTE.format(source="table in backends/gguf/carriers.py") + head + "\n" + text + "\n"
+
+
+def _mixtures() -> Iterator[str]:
+    """The table of mixtures of experts."""
+    from backends.gguf.carriers import CARRIERS
+
+    yield "| architecture | mixtures in | scores | weights divided by their sum | router | experts | shared expert |"
+    yield "|---|---|---|---|---|---|---|"
+    places = {
+        "all": "every layer", "none_or_all": "every layer or none", "leading": "all behind the first",
+        "any": "any layer",
+    }  # fmt: skip
+    for c in CARRIERS:
+        if (x := c.experts) is None:
+            continue
+        v = {f.name: getattr(x, f.name) for f in fields(x)}
+        router = (_need("bias", "bias"), _need("correction", "correction"), _flag("scale", "scale"))
+        networks = (lambda v, d: f"{v['activation']} gate", _need("expert_bias", "bias"))
+        shared = (
+            lambda v, d: {"no": "", "optional": "any width or none", "required": "any width"}[v["shared"]],
+            _flag("shared_gate", "gated"),
+        )  # fmt: skip
+        if x.shared_hidden == "multiple":
+            shared = (lambda v, d: "a multiple of an expert's width",)
+        divided = {True: "yes", False: "no", None: "yes or no"}[x.renormalise]
+        cells = [places[x.layers], " or ".join(x.score), divided]
+        cells += [", ".join(filter(None, (show(v, {}) for show in column))) or "-"
+                  for column in (router, networks, shared)]  # fmt: skip
+        yield f"| `{c.arch}` | " + " | ".join(cells) + " |"
 
 
 Show = Callable[[dict[str, Any], dict[str, Any]], str]
@@ -155,7 +186,8 @@ COLUMNS: tuple[tuple[Show, ...], ...] = (
     (lambda v, d: {"half": "RoPE", "interleaved": "RoPE (interleaved)", "none": ""}[v["rope"]],
      _flag("partial", "partial"), _scaling, _unless("no_position", "no position:"),
      _unless("alibi", "ALiBi:"), _need("positions", "learned")),
-    (_flag("square", "heads x head_dim = width"), _need("qkv_bias", "qkv bias"), _need("o_bias", "o bias"),
+    (_flag("square", "heads x head_dim = width"), _flag("every_head", "as many kv-heads"),
+     _need("qkv_bias", "qkv bias"), _need("o_bias", "o bias"),
      _need("qk_norm", "QK-norm"), _flag("scale", "scale"), _need("softcap", "softcap"), _flag("clip", "clip"),
      _need("sinks", "sinks"), _need("window", "window"), _flag("window_theta", "theta of its own in windows"),
      _flag("layer_heads", "heads per layer")),
