@@ -267,10 +267,12 @@ def _tokenizer(
         },
     }  # fmt: skip
     template = v.keys.get("tokenizer.chat_template")
+    named = {n: v.keys.get(f"tokenizer.chat_template.{n}") for n in v.keys.get("tokenizer.chat_templates") or ()}
     return Tokenizer(
         json=data, bos=bos, eos=eos, unk=unk, pad=pad,
         extra_eos=_ends(v, eos), add_bos=begins, add_eos=ends,
         chat_template=template if isinstance(template, str) else None,
+        templates={n: t for n, t in named.items() if isinstance(t, str)},
     )  # fmt: skip
 
 
