@@ -97,34 +97,34 @@ def test_llama_cpp_has_the_ids(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_genai_has_the_ids_or_no_configuration(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime_genai")
+def test_genai_has_the_ids_or_opens_no_tokenizer(name: str, tmp_path: Path) -> None:
+    og: Any = pytest.importorskip("onnxruntime_genai")
     from backends.onnx import genai
     from convert.verify.report import Check
-    from convert.verify.stock import check_genai
+    from convert.verify.stock import check_genai, stub
 
     tokenizer = family(name)
     write_tokenizer(tmp_path, tokenizer, 128, genai.tokenizer_class(tokenizer))
     genai.write_config(tmp_path, sized(tokenizer), tokenizer, profile="ort", compute="f32")
-    assert (tmp_path / genai.CONFIG).is_file() == (name not in NO_GENAI)
+    if name in NO_GENAI:
+        stub(tmp_path)
+        with pytest.raises(RuntimeError, match="Unsupported tokenizer class"):
+            og.Tokenizer(og.Model(str(tmp_path)))
     found = check_genai(tmp_path, tokenizer, Check("tokenizer", Status.PASS), COUNT)
     assert_passes(found, ("pass it token ids",) if name in NO_GENAI else GENAI.get(name, ()))
 
 
 @pytest.mark.parametrize("name", ["falcon", "llama2", "mistral3"])
 def test_what_genai_reads_otherwise_would_not_pass(name: str, tmp_path: Path) -> None:
-    """The reasons for what it gets: the check finds each without them."""
+    """The check finds each where a folder says no more than tokenizer.json."""
     pytest.importorskip("onnxruntime_genai")
     from backends.onnx import genai
-    from convert.verify.report import Check
-    from convert.verify.stock import check_genai
+    from convert.verify import stock
 
     tokenizer = family(name)
     write_tokenizer(tmp_path, tokenizer, 128)
-    content = genai.config(sized(tokenizer), tokenizer, "ort", "f32")
-    (tmp_path / genai.CONFIG).write_text(json.dumps(content))
-    found = check_genai(tmp_path, tokenizer, Check("tokenizer", Status.PASS), COUNT)
-    assert found.status is Status.FAIL and "onnxruntime-genai: " in found.reason
+    genai.write_config(tmp_path, sized(tokenizer), tokenizer, profile="ort", compute="f32")
+    assert stock.genai(tmp_path, Texts.of(tokenizer, COUNT)).wrong
 
 
 @pytest.mark.parametrize(("name", "type_"), [("llama3", "qwen2"), ("gpt2", "qwen2")])

@@ -6,13 +6,14 @@ LANGUAGE = "python"
 
 _CODE = """\
 import onnxruntime_genai as og
+from tokenizers import Tokenizer
 
 model = og.Model("{name}")
-tokenizer = og.Tokenizer(model)
+tokenizer = Tokenizer.from_file("{name}/tokenizer.json")
 params = og.GeneratorParams(model)
 params.set_search_options(max_length=64)
 generator = og.Generator(model, params)
-generator.append_tokens(tokenizer.encode("Once upon a time"))
+generator.append_tokens(tokenizer.encode("Once upon a time").ids)
 while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))

@@ -31,15 +31,21 @@ SPLITS = frozenset({
 """Expressions that its tokenizer was seen to split by as `tokenizers` does."""
 
 
+UNREAD = "TokenizersOnly"
+"""No class that it knows: it says so and opens no tokenizer, where it would open a wrong one."""
+
+
 def tokenizer_class(tokenizer: Tokenizer | None) -> str:
     """The class that tokenizer_config.json names. Of those that it knows, Gemma's alone lets a BPE on characters merge
     what the rules say (others keep digits apart and cut long texts)."""
+    if unread(tokenizer):
+        return UNREAD
     characters = tokenizer is not None and tokenizer.json["model"].get("byte_fallback")
     return "GemmaTokenizer" if characters else PLAIN_CLASS
 
 
 def unread(tokenizer: Tokenizer | None) -> str:
-    """What of a tokenizer onnxruntime-genai reads otherwise: then a folder has no genai_config.json."""
+    """What of a tokenizer onnxruntime-genai reads otherwise; nothing where it has the same ids."""
     if tokenizer is None:
         return ""
     model = tokenizer.json["model"]
@@ -64,11 +70,9 @@ def unread(tokenizer: Tokenizer | None) -> str:
 
 
 def write_config(folder: Path, spec: Spec, tokenizer: Tokenizer | None, *, profile: str, compute: str) -> None:
-    """Write the file, unless the tokenizer is one that onnxruntime-genai reads otherwise."""
+    """Write the file."""
     if why := unread(tokenizer):
-        log.warning("onnxruntime-genai's tokenizer does not have %s: no %s is written, pass ids from `tokenizers` to "
-                    "ONNX Runtime", why, CONFIG)  # fmt: skip
-        return
+        log.warning("onnxruntime-genai's tokenizer does not have %s: pass it ids from `tokenizers`", why)
     write_json(folder / CONFIG, config(spec, tokenizer, profile, compute))
 
 

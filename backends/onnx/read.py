@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Floats, Planned, QuantizedTensor, Values
-from backends.onnx.genai import CONFIG, config, tokenizer_class, unread
+from backends.onnx.genai import CONFIG, config, tokenizer_class
 from backends.onnx.kernels import Kernel, grouped_experts, kernel
 from backends.onnx.layout import (
     CODES,
@@ -183,11 +183,8 @@ class Artifact:
     def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
         """Tensors, constants, and what onnxruntime-genai reads, that are not as planned."""
         words = read_back(self.path)
-        if unread(words):
-            out = {CONFIG: "does not belong beside this tokenizer"} if (self.path / CONFIG).exists() else {}
-        else:
-            want = config(self.spec, words, self.profile, self.compute)
-            out = differences({CONFIG: (load_json(self.path / CONFIG), want)})
+        want = config(self.spec, words, self.profile, self.compute)
+        out = differences({CONFIG: (load_json(self.path / CONFIG), want)})
         out |= tokenizer_problems(self.path, words, self.spec.context, tokenizer_class(words))
         return out | self._weights.problems(planned, self.compute)
 

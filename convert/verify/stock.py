@@ -66,37 +66,43 @@ def check_client(path: Path, tokenizer: Tokenizer | None, found: Check) -> Check
 def check_genai(folder: Path, tokenizer: Tokenizer, found: Check, count: int = 200) -> Check:
     """`found`, or what onnxruntime-genai makes otherwise of a text: it has a tokenizer of its own, which it reads from
     tokenizer.json. It puts nothing around a text, by design."""
-    if not (folder / GENAI).is_file():
-        return replace(found, flags=(*found.flags, "onnxruntime-genai has no such tokenizer: pass it token ids"))
+    from backends.onnx.genai import unread
+
+    if unread(tokenizer):
+        return replace(found, flags=(*found.flags, "onnxruntime-genai opens no such tokenizer: pass it token ids"))
     if importlib.util.find_spec("onnxruntime_genai") is None or importlib.util.find_spec("onnx") is None:
         return replace(found, flags=(*found.flags, "not compared with onnxruntime-genai, which is not installed"))
-    og: Any = importlib.import_module("onnxruntime_genai")  # a native module without types
-    with tempfile.TemporaryDirectory(prefix="genai-") as name:
-        _stub(folder, Path(name))
-        words = og.Tokenizer(og.Model(name))
-        texts = Texts.of(tokenizer, count)
-        same = compare(texts, lambda text: [int(i) for i in words.encode(text)], limits.GENAI, bare=True)
+    same = genai(folder, Texts.of(tokenizer, count))
     if same.wrong:
         return _failed("onnxruntime-genai", same)
     flags = tuple(f"onnxruntime-genai's tokenizer: {flag}" for flag in same.flags)
     return replace(found, flags=(*found.flags, *flags), reason=f"{found.reason}; onnxruntime-genai's ids too")
 
 
-def _stub(folder: Path, to: Path) -> None:
-    """A folder with the tokenizer and a model of one node: genai opens no tokenizer without a model, and the real one
-    may be large."""
+def genai(folder: Path, texts: Texts) -> Compared:
+    """What onnxruntime-genai's tokenizer makes of texts, from a folder's files."""
+    og: Any = importlib.import_module("onnxruntime_genai")  # a native module without types
+    with tempfile.TemporaryDirectory(prefix="genai-") as name:
+        for file in (*folder.glob("*.json"), *folder.glob("*.jinja")):
+            shutil.copy(file, name)
+        stub(Path(name))
+        words = og.Tokenizer(og.Model(name))
+        return compare(texts, lambda text: [int(i) for i in words.encode(text)], limits.GENAI, bare=True)
+
+
+def stub(folder: Path) -> None:
+    """A model of one node in place of the one that genai_config.json names: genai opens no tokenizer without a model,
+    and the real one may be large."""
     import onnx
     from onnx import TensorProto, helper
 
-    for file in folder.glob("*.json"):
-        shutil.copy(file, to)
-    for file in folder.glob("*.jinja"):
-        shutil.copy(file, to)
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["b", "t"])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "t"])
     graph = helper.make_graph([helper.make_node("Cast", ["input_ids"], ["logits"], to=TensorProto.FLOAT)], "stub",
                               [ids], [logits])  # fmt: skip
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), to / "stub.onnx")
-    config = json.loads((to / GENAI).read_text(encoding="utf-8"))
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), folder / "stub.onnx"
+    )
+    config = json.loads((folder / GENAI).read_text(encoding="utf-8"))
     config["model"]["decoder"] |= {"filename": "stub.onnx", "session_options": {}}
-    (to / GENAI).write_text(json.dumps(config), encoding="utf-8")
+    (folder / GENAI).write_text(json.dumps(config), encoding="utf-8")
