@@ -24,13 +24,13 @@ def too_many(spec: Spec, backend: str) -> list[str]:
     ]
 
 
-def notes(spec: Spec, backend: str) -> list[str]:
-    """What a user should know of the others."""
+def notes(spec: Spec, backend: str, tokens: str = "every token") -> list[str]:
+    """What a user should know of the others. tokens: those for which all experts run."""
     found = {m: i for m, i in _mixtures(spec).items() if m.experts > m.router.top_k}
     if not found:
         return []
     most = max(m.experts / m.router.top_k for m in found)
-    return [f"{backend} runs every expert for every token: {most:.3g} times the experts' arithmetic"]
+    return [f"{backend} runs every expert for {tokens}: {most:.3g} times the experts' arithmetic"]
 
 
 def _mixtures(spec: Spec) -> dict[MoE, int]:

@@ -70,7 +70,10 @@ def support(spec: Spec, level: str, compute: str = "", functions: str = "one") -
     if refusals:
         return Support("coreml", refusals=tuple(refusals))
     dtype = compute_of(compute, [level])
-    return Support("coreml", f"mlprogram {dtype}", notes=(*_notes(spec, dtype), *experts.notes(spec, "Core ML")))
+    mixed = experts.notes(spec, "Core ML", *(["every token of a prompt"] if functions == "two" else []))
+    if mixed and functions == "one":
+        mixed.append("with --functions two a step of one token runs its own experts alone")
+    return Support("coreml", f"mlprogram {dtype}", notes=(*_notes(spec, dtype), *mixed))
 
 
 def _notes(spec: Spec, compute: str) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from backends.base import Option, Support
-from backends.onnx.kernels import kernel
-from spec.config import DynamicScaling, LongRopeScaling, Rope, Spec
+from backends.onnx.kernels import grouped_experts, kernel
+from spec.config import DynamicScaling, LongRopeScaling, MoE, Rope, Spec
 from spec.errors import nearest
 from spec.params import params
 from spec.rope import rope_tables
@@ -22,6 +22,7 @@ OPTIONS = (
 HOLDS = {"f32": tuple(LEVELS), "f16": ("f16", "q8", "q4"), "bf16": ("bf16", "q8", "q4")}
 """Levels whose weights a compute type holds without rounding them again."""
 
+LOOP = "Loop over experts"
 LARGE = 32 << 20
 """Bytes of rotary tables that are worth a note."""
 
@@ -60,8 +61,25 @@ def support(spec: Spec, level: str, *, profile: str = "ort", compute: str = "f32
     if refusals:
         return Support("onnx", refusals=tuple(refusals))
     kinds = Counter(kernel(b.attention, profile, compute) for b in spec.layers)
-    carrier = f"{profile}: " + ", ".join(f"{n} x {k.value}" for k, n in kinds.items())
-    return Support("onnx", carrier, (), (), tuple(_notes(spec, level, compute)))
+    mixed = _experts(spec, level, profile, compute)
+    counted = [*((n, k.value) for k, n in kinds.items()), *((n, name) for name, n in mixed.items())]
+    notes = _notes(spec, level, compute)
+    if level in ("q8", "q4") and profile == "ort" and mixed[LOOP]:
+        notes.append(f"experts of {mixed[LOOP]} layers are no case for QMoE: dequantized one by one as they are called")
+    return Support("onnx", f"{profile}: " + ", ".join(f"{n} x {name}" for n, name in counted), (), (), tuple(notes))
+
+
+def _experts(spec: Spec, level: str, profile: str, compute: str) -> Counter[str]:
+    """How many layers' experts are run by which operator."""
+
+    def stored(width: int) -> str:
+        return "f16" if level in ("q8", "q4") and width % 32 else level
+
+    found: Counter[str] = Counter()
+    for m in (b.mlp for b in spec.layers if isinstance(b.mlp, MoE)):
+        levels = {"gate": stored(spec.width), "up": stored(spec.width), "down": stored(m.hidden)}
+        found["QMoE" if grouped_experts(m, profile, compute, levels) else LOOP] += 1
+    return found
 
 
 def _notes(spec: Spec, level: str, compute: str) -> list[str]:

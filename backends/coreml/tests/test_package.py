@@ -287,6 +287,20 @@ def test_refusals_name_the_field_and_what_works() -> None:
     assert any("session of 48 tokens" in n for n in support(FEATURES["rope_dynamic"], "f16").notes)
 
 
+def test_too_many_experts_for_their_choice_are_refused() -> None:
+    """All of them run: at most eight times the arithmetic of the chosen."""
+
+    def mixed(experts: int, top_k: int) -> Spec:
+        mixture = {"kind": "moe", "experts": experts, "hidden": 32, "router": {"top_k": top_k}}
+        return parse(merge(BASE, {"block": {"mlp": mixture}}))
+
+    found = " ".join(support(mixed(8, 2), "q4").notes)
+    assert "runs every expert for every token: 4 times" in found and "--functions two" in found
+    assert "for every token of a prompt: 8 times" in support(mixed(64, 8), "q4", functions="two").notes[-1]
+    (refusal,) = support(mixed(128, 8), "q4").refusals
+    assert refusal.startswith("layers[0].mlp.experts: 128 with router.top_k=8: Core ML would run all of them")
+
+
 def test_names_stay_distinct() -> None:
     for spec in FEATURES.values():
         names = [mil_name(p.name) for p in params(spec)] + list(constants(spec))

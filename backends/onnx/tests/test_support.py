@@ -48,6 +48,15 @@ def test_notes_say_what_a_user_should_know() -> None:
     assert support(FEATURES["llama"], "q4").notes == ()
 
 
+def test_experts_are_counted_by_what_runs_them() -> None:
+    """Any number of them is carried: each token passes its own alone."""
+    spec = load("qwen3-30b-a3b")
+    assert support(spec, "q4").carrier == "ort: 48 x GroupQueryAttention, 48 x QMoE"
+    assert support(spec, "f16").carrier.endswith("48 x Loop over experts")
+    assert support(spec, "q4", profile="portable").carrier == "portable: 48 x Attention, 48 x Loop over experts"
+    assert "no case for QMoE" in support(FEATURES["moe"], "q4").notes[-1]
+
+
 def test_bits_count_scales() -> None:
     assert [bits(level) for level in levels()] == [32, 16, 16, 8.5, 4.5]
     assert [o.default for o in OPTIONS] == ["ort", "f32"]

@@ -21,10 +21,11 @@ from backends.tensorrt.session import Sequences
 from backends.tensorrt.support import support
 from convert.pipeline import convert
 from convert.recipe import plan
-from parity_tests.cases import FEATURES, random_weights
+from parity_tests.cases import BASE, FEATURES, random_weights
 from parity_tests.checkpoints import write_checkpoint
 from parity_tests.tensorrt_graphs import OrtExecutor, write_graph
-from spec import Spec
+from spec import Spec, parse
+from spec.config import merge
 from spec.errors import MissingDependency, UserError
 
 ROOT = Path(__file__).parents[3]
@@ -79,6 +80,28 @@ def test_pieces_of_a_prompt_shrink_where_scores_grow(spec: Spec, compute: str, c
     bounds = limits(spec, compute)
     assert (bounds.chunk, bounds.batch, bounds.context) == (min(chunk, spec.context), BATCH, spec.context)
     assert all(low <= likely <= high for profile in bounds.profiles() for low, likely, high in profile.values())
+
+
+def test_pieces_of_a_prompt_shrink_where_every_expert_runs() -> None:
+    mixture = {"kind": "moe", "experts": 64, "hidden": 1024, "router": {"top_k": 8}}
+    dense = large(4096)
+    mixed = parse(merge(dense.model_dump(mode="json", exclude_unset=True), {"block": {"mlp": mixture}}))
+    assert (limits(dense, "f16").chunk, limits(mixed, "f16").chunk) == (CHUNK, CHUNK // 4)
+
+
+def test_too_many_experts_for_their_choice_are_refused() -> None:
+    """All of them run: at most eight times the arithmetic of the chosen."""
+
+    def mixed(experts: int, top_k: int) -> Spec:
+        mixture = {"kind": "moe", "experts": experts, "hidden": 32, "router": {"top_k": top_k}}
+        return parse(merge(BASE, {"block": {"mlp": mixture}, "overrides": {"0": {"mlp": {"kind": "dense", "hidden": 64}}}}))
+
+    found = support(mixed(8, 2), "q4")
+    assert found.ok and "runs every expert for every token: 4 times the experts' arithmetic" in found.notes[-1]
+    assert support(mixed(64, 8), "q4").ok and not any("expert" in n for n in support(mixed(2, 2), "q4").notes)
+    (refusal,) = support(mixed(128, 8), "q4").refusals
+    assert refusal.startswith("layers[1].mlp.experts: 128 with router.top_k=8: TensorRT would run all of them")
+    assert "16 times the arithmetic (at most 8 times; gguf, mlx and onnx" in refusal
 
 
 def test_shapes_fill_in_what_is_dynamic() -> None:
