@@ -94,7 +94,8 @@ def test_too_many_experts_for_their_choice_are_refused() -> None:
 
     def mixed(experts: int, top_k: int) -> Spec:
         mixture = {"kind": "moe", "experts": experts, "hidden": 32, "router": {"top_k": top_k}}
-        return parse(merge(BASE, {"block": {"mlp": mixture}, "overrides": {"0": {"mlp": {"kind": "dense", "hidden": 64}}}}))
+        dense = {"kind": "dense", "hidden": 64}
+        return parse(merge(BASE, {"block": {"mlp": mixture}, "overrides": {"0": {"mlp": dense}}}))
 
     found = support(mixed(8, 2), "q4")
     assert found.ok and "runs every expert for every token: 4 times the experts' arithmetic" in found.notes[-1]
