@@ -137,12 +137,16 @@ def _load(data: dict[str, Any], where: Path) -> None:
     from tokenizers import Tokenizer as Fast
 
     try:
-        Fast.from_str(json.dumps(data))
+        made = Fast.from_str(json.dumps(data))
     except BaseException as e:  # the library raises bare Exceptions, and panics that are none
         if isinstance(e, (KeyboardInterrupt, SystemExit)):
             raise
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{where}: not a tokenizer that `tokenizers` can open: {reason}") from None
+    for t in data["added_tokens"]:  # it numbers tokens that the vocabulary lacks by itself
+        if (found := made.token_to_id(t["content"])) != t["id"]:
+            raise UserError(f"{where}: added token {t['content']!r} has id {t['id']}, and `tokenizers`, with which "
+                            f"clients read the file, makes it {found}")  # fmt: skip
 
 
 def _agree(data: Mapping[str, Any], ids: Mapping[str, int], where: Path) -> None:

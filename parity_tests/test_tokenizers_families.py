@@ -27,6 +27,7 @@ COUNT = 60
 
 LLAMA_CPP: dict[str, tuple[str, ...]] = {
     "neox": ("NFC",), "qwen2": ("NFC",), "cohere": ("NFC",), "phi4": ("<|im_start|>",), "glm4": ("nothing around",),
+    "falcon": (">>TITLE<<|endoftext|>",), "olmo2": ("|||IP_ADDRESS|||",),
     "mistral3": ("no space before",), "t5": ("U+0085",), "mt5": ("U+0085",),
 }  # fmt: skip
 """What llama.cpp cannot do with texts of a family, by a word of the flag."""
@@ -256,6 +257,44 @@ def test_conversations_are_compared_as_they_are(tmp_path: Path) -> None:
         assert len(limits.conversations(tight)) == 3
         loose = replace(tokenizer, chat_template=turns.replace("%s", "\n"))
         assert check_tokenizer(words, loose, COUNT).status is Status.FAIL
+
+
+def test_tokens_that_overlap_are_compared_where_they_do(tmp_path: Path) -> None:
+    """llama.cpp takes the longest anywhere first, tokenizers the one that begins first."""
+    pytest.importorskip("llama_cpp")
+    from backends.gguf.runtime import Words
+    from parity_tests.gguf_specs import write_file
+
+    tokenizer = family("gpt2")
+    first = tokenizer.json["added_tokens"][0]
+    for i, text in enumerate(("<ab", "b>long>")):
+        tokenizer.json["added_tokens"].append({**first, "id": 700 + i, "content": text, "normalized": False})
+    spec = sized(tokenizer)
+    write_file(spec, random_weights(spec), tmp_path / "m.gguf", tokenizer=tokenizer)
+    with Words(tmp_path / "m.gguf") as words:
+        check = check_tokenizer(words, tokenizer, COUNT)
+    assert_passes(check, ("'<ab>long>'",))
+    strict = check_tokenizer(Client(tokenizer), tokenizer, COUNT)
+    assert_passes(strict)
+
+
+def test_ids_with_holes_and_rows_beyond_them(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    from backends.gguf.runtime import Words
+    from convert.verify.stock import check_stock
+    from parity_tests.gguf_specs import write_file
+
+    tokenizer = family("qwen2")
+    vocab = tokenizer.json["model"]["vocab"]
+    for token, i in zip(tokenizer.json["added_tokens"], range(720, 900, 7), strict=False):
+        token["id"] = vocab[token["content"]] = i
+    spec = sized(tokenizer)
+    write_file(spec, random_weights(spec), tmp_path / "m.gguf", tokenizer=tokenizer)
+    with Words(tmp_path / "m.gguf") as words:
+        assert_passes(check_tokenizer(words, tokenizer, COUNT), ("NFC",))
+    write_tokenizer(tmp_path, tokenizer, 128)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert check_stock(tmp_path, tokenizer, COUNT) is None
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def _last_words() -> str:
 class Words:
     """A file's tokenizer in llama.cpp, without its weights."""
 
-    limits = frozenset({"form", "strips", "first", "around", "next line"})
+    limits = frozenset({"form", "strips", "first", "around", "next line", "overlap"})
     """What llama.cpp's tokenizers may be unable to do (`convert.verify.limits`)."""
 
     def __init__(self, path: Path) -> None:

@@ -143,6 +143,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "merge of three": (changed(merges=["t1 t2 t3"]), "`tokenizers` can open"),
     "step": (tokenizer_json(pre_tokenizer={"type": "Magic"}), "`tokenizers` can open"),
     "flag": (with_added(lstrip="yes"), "`tokenizers` can open"),
+    "another id": (with_added(id=50), "added token '<s>' has id 50, and `tokenizers`, .* makes it 92"),
     "half a pair": (with_added(content="\ud83d"), "has half a surrogate pair"),
     "expression": (
         tokenizer_json(pre_tokenizer={

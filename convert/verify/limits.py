@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Literal
 
 from backends.base import Tokenizer
@@ -19,7 +20,9 @@ from backends.tokens import steps
 
 Turn = tuple[tuple[str, str], ...]
 Encode = Callable[[str], list[int]]
-GENAI = frozenset({"form", "strips", "first", "nul"})
+GENAI = frozenset({"form", "strips", "first", "nul", "overlap"})
+WIDE = 200
+"""Added tokens among which overlaps are looked for, of a tokenizer with more."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ def find(tokenizer: Tokenizer, want: Encode, plain: Encode, got: Encode, allowed
     elif "first" in allowed and differ(" x") and not differ("x"):
         found.append(Limit("it puts a space before a text that begins with one too: begin with none",
                            lambda text: text.lstrip(" ")))  # fmt: skip
+    joined = [(a, b) for a, b in overlaps(tokenizer) if differ(f"x{a}{b}x") and not differ(f"x{a} {b}x")]
+    if "overlap" in allowed and joined:
+        a, rest = joined[0]
+        flag = f"where one token ends in the start of another, it may see the other one: {a + rest!r}"
+        found.append(Limit(flag, _apart(joined)))
     if "strips" in allowed:
         found += _strips(tokenizer, differ, found)
     return found
@@ -93,6 +101,25 @@ def _strips(tokenizer: Tokenizer, differ: Callable[[str], bool], found: list[Lim
     name = tokens[0]["content"]
     flag = f"it keeps spaces around {name} ({len(tokens)} tokens take those beside them): write none there"
     return [Limit(flag, lambda text: re.sub(sides, lambda m: m[0].strip(), text), chat=False)]
+
+
+def overlaps(tokenizer: Tokenizer, most: int = 50) -> list[tuple[str, str]]:
+    """Added tokens, each with the rest of one that begins with its end: clients choose in their own order which of the
+    two is in such a text."""
+    names = [t["content"] for t in tokenizer.json.get("added_tokens") or []]
+    some = names if len(names) <= WIDE else [*names[: WIDE // 2], *names[-WIDE // 2 :]]
+    out = ((a, b[n:]) for a in some for b in some if a != b for n in range(1, min(len(a), len(b)))
+           if a.endswith(b[:n]))  # fmt: skip
+    return list(dict.fromkeys(islice(out, most)))
+
+
+def _apart(pairs: list[tuple[str, str]]) -> Callable[[str], str]:
+    def within(text: str) -> str:
+        for a, rest in pairs:
+            text = text.replace(a + rest, f"{a} {rest}")
+        return text
+
+    return within
 
 
 def conversations(tokenizer: Tokenizer) -> list[str]:

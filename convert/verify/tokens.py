@@ -111,7 +111,10 @@ class Texts:
         added = [t["content"] for t in tokenizer.json.get("added_tokens") or []]
         some = added if len(added) <= MOST else [*added[: MOST // 2], *added[-MOST // 2 :]]
         named = [t for t in (tokenizer.bos, tokenizer.eos, *tokenizer.extra_eos) if t is not None]
-        texts = fuzz(list(dict.fromkeys([*some, *named])), count, seed)
+        texts = [
+            *fuzz(list(dict.fromkeys([*some, *named])), count, seed),
+            *(f"x{a}{b}x" for a, b in limits.overlaps(tokenizer)),
+        ]
         return cls(open_tokenizer(tokenizer), tokenizer, tuple(texts), tuple(limits.conversations(tokenizer)))
 
     def want(self, text: str) -> list[int]:
