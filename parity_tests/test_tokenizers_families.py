@@ -173,6 +173,17 @@ def test_qkv_biases_come_with_any_tokenizer(target: str) -> None:
     assert found[0] == "qwen2" and found[1] not in ("qwen2", "model.py"), found
 
 
+def test_the_documented_table_is_what_is_measured() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "tokenizers.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    table = {row[0].split("`")[1]: row[2:] for row in rows if len(row) == 4}
+    assert table.keys() == FAMILIES.keys()
+    for name, (llama_cpp, genai) in table.items():
+        assert (llama_cpp == "=") == (name not in LLAMA_CPP), name
+        expected = "ids only" if name in NO_GENAI else "=" if name not in GENAI else genai
+        assert genai == expected and (genai == "=") == (name not in GENAI and name not in NO_GENAI), name
+
+
 class Client:
     """`tokenizers` itself, with a fault."""
 
