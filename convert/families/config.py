@@ -19,8 +19,8 @@ IGNORED = frozenset(
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences exponential_decay_length_penalty remove_invalid_values task_specific_params problem_type
     id2label label2id num_labels finetuning_task chunk_size_feed_forward is_llama_config unsloth_fixed unsloth_version
-    pretraining_tp _attn_implementation attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-    gradient_checkpointing cache_implementation
+    pretraining_tp _attn_implementation attn_implementation experts_implementation _attn_implementation_autoset
+    _flash_attn_2_enabled gradient_checkpointing cache_implementation
     """.split()  # noqa: SIM905
 )
 """Keys that change nothing about the function: bookkeeping, sampling defaults, kernel choices, token ids (the

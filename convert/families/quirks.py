@@ -75,7 +75,9 @@ def gemma3(c: Config) -> None:
 def olmo3(c: Config) -> None:
     """transformers 5 gives a base that stands outside `rope_parameters` to layers without a window alone, where
     transformers 4 gave it to all: only the usual one means the same."""
-    c.data.setdefault("rope_local_base_freq", c.defaults["rope_local_base_freq"])
+    local = c.data.get("rope_local_base_freq")
+    if local is not None:
+        c.bad("rope_local_base_freq", local, "is an unknown key, and unknown keys may change the function")
     theta = c.data.get("rope_theta")
     if theta is not None and not c.data.get("rope_parameters") and theta != c.defaults["rope_theta"]:
         c.bad("rope_theta", theta, "holds for all layers in transformers 4, and for some in 5",

@@ -181,7 +181,7 @@ def _layers(
     window = c.take("sliding_window", int, optional=True) if row.window != "no" else None
     on = c.take("use_sliding_window", bool) if row.window_switch else True
     turning = _turning(c, row, depth)
-    kinds = _kinds(c, row, depth, window if on else None)
+    kinds = _kinds(c, row, depth, window, bool(on))
     if c.problems or depth is None or context is None:
         return []
     idle = window is not None and window >= context and row.rope_by != "window" and row.no_position in ("no", "list")
@@ -201,12 +201,12 @@ def _layers(
     return out
 
 
-def _kinds(c: Config, row: Carrier, depth: int | None, window: int | None) -> Sequence[str]:
+def _kinds(c: Config, row: Carrier, depth: int | None, window: int | None, on: bool) -> Sequence[str]:
     """With or without a window: every layer's kind."""
     if row.window == "no":
         return [FULL] * (depth or 0)
     if row.window == "all":
-        return [LOCAL if window is not None else FULL] * (depth or 0)
+        return [LOCAL if on and window is not None else FULL] * (depth or 0)
     kinds = c.take("layer_types", list, optional=True)
     if kinds is None and depth is not None and not c.problems:
         assert c.family.layer_types is not None
@@ -217,8 +217,10 @@ def _kinds(c: Config, row: Carrier, depth: int | None, window: int | None) -> Se
     if odd or len(kinds) != depth:
         c.bad("layer_types", odd[0] if odd else f"{len(kinds)} entries", "does not describe the layers",
               f"{depth} of {FULL} or {LOCAL}")  # fmt: skip
-    elif LOCAL in kinds and window is None and not row.window_switch:
+    elif LOCAL in kinds and window is None:
         c.bad("sliding_window", None, f"is missing, and layer_types names {LOCAL}", "its size in tokens")
+    elif LOCAL in kinds and not on:
+        c.bad("use_sliding_window", False, f"contradicts layer_types, which name {LOCAL}", "correct one of them")
     return kinds
 
 

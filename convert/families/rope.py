@@ -52,6 +52,8 @@ def rope_by_window(c: Config, row: Carrier, context: int | None) -> tuple[Positi
     theta, fraction = _top(c)
     local = c.number("rope_local_base_freq", optional=True)
     key, given = _given(c)
+    if key == "rope_parameters" and given and not any(isinstance(v, dict) for v in given.values()):
+        c.bad(key, None, f"has no settings by kind of layer, which {row.arch} reads alone", f"{FULL} and {LOCAL}")
     if any(isinstance(v, dict) for v in given.values()):
         out = []
         for kind, base in ((FULL, theta), (LOCAL, local)):
@@ -103,8 +105,15 @@ def _position(
         where = f"{key}.partial_rotary_factor" if "partial_rotary_factor" in given else c.family.fraction
         c.bad(where, fraction, f"is not used by {row.arch}, which rotates whole heads", "leave it out")
         return {}
-    if original is not None:
+    if original is not None and row.original_context:
         given = {**given, "original_max_position_embeddings": original}
+    elif original is not None and given.get("original_max_position_embeddings", original) == original:
+        plain = given.get("rope_type", given.get("type", "default")) in ("default", "linear")
+        if not plain and "original_max_position_embeddings" not in given:
+            c.bad("original_max_position_embeddings", original, "is read by transformers 4 here, and not by 5",
+                  f"move it into {key}")  # fmt: skip
+    elif original is not None:
+        c.bad("original_max_position_embeddings", original, f"and {key}'s differ", f"keep that of {key}")
     scaling = _scaling(c, row, key, given, context)
     return {"kind": "rope", "theta": float(theta if theta is not None else 10000.0), "fraction": fraction,
             "scaling": scaling}  # fmt: skip

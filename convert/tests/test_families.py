@@ -105,7 +105,7 @@ OLD_LAYOUT: dict[str, dict[str, Any]] = {
     "llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                 "original_max_position_embeddings": 64}},
     "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
-    "longrope": {"rope_scaling": {"type": "su", "factor": 4.0, **LONG}, "original_max_position_embeddings": 32},
+    "longrope": {"rope_scaling": {"type": "su", "factor": 4.0, "original_max_position_embeddings": 32, **LONG}},
 }  # fmt: skip
 
 
@@ -113,10 +113,8 @@ OLD_LAYOUT: dict[str, dict[str, Any]] = {
 def test_both_config_layouts_mean_the_same(kind: str) -> None:
     old = {**LLAMA, **OLD_LAYOUT[kind], "rope_theta": 5e5}
     scaling = {k: v for k, v in old["rope_scaling"].items() if k != "type"}
-    new = {k: v for k, v in old.items() if k not in ("rope_scaling", "rope_theta", "original_max_position_embeddings")}
+    new = {k: v for k, v in old.items() if k not in ("rope_scaling", "rope_theta")}
     new["rope_parameters"] = {**scaling, "rope_type": kind, "rope_theta": 5e5}
-    if "original_max_position_embeddings" in old:
-        new["rope_parameters"]["original_max_position_embeddings"] = 32
     a, b = (read(c, "config.json").spec for c in (old, new))
     assert a.hash == b.hash
     position: Any = a.layers[0].attention.position
@@ -314,6 +312,15 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
     "nope": ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers: \[1, 0\] does not describe the layers"),
     "no-window": ("gemma-2", {"sliding_window": None}, r"sliding_window: is missing, and layer_types names"),
     "by-layer": ("llama-2", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "by layer type"),
+    "original": ("llama-2", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 32},
+                 r"original_max_position_embeddings: 32 is read by transformers 4 here, and not by 5"),
+    "originals": ("llama-3.2", {"original_max_position_embeddings": 32}, r"and rope_scaling's differ"),
+    "flat": ("gemma-3-1b", {"rope_parameters": {"rope_type": "default"}, "rope_scaling": None},
+             r"rope_parameters: has no settings by kind of layer, which gemma3_text reads alone"),
+    "switch": ("smollm3", {"layer_types": ["sliding_attention"] * 8, "sliding_window": 8},
+               r"use_sliding_window: False contradicts layer_types"),
+    "olmo3-local": ("gemma-2", {"model_type": "olmo3", "architectures": None, "rope_local_base_freq": 1e4},
+                    r"rope_local_base_freq: 10000.0 is an unknown key"),
     "by-unknown": ("gemma-3-1b", {"rope_parameters": {"full_attention": {}, "chunked": {}}},
                    r"chunked: .* unknown kind"),
     "truncate": ("gemma-3-1b", {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
