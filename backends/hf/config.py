@@ -86,7 +86,7 @@ def _switches(spec: Spec, c: Carrier) -> dict[str, Any]:
     }
     if c.embed_scale != "sqrt_width":
         out[c.embed_scale] = e.scale or 1.0
-    return out if c.mixture is None else out | mixture.settings(spec, c.mixture)
+    return out if c.mixture is None else out | mixture.settings(spec, c.mixture) | mixture.kernels(spec)
 
 
 def _windows(spec: Spec, c: Carrier) -> Mapping[str, Any]:

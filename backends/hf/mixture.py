@@ -109,6 +109,12 @@ def dense_hidden(spec: Spec) -> int:
     return next((b.mlp.hidden for b in spec.layers if isinstance(b.mlp, MLP)), spec.layers[0].mlp.hidden)
 
 
+def kernels(spec: Spec) -> dict[str, str]:
+    """config.json's word where transformers' grouped products fail: they take rows of whole 16 bytes."""
+    widths = [n for f in mixtures(spec) if f is not None for n in (spec.width, f.hidden)]
+    return {"experts_implementation": "eager"} if any(n % 8 for n in widths) else {}
+
+
 def check(spec: Spec, m: Mixture | None, arch: str) -> Iterator[str | Fold]:
     """What of a spec's mixtures an architecture lacks."""
     found = mixtures(spec)
