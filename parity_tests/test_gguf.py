@@ -92,7 +92,7 @@ def test_every_architecture_computes_what_its_row_says(carrier: Any, seed: int, 
     assert fit.refusals == ()
     weights = random_weights(spec, seed)
     for name, x in weights.items():  # no expert is chosen whose score is near nothing (see the floor below)
-        weights[name] = x / 64 if name.endswith("router.correction") else x
+        weights[name] = x / np.float32(64) if name.endswith("router.correction") else x
     path = write_file(spec, weights, tmp_path / "m.gguf", fit=fit)
     compare(spec, weights, path, random_ids(spec, 2, 60, seed))
 
@@ -104,7 +104,7 @@ def test_the_floor_under_the_sum_of_weights_is_announced_and_fails_where_it_is_m
     assert any("2^-14" in note for note in support(spec, "f32").notes)
     weights = random_weights(spec)
     for name, x in weights.items():
-        weights[name] = x + np.float32([9, 8, 0, 0, 0]) if name.endswith("router.correction") else x
+        weights[name] = x + np.array([9, 8, 0, 0, 0], np.float32) if name.endswith("router.correction") else x
     path, ids = write_file(spec, weights, tmp_path / "m.gguf"), random_ids(spec, 1, 40)
 
     def error() -> float:

@@ -106,6 +106,33 @@ def test_greedy_continuation_equals_the_oracle(name: str, compute: str, folders:
     assert set(tokenizer.eos_token_ids) == {tokenizer.convert_tokens_to_ids("<|eos|>")}
 
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"router": {"top_k": 2}},
+    "model.py": {"router": {"top_k": 2, "score": "sigmoid", "correction": True}, "shared": {"hidden": 64}},
+}
+"""Experts by what carries them."""
+
+
+@pytest.mark.parametrize("carrier", MIXTURES)
+def test_mixtures_generate_what_our_runtime_does(carrier: str, tmp_path: Path) -> None:
+    """Loaded and run by mlx-lm, quantized: a prompt whose experts are sorted, then token by token."""
+    mlp = {"kind": "moe", "experts": 6, "hidden": 64, **MIXTURES[carrier]}
+    source = write_checkpoint(tmp_path / "source", llama(width=64, block={"attention": {"head_dim": 16}, "mlp": mlp}))
+    result = convert(source, "mlx", "q4", tmp_path / "moe", options={"compute": "f32"}, verify=False)
+    assert result.support.carrier == carrier
+    model, tokenizer = mlx_lm.load(str(result.out), trust_remote_code=trusting(result.out))[:2]
+    prompt = tokenizer.encode(PROMPT * 3)
+    assert 2 * len(prompt) >= 64
+    found = [int(t) for t, _ in generate_step(mx.array(prompt), model, max_tokens=TOKENS)]
+    with backends.load(result.out) as runtime:
+        assert prompt == runtime.encode(PROMPT * 3)
+        logits, ours = runtime.prefill(np.array(prompt)), []
+        for _ in range(TOKENS):
+            ours.append(int(logits.argmax()))
+            logits = runtime.step(np.array(ours[-1:]))[0]
+    assert found == ours
+
+
 def test_the_bundled_model_runs_in_batches(folders: dict[str, Path]) -> None:
     """Prompts of uneven lengths, padded by mlx-lm, past windows: every row as if alone."""
     path = folders["bundled-f32"]
