@@ -34,12 +34,12 @@ def located(source: str | Path) -> Path:
     if not text.startswith(PREFIX):
         return Path(source)
     found = re.fullmatch(rf"{PREFIX}({NAME}/{NAME})(?:@([\w./-]+))?", text)
-    if found is None:
+    if found is None or ".." in text:
         raise UserError(f"{text}: a source on the Hub is hf:owner/name or hf:owner/name@revision")
     repo, revision = found[1], found[2]
     from huggingface_hub import snapshot_download
 
-    with explained(text):
+    with explained(text, ", and no whole copy is in the cache"):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*SMALL, *WEIGHTS]))
         if not any(p.suffix == ".safetensors" for p in folder.iterdir()):
             snapshot_download(repo, revision=folder.name, allow_patterns=list(PICKLES))
@@ -47,8 +47,8 @@ def located(source: str | Path) -> Path:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """What goes wrong between here and the Hub, in one line."""
+def explained(what: str, unreached: str = "") -> Iterator[None]:
+    """What goes wrong between here and the Hub, in one line. unreached: what more to say where there is no network."""
     import httpx2
     from huggingface_hub import errors
     from huggingface_hub.utils import logging as chatter
@@ -72,7 +72,7 @@ def explained(what: str) -> Iterator[None]:
         raise UserError(f"{what}: the Hub answered {status}{hint}: {_first(e.server_message or str(e))}") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.HTTPError) as e:
         reason = _first(str(e.__cause__ or e))
-        raise UserError(f"{what}: the Hub cannot be reached, and no whole copy is in the cache ({reason})") from None
+        raise UserError(f"{what}: the Hub cannot be reached{unreached} ({reason})") from None
     except OSError as e:
         raise UserError(f"{what}: {e.filename or ''} {e.strerror or e}".replace("  ", " ")) from None
     finally:

@@ -36,23 +36,23 @@ class Provenance:
 
 def provenance(source: Source) -> Provenance:
     """Read what lies beside a source's weights. Nothing here stops a conversion."""
-    folder = source.path if source.path.is_dir() else source.path.parent
     notes: list[str] = []
     front: dict[str, Any] = {}
     licences: tuple[Path, ...] = ()
     if source.path.is_dir():
         try:
-            front = _front(folder / "README.md")
+            front = _front(source.path / "README.md")
         except UserError as e:
             notes.append(f"its card is not carried over: {e}")
-        licences = tuple(sorted({p for pattern in LICENCES for p in folder.glob(pattern) if _plain(p)}))
+        licences = tuple(sorted({p for pattern in LICENCES for p in source.path.glob(pattern) if _plain(p)}))
     if licences and "license" not in front:
         front |= {"license": "other", "license_name": licences[0].name, "license_link": licences[0].name}
     if "license" not in front:
         notes.append("no licence is known: the source names none")
     if source.origin is not None:
         front["base_model"] = source.origin["repo"]
-    return Provenance(front, licences, tuple(_training(folder / "training")), tuple(notes))
+    training = tuple(_training(source.path / "training")) if source.path.is_dir() else ()
+    return Provenance(front, licences, training, tuple(notes))
 
 
 def _plain(path: Path) -> bool:

@@ -246,22 +246,19 @@ def _mismatch(adapter: Adapter, target: str, c: Change, shape: tuple[int, ...]) 
 
 def _untouched(adapter: Adapter, changes: Mapping[str, Change], shapes: Mapping[str, Any]) -> Iterator[str]:
     """Modules that the config names and the adapter has nothing for: an incomplete copy."""
-    named, excluded = adapter.config.get("target_modules"), adapter.config.get("exclude_modules") or []
-    if (
-        not isinstance(named, list)
-        or isinstance(excluded, str)
-        or adapter.config.get("layers_to_transform") is not None
-    ):
+    config = adapter.config
+    named, excluded, kept = (config.get(k) or [] for k in ("target_modules", "exclude_modules", "modules_to_save"))
+    if not isinstance(named, list) or isinstance(excluded, str) or config.get("layers_to_transform") is not None:
         named = []
-    kept = adapter.config.get("modules_to_save") or []
-    for what, modules, excluded_ in (("target_modules", named, [*excluded, *kept]), ("modules_to_save", kept, [])):
-        found = [
-            n for n, shape in shapes.items()
-            if n.endswith(".weight") and (len(shape) == 2 or what == "modules_to_save") and n not in changes
-            and _ends(n.removesuffix(".weight"), modules) and not _ends(n.removesuffix(".weight"), excluded_)
-        ]  # fmt: skip
-        if found:
-            yield f"{len(found)} modules are among {what}, and the adapter has nothing for them: {collapse(found)}"
+    apart = any(".experts." in n for n in changes)  # in transformers 5 experts are no modules that PEFT would find
+    alone = {n.removesuffix(".weight"): s for n, s in shapes.items() if n.endswith(".weight") and n not in changes}
+    matrices = [m for m, s in alone.items() if len(s) == 2 and (apart or ".experts." not in m)]
+    for key, modules in (
+        ("target_modules", [m for m in matrices if _ends(m, named) and not _ends(m, [*excluded, *kept])]),
+        ("modules_to_save", [m for m in alone if _ends(m, kept)]),
+    ):
+        if modules:
+            yield f"{len(modules)} modules are among {key}, and the adapter has nothing for them: {collapse(modules)}"
 
 
 def _ends(module: str, names: Sequence[object]) -> bool:

@@ -50,6 +50,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "sparsity_config": (None, {}), "transform_config": (None, {}), "moe_sparsity_config": (None,),
     "expert_dtype": ("fp8",),
 }  # fmt: skip
+LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+"""Keys that list modules which are not quantized."""
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense", "mixed-precision")
 
 
@@ -143,8 +145,7 @@ def decoded(store: Store, config: object, source: str) -> tuple[Store, list[str]
     assert isinstance(config, dict)
     parts: dict[str, Part] = {}
     hidden: set[str] = set()
-    kept = [p for key in ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
-            for p in config.get(key) or []]  # fmt: skip
+    kept = [p for key in LISTS for p in config.get(key) or []]
     for name, entry in store.entries.items():
         if name.endswith("_packed"):
             found: Part | str = _packed(store, name.removesuffix("_packed"))
@@ -190,6 +191,9 @@ def _method(config: object, problems: list[str]) -> tuple[str, tuple[int, int] |
             problems.append(f"{key}: {str(value)[:80]} changes the weights and is not read")
         elif key not in METHODS[method] and key not in NEUTRAL:
             problems.append(f"{key[:80]} is an unknown key of {method}")
+    for key in LISTS:
+        if not isinstance(config.get(key) or [], list):
+            problems.append(f"{key}: {str(config[key])[:40]!r} is no list of modules")
     for key, allowed in (("format", FORMATS), ("quant_algo", ("FP8",))):
         if config.get(key, allowed[0]) not in allowed:
             problems.append(f"{key}: {str(config[key])[:40]!r} is not read ({', '.join(allowed)} are)")

@@ -111,6 +111,7 @@ def test_an_adapter_of_a_repository(hub: Hub, run: Run, tmp_path: Path) -> None:
         ("hf:owner/nothing", TOKEN, "hf:owner/nothing: there is no such repository, or it is private"),
         ("hf:owner/gated", "", "hf:owner/gated: the repository is gated: ask for access on its page"),
         ("hf:owner/small@v9", TOKEN, "hf:owner/small@v9: the repository has no such branch, tag or commit"),
+        ("hf:owner/small@../../refs", TOKEN, "a source on the Hub is hf:owner/name or hf:owner/name@revision"),
         ("hf:owner", TOKEN, "a source on the Hub is hf:owner/name or hf:owner/name@revision"),
         ("hf:owner/empty", TOKEN, "neither spec.yaml (our checkpoint) nor config.json (Hugging Face) is in it"),
     ],
@@ -134,6 +135,13 @@ def test_no_network_is_one_line(run: Run) -> None:
         status, _, errors = run("hf:owner/small", "--check", **env)
         (line,) = errors.splitlines()
         assert status == 2 and "the Hub cannot be reached, and no whole copy is in the cache" in line
+
+
+def test_a_push_without_a_network_is_told_before_the_work(run: Run, tmp_path: Path, small: Spec) -> None:
+    trained(tmp_path / "run", small)
+    status, _, errors = run("run", "--push", "owner/made", HF_ENDPOINT="http://127.0.0.1:9")
+    (line,) = errors.splitlines()
+    assert status == 2 and "--push owner/made: the Hub cannot be reached (" in line
 
 
 def trained(folder: Path, small: Spec) -> Path:
