@@ -9,6 +9,7 @@ import backends
 from backends.base import Support
 from backends.hf.carriers import KEYS
 from convert.families import Family, read
+from convert.families.expert_table import UNREAD
 from convert.families.table import ROWS
 
 TARGETS = ("torch", "gguf", "mlx", "onnx", "coreml", "tensorrt", "hf")
@@ -26,7 +27,16 @@ def page(note: str) -> str:
         back = {"hf": {"architecture": f.name}}  # as `convert` does without being asked
         cells = [_cell(t, backends.support(t, spec, "f32", **back.get(t, {}))) for t in TARGETS]
         rows.append(f"| `{f.name}` | {f.covers or '-'} | " + " | ".join(cells) + " |")
-    return note + head + "\n" + "\n".join(rows) + "\n"
+    return note + head + "\n" + "\n".join([*rows, *_unread()]) + "\n"
+
+
+def _unread() -> list[str]:
+    """The families that are refused with a reason."""
+    out = ["", "## What is not read", ""]
+    for why in dict.fromkeys(UNREAD.values()):
+        names = ", ".join(f"`{n}`" for n, reason in UNREAD.items() if reason == why)
+        out.append(f"- {names}: {why}.")
+    return out
 
 
 def example(f: Family) -> dict[str, Any]:

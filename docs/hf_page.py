@@ -69,6 +69,7 @@ def _cells(c: Carrier) -> tuple[tuple[str, ...], ...]:
             _if(c.lacks, "no " + " ".join(sorted(c.lacks))),
             _if(biases & {"gate", "up", "down"}, "bias"),
             _if(c.hidden_times, f"hidden = {c.hidden_times} x width"),
+            *_experts(c),
         ),
         (
             _if(c.embed_scale, "embedding x sqrt(width)" if c.embed_scale == "sqrt_width" else "embedding scale"),
@@ -77,4 +78,19 @@ def _cells(c: Carrier) -> tuple[tuple[str, ...], ...]:
             _if(c.logit_softcap, "logit softcap"),
             _if("head" in biases, "head bias"),
         ),
+    )
+
+
+def _experts(c: Carrier) -> tuple[str, ...]:
+    m = c.mixture
+    if m is None:
+        return ()
+    dense = {"none": "in all layers", "first": "after dense layers", "steps": "in any layers", "list": "in any layers",
+             "span": "in regular layers"}[m.dense]  # fmt: skip
+    return (
+        f"experts {dense}",
+        f"{m.score} router" + _if(m.bias, " with bias") + _if(m.correction, " with correction"),
+        "renormalise?" if m.renormalise else "renormalise",
+        _if(m.scale, "scale"),
+        _need(m.shared, "shared expert") + _if(m.shared_gate, " with gate"),
     )
