@@ -26,6 +26,8 @@ class Experts:
     layers: Literal["all", "none_or_all", "leading", "any"] = "all"
     """Which layers are mixtures: all; all or none; all behind the first `leading_dense_block_count`; any."""
     score: tuple[Literal["softmax", "sigmoid"], ...] = ("softmax",)
+    default_score: str = ""
+    """Where a file does not say; empty: it has to."""
     renormalise: bool | None = True
     """Whether weights are divided by their sum; none: `expert_weights_norm` says."""
     scale: bool = False
@@ -114,6 +116,8 @@ class Carrier:
     """The window where a file does not give it; 0: it has to."""
     window_period: int = 0
     """Every so many layers the last has no window, where a file does not say which; 0: it has to."""
+    window_after: bool = False
+    """Whether the first of them has none instead."""
     window_unused: bool = False
     """Whether the loader reads the key of a window, and the graph does without."""
     logit_scale_required: bool = True
@@ -176,7 +180,8 @@ CARRIERS: tuple[Carrier, ...] = (
     _row("olmoe", qk_norm="required", qk_over="width", square=True, every_head=True, tied="no",
          experts=Experts(renormalise=False, hidden="feed_forward")),
     _row("granitemoe", GRANITE, experts=GRANITE_EXPERTS),
-    _row("gpt-oss", o_bias="required", sinks="required", window="required", tied="no", mlp_norm="post_attention_norm",
+    _row("gpt-oss", o_bias="required", sinks="required", window="required", window_period=2, tied="no",
+         mlp_norm="post_attention_norm",
          experts=Experts(bias="required", activation="clamped_swiglu", expert_bias="required")),
     _row("qwen3", qk_norm="required"),
     _row("qwen2", square=True, head_bias="optional"),
@@ -200,13 +205,13 @@ CARRIERS: tuple[Carrier, ...] = (
     _row("step35", partial=True, full_dims=0.5, freqs="both", qk_norm="optional", window="required",
          window_theta="own", local_theta=10000.0, layer_heads=True, tied="no",
          keys=(("expert_feed_forward_length", 0),),
-         experts=Experts(**CHOSEN, layers="any", correction="optional", shared="required")),
+         experts=Experts(**CHOSEN, default_score="sigmoid", layers="any", correction="optional", shared="required")),
     _row("glm4moe", partial=True, qk_norm="optional", mlp_norm="post_attention_norm",
-         experts=Experts(**CHOSEN, layers="leading", correction="required", shared="required",
+         experts=Experts(**CHOSEN, default_score="sigmoid", layers="leading", correction="required", shared="required",
                          shared_hidden="multiple")),
     _row("hy_v3", qk_norm="required", keys=(("expert_feed_forward_length", 0),),
-         experts=Experts(**CHOSEN, layers="any", correction="optional", correction_name="exp_probs_b",
-                         shared="required")),
+         experts=Experts(**CHOSEN, default_score="sigmoid", layers="any", correction="optional",
+                         correction_name="exp_probs_b", shared="required")),
     _row("dots1", qk_norm="required", every_head=True, tied="no",
          experts=Experts(**CHOSEN, layers="leading", correction="optional", shared="required",
                          shared_hidden="multiple")),
@@ -250,8 +255,8 @@ CARRIERS: tuple[Carrier, ...] = (
     _row("cohere2", norm="layernorm", flow=("shared",), rope="interleaved", no_position="global", square=True,
          tied="forced", logit_scale="times", window="required", window_period=4),
     _row("cohere2moe", norm="layernorm", flow=("shared",), rope="interleaved", no_position="global",
-         logit_scale="times", window="required", window_period=4, keys=(("leading_dense_block_count", 0),),
-         experts=Experts(**CHOSEN)),
+         logit_scale="times", window="required", window_period=4, window_after=True,
+         keys=(("leading_dense_block_count", 0),), experts=Experts(**CHOSEN, default_score="sigmoid")),
     _row("dbrx", norm="layernorm", square=True, fused_qkv=True, qkv_bias="no", clip=True, tied="no",
          mlp_norm="attn_output_norm", keys=(("attention.clamp_kqv", 0.0),), experts=Experts(hidden="feed_forward")),
     _row("phimoe", norm_bias="required", freqs="longrope", square=True, o_bias="required", tied="no",

@@ -7,6 +7,7 @@ recognised and left out again.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ class Foreign:
     spec: Spec
     fit: Fit
     """Its carrier, as the file uses it, without rotary tensors."""
-    rotary: frozenset[str]
-    """Tensors that hold nothing but divisors of frequencies, which the spec says."""
+    spare: frozenset[str]
+    """Tensors that are no part of the function: divisors of frequencies, which the spec says, and layers that guess
+    further tokens."""
     notes: tuple[str, ...]
 
 
@@ -90,11 +92,13 @@ class _Reading:
     def foreign(self) -> Foreign:
         c, k = self.c, self.k
         depth, width, context = (k.whole(n) for n in ("block_count", "embedding_length", "context_length"))
+        depth = (depth or 0) - (k.whole("nextn_predict_layers", 0) or 0)
+        self.spare = self._spare(depth)
         eps = k.number("attention.layer_norm_rms_epsilon" if c.norm == "rmsnorm" else "attention.layer_norm_epsilon")
         embed = self.header.tensors.get("token_embd.weight")
         if embed is None or len(embed.shape) != 2:
             raise UserError(f"{self.path}: no token_embd.weight: not a language model")
-        if not depth or not width or not context or depth > 4096:
+        if depth < 1 or not width or not context or depth > 4096:
             k.check()
             raise UserError(f"{self.path}: {depth} layers of width {width} and {context} tokens are no model")
         heads = k.layers("attention.head_count", depth, int)
@@ -139,6 +143,15 @@ class _Reading:
         k.done()
         return self._checked(parse(data, str(self.path)))
 
+    def _spare(self, depth: int) -> frozenset[str]:
+        """Tensors of layers that guess further tokens, which come behind the model's own and take no part in it."""
+        layers = ((n, re.match(r"blk\.(\d+)\.", n)) for n in self.header.tensors)
+        found = frozenset(n for n, m in layers if m is not None and int(m[1]) >= depth)
+        declared = f"{self.c.arch}.nextn_predict_layers" in self.header.keys
+        if found and declared:
+            self.notes.append(f"{len(found)} tensors of layers that predict further tokens are left out")
+        return found if declared else frozenset()
+
     def _name(self) -> str:
         text = str(self.header.keys.get("general.name", self.path.stem))
         return "".join(ch for ch in text if ch.isprintable() and ch != "\ufeff")[:128] or self.path.stem[:128]
@@ -168,7 +181,8 @@ class _Reading:
             return [size] * depth
         pattern = k.raw("attention.sliding_window_pattern", c.window_period or None)
         if type(pattern) is int and pattern >= 0:
-            self.local = [pattern == 0 or i % pattern < pattern - 1 for i in range(depth)]
+            still = 0 if c.window_after else pattern - 1
+            self.local = [pattern == 0 or i % pattern != still for i in range(depth)]
         elif isinstance(pattern, list):
             self.local = k.layers("attention.sliding_window_pattern", depth, bool) or self.local
         else:
@@ -276,7 +290,7 @@ class _Reading:
         if refusals:
             raise UserError("\n".join(f"{self.path}: {r}" for r in dict.fromkeys(refusals)))
         rotary = frozenset(n for n in self.used if n.startswith("rope_"))
-        return Foreign(spec, Fit(carrier, (), (), Rotary()), rotary, tuple(self.notes))
+        return Foreign(spec, Fit(carrier, (), (), Rotary()), rotary | self.spare, tuple(self.notes))
 
 
 def layered(blocks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from backends.gguf.carriers import Carrier, Experts, Need
 from backends.gguf.container import Header, Info, read_rows
-from backends.gguf.keys import Keys
+from backends.gguf.keys import REQUIRED, Keys
 from backends.gguf.mixtures import GATING
 from backends.gguf.pack import dense, unpack
 
@@ -73,7 +73,8 @@ def _router(k: Keys, x: Experts) -> dict[str, Any]:
     first, *others = x.score
     score: str | None = first
     if others:
-        score = scores.get(k.whole("expert_gating_func"))
+        named = k.whole("expert_gating_func", 0 if x.default_score else REQUIRED)
+        score = scores.get(named) if named else x.default_score or None
     elif k.whole("expert_gating_func", GATING[first]) not in (0, GATING[first]):
         score = None
     if score is None:
@@ -118,7 +119,7 @@ def _widths(k: Keys, c: Carrier, x: Experts, found: MLPs) -> None:
         value = k.raw(key, 0)
         values = value if isinstance(value, list) else [value]
         if not all(type(v) is int and (fits(v) or v == 0) for v in values):
-            k.bad(key, f"is not what the tensors of llama.cpp's {c.arch} have ({hidden} wide)")
+            k.bad(key, f"is not what the tensors have: experts {hidden} wide, shared {shared and shared['hidden']}")
     for key in ("expert_group_count", "expert_group_used_count"):
         if k.whole(key, 0) not in (0, 1):
             k.bad(key, "is not supported (experts in groups)")

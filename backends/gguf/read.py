@@ -32,8 +32,8 @@ def open_artifact(path: Path) -> Artifact:
 
 
 def open_any(path: Path) -> tuple[Artifact, frozenset[str], tuple[str, ...]]:
-    """Any GGUF file, or one of the files of a split one: opened, the tensors that hold only what its spec says of
-    rotations, and notes.
+    """Any GGUF file, or one of the files of a split one: opened, the tensors that are no part of its function, and
+    notes.
 
     A file of this program is opened by the spec that it carries, with folds undone where that is exact; any other by
     its architecture's row (`foreign`). Raises `UserError`, `SpecError`.
@@ -47,7 +47,7 @@ def open_any(path: Path) -> tuple[Artifact, frozenset[str], tuple[str, ...]]:
         note = "a scale of the logits was folded into the final norm, which rounded it: it stays there"
     found = read_foreign(header, path)
     artifact = Artifact(path, found.spec, header, found.fit)
-    return artifact, found.rotary, (*found.notes, *([note] if note else []))
+    return artifact, found.spare, (*found.notes, *([note] if note else []))
 
 
 class Artifact:

@@ -31,22 +31,22 @@ ON_GRID = {"q4_0": "q4", "q8_0": "q8"}
 
 def open_gguf(path: Path) -> Source:
     """Open a GGUF file, or one of the files of a split one. Raises `UserError`, `SpecError`."""
-    artifact, rotary, notes = open_any(path)
+    artifact, spare, notes = open_any(path)
     header = artifact.header
-    _check(path, header, artifact, rotary)
+    _check(path, header, artifact, spare)
     tokenizer = read_vocabulary(header.keys, artifact.source.vocab_size, str(path))
     rules = [Rule(p.name, p.name) for p in params(artifact.source)]
     return Source(path, artifact.source, Layout(rules, artifact.source), GGUFStore(artifact), tokenizer, notes=notes)
 
 
-def _check(path: Path, header: Header, artifact: Artifact, rotary: frozenset[str]) -> None:
+def _check(path: Path, header: Header, artifact: Artifact, spare: frozenset[str]) -> None:
     """Every tensor belongs to the model, and the model lacks none. Raises `UserError` with all that is wrong."""
     have, want = header.tensors, artifact.slots
     problems = []
     missing = [n for n in want if n not in have]
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {collapse(missing)}")
-    extra = [n for n in have if n not in want and n not in rotary]
+    extra = [n for n in have if n not in want and n not in spare]
     if extra:
         problems.append(f"{len(extra)} tensors belong to nothing in the model: {collapse(extra)}")
     for name, t in want.items():
