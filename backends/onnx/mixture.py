@@ -1,7 +1,7 @@
 """Mixtures of experts in standard operators: a loop over the experts that are called for, or all of them at once.
 
 Shapes: B batch, T query, n = B * T tokens, D model, E experts, k of them a token's, N and K rows and columns of one
-expert's matrix, F hidden.
+expert's matrix.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def looped(ops: PortableOps, x: X, routes: Routes, w: Any, m: MoE) -> X:
         at = g("NonZero", g("Equal", chosen, expert))  # [2, tokens of this expert]: which token, which of its k places
         rows = g("Gather", at, g.constant(0, "i64"), axis=0)
         share = g("GatherND", weights, g("Transpose", at, perm=[1, 0]))
-        y = ops.widen(dense(ops, m, _each(w, expert=expert), g("Gather", tokens, rows, axis=0)))
+        own = SimpleNamespace(**{part: replace(h, expert=expert) for part, h in vars(w).items()})
+        y = ops.widen(dense(ops, m, own, g("Gather", tokens, rows, axis=0)))
         y = g("Mul", y, g("Unsqueeze", share, g.ints(-1)))
         return g("ScatterND", total, g("Unsqueeze", rows, g.ints(-1)), y, reduction="add")
 
@@ -79,61 +80,58 @@ def every(ops: PortableOps, x: X, routes: Routes, w: Any, m: MoE) -> X:
 def linear(ops: PortableOps, x: X, w: Weight) -> X:
     """The product with one expert's matrix, [tokens, K] -> [tokens, N], or with everyone's, [1 or E, n, K] ->
     [E, n, N]."""
-    g, level = ops.g, ops.layout.levels[w.weight or ""]
     assert w.weight is not None
     rows, k = ops.layout.shape(w.weight)
-    n = rows // w.experts
-    bias = None if w.bias is None else ops.vector(w.bias, None if w.expert is None else w.experts)
-    if w.expert is None:
-        table = ops.dequantized(w.weight) if level in CODES else ops.vector(w.weight)
-        table = g("Transpose", g("Reshape", _typed(ops, table, level), g.ints(w.experts, n, k)), perm=[0, 2, 1])
-        y = g("MatMul", x, table)
-        return y if bias is None else ops.add(y, ops.narrow(g("Reshape", bias, g.ints(w.experts, 1, n))))
-    bias = None if bias is None else ops.narrow(g("Gather", bias, w.expert, axis=0))
-    if level not in CODES:
-        table = _typed(ops, g("Gather", ops.vector(w.weight, w.experts), w.expert, axis=0), level)
+    return (_everyones if w.expert is None else _ones_own)(ops, x, w, ops.layout.levels[w.weight], rows // w.experts, k)
+
+
+def _everyones(ops: PortableOps, x: X, w: Weight, level: str, n: int, k: int) -> X:
+    g, name = ops.g, w.weight or ""
+    table = ops.dequantized(name) if level in CODES else ops.vector(name)
+    table = g("Transpose", g("Reshape", _typed(ops, table, level), g.ints(w.experts, n, k)), perm=[0, 2, 1])
+    y = g("MatMul", x, table)
+    return y if w.bias is None else ops.add(y, ops.narrow(g("Reshape", ops.vector(w.bias), g.ints(w.experts, 1, n))))
+
+
+def _ones_own(ops: PortableOps, x: X, w: Weight, level: str, n: int, k: int) -> X:
+    g, name = ops.g, w.weight or ""
+    bias = None if w.bias is None else ops.narrow(g("Gather", ops.vector(w.bias, w.experts), w.expert, axis=0))
+    if level in CODES:
+        table = _dequantized(ops, w, CODES[level], n, k)
     else:
-        table = _dequantized(ops, w, n, k)
-        if level == "q4":  # a group's low codes come before its high ones there
-            turned = g("Transpose", g("Reshape", x, g.ints(0, k // GROUP, GROUP // 2, 2)), perm=[0, 1, 3, 2])
-            x = g("Reshape", turned, g.ints(0, k))
+        table = _typed(ops, g("Gather", ops.vector(name, w.experts), w.expert, axis=0), level)
+    if level == "q4":  # a group's even columns come before its odd ones
+        pairs = g("Reshape", x, g.ints(0, k // GROUP, GROUP // 2, 2))
+        x = g("Reshape", g("Transpose", pairs, perm=[0, 1, 3, 2]), g.ints(0, k))
     return g("Gemm", x, table, bias, transB=1)
 
 
-def _dequantized(ops: PortableOps, w: Weight, n: int, k: int) -> X:
-    """One expert's matrix [N, K] from its codes: the even columns of each group before the odd ones at four bits.
+def _dequantized(ops: PortableOps, w: Weight, bits: int, n: int, k: int) -> X:
+    """One expert's matrix [N, K] from its codes. At four bits the even columns of a group come before the odd ones:
+    putting them in turn would take longer than all the rest.
 
     There is no Gather for int4, and DequantizeLinear in blocks takes four times as long on a CPU.
     """
-    g, bits = ops.g, CODES[ops.layout.levels[w.weight or ""]]
-    assert w.weight is not None and w.expert is not None
-    codes, scales = ops.layout.parts(w.weight)
-    signed = ops.layout.profile == "portable"
-    kind = "u8" if bits == 4 or not signed else "i8"
+    g, signed = ops.g, ops.layout.profile == "portable"
+    codes, scales = ops.layout.parts(w.weight or "")
+    kind = "i8" if signed and bits == 8 else "u8"
     view = (w.experts, n, k // GROUP, GROUP * bits // 8)
     found = g("Gather", g.stored(codes, (f"{codes.name}.experts", kind, view)), w.expert, axis=0)
-    offset = 1 << (bits - 1)
     if bits == 4:
         if signed:
-            found = g("BitwiseXor", found, g.constant(0x88, "u8"))
-        low, high = (
-            g("BitwiseAnd", found, g.constant(15, "u8")),
-            g("BitShift", found, g.constant(4, "u8"), direction="RIGHT"),
-        )
+            found = g("BitwiseXor", found, g.constant(0x88, "u8"))  # the signed codes + 8
+        low = g("BitwiseAnd", found, g.constant(15, "u8"))
+        high = g("BitShift", found, g.constant(4, "u8"), direction="RIGHT")
         found = g("Concat", low, high, axis=-1)
     found = ops.to(found, ops.compute)
     if kind == "u8":
-        found = g("Sub", found, ops.number(offset))
-    each = g("Gather", ops.stacked(scales, w.experts), w.expert, axis=0)
-    return g("Reshape", g("Mul", found, g("Unsqueeze", each, g.ints(-1))), g.ints(n, k))
+        found = g("Sub", found, ops.number(1 << (bits - 1)))
+    each = g("Unsqueeze", g("Gather", ops.stacked(scales, w.experts), w.expert, axis=0), g.ints(-1))
+    return g("Reshape", g("Mul", found, each), g.ints(n, k))
 
 
 def _typed(ops: PortableOps, table: X, level: str) -> X:
     return table if level in (*CODES, ops.compute) else ops.to(table, ops.compute)
-
-
-def _each(w: Any, **change: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{part: replace(h, **change) for part, h in vars(w).items()})
 
 
 def _by_token(ops: PortableOps, routes: Routes, m: MoE) -> Routes:
