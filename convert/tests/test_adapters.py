@@ -209,6 +209,21 @@ def test_bin_adapters_and_sixteen_bits(tmp_path: Path) -> None:
         np.testing.assert_array_equal(source.tensor("layers.1.attn.q.weight"), from_safetensors)
 
 
+def test_a_mixture_whose_experts_an_adapter_leaves_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", lambda **k: transformers.Qwen3MoeConfig(
+        **SMALL, **BODY, head_dim=12, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2,
+        mlp_only_layers=[0], **k,
+    ))  # fmt: skip
+    model = base(tmp_path / "base", "qwen3_moe")
+    adapted = adapt(model, tmp_path / "lora", r=2, target_modules=["q_proj", "o_proj"])
+    expected = merged(adapted)
+    with open_source(tmp_path / "base", [tmp_path / "lora"]) as source:
+        for name in ("layers.0.attn.q.weight", "layers.1.attn.q.weight", "layers.1.attn.o.weight"):
+            (inside,) = source._layout.of[name].external
+            np.testing.assert_array_equal(source.tensor(name), expected[inside].astype(np.float32))
+        assert source.tensor("layers.1.mlp.experts.up.weight").shape == (4 * 24, 48)
+
+
 def test_blocks_do_not_change_the_sums(tmp_path: Path) -> None:
     model = base(tmp_path / "base", "llama")
     adapt(model, tmp_path / "lora", r=4, target_modules=LINEAR["llama"], use_dora=True)
