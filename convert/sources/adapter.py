@@ -48,6 +48,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Keys that change what an adapter computes: read at these values, refused by name at others."""
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """init_lora_weights that leave the base model's weights alone."""
+KINDS: Mapping[str, tuple[type, ...]] = {
+    "use_rslora": (bool,), "use_dora": (bool,), "target_modules": (list, str), "exclude_modules": (list, str),
+    "modules_to_save": (list,),
+}  # fmt: skip
 PATTERN = r"(.*\.)?({})$"
 """What surrounds a module's pattern."""
 PREFIXES = ("model", "transformer", "gpt_neox", "language_model", "module")
@@ -140,6 +144,9 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"r: {str(config.get('r'))[:40]} is no rank"
     if not _number(config.get("lora_alpha")):
         yield f"lora_alpha: {str(config.get('lora_alpha'))[:40]} is no number"
+    for key, kinds in KINDS.items():
+        if not isinstance(config.get(key), (*kinds, type(None))):
+            yield f"{key}: {str(config[key])[:40]} is no {' or '.join(k.__name__ for k in kinds)}"
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
@@ -153,7 +160,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
 
 
 def _sha256(*paths: Path) -> str:

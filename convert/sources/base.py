@@ -114,7 +114,8 @@ class Source:
         total, step = self.shape(name)[0], rows or self.rows(name)
         for start in range(0, total, step):
             stop = min(total, start + step)
-            block = self._layout.read(name, start, stop, self._tensors.fetch)
+            with np.errstate(all="ignore"):  # a product of two tensors that is no number is named below
+                block = self._layout.read(name, start, stop, self._tensors.fetch)
             _finite(self._label(name), start, block)
             alias = self._aliases.get(name)
             if alias is not None and not np.array_equal(block, self._tensors.fetch(alias, start, stop)):

@@ -233,6 +233,20 @@ def test_blocks_do_not_change_the_sums(tmp_path: Path) -> None:
     np.testing.assert_array_equal(whole, parts)
 
 
+def test_a_norm_of_nothing_is_found_while_streaming(tmp_path: Path) -> None:
+    model = base(tmp_path / "base", "llama")
+    adapt(model, tmp_path / "lora", r=2, target_modules=["q_proj"], use_dora=True)
+    for folder, name in (("base", "model"), ("lora", "adapter_model")):
+        file = tmp_path / folder / f"{name}.safetensors"
+        w = {n: v.copy() for n, v in load_file(file).items()}
+        for n in w:
+            if "layers.1.self_attn.q_proj" in n and "magnitude" not in n:
+                w[n][:] = 0
+        save_file(w, file, {"format": "pt"})
+    with open_source(tmp_path / "base", [tmp_path / "lora"]) as source, pytest.raises(UserError, match="nan at row 0"):
+        source.tensor("layers.1.attn.q.weight")
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
     model = base(tmp_path / "base", "llama")
@@ -259,6 +273,11 @@ def config(lora: Path, **changes: Any) -> None:
         ({"init_lora_weights": "loftq"}, "loftq"),
         ({"r": 0}, "r: 0 is no rank"),
         ({"lora_alpha": None}, "lora_alpha: None is no number"),
+        ({"lora_alpha": 10**400}, "lora_alpha: 1000.* is no number"),
+        ({"use_dora": 1}, "use_dora: 1 is no bool"),
+        ({"modules_to_save": 5}, "modules_to_save: 5 is no list"),
+        ({"target_modules": {"a": 1}}, "target_modules: .* is no list or str"),
+        ({"rank_pattern": [1]}, "rank_pattern: is no mapping"),
         ({"rank_pattern": {"(a+)+b": 2}}, "no pattern that is read"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern: q_proj: x is no number"),
         ({"r": 5}, "self_attn.q_proj: rank 2, adapter_config.json says 5"),

@@ -99,7 +99,7 @@ def test_a_bare_pickle_is_refused_and_not_run(huggingface: Writes, tmp_path: Pat
     folder, marker = huggingface(), tmp_path / "ran"
     as_bin(folder)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(marker), 2))
-    with pytest.raises(UserError, match="format from before 1.6"):
+    with pytest.raises(UserError, match=r"format from before 1\.6"):
         open_source(folder)
     assert not marker.exists()
 
@@ -177,7 +177,7 @@ def test_an_old_torch_is_refused_before_it_reads(huggingface: Writes, monkeypatc
     as_bin(folder)
     monkeypatch.setattr(torch, "__version__", "2.5.1")
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("read"))
-    with pytest.raises(UserError, match="torch 2.13 or later, here is 2.5.1"):
+    with pytest.raises(UserError, match=r"torch 2\.13 or later, here is 2\.5\.1"):
         open_source(folder)
     assert torchbin.NEEDS == (2, 13)
 
