@@ -18,7 +18,7 @@ from spec.load import presets
 PRESETS = {
     "gemma-2-2b": "gemma2", "gemma-3-1b": "gemma3", "gpt2": "gpt2", "llama-3.2-1b": "llama",
     "mistral-7b": "granite_swa", "nano": "llama", "olmo-2-1b": "olmo2", "phi-3-mini": "granite_swa",
-    "qwen3-0.6b": "qwen3", "smollm2-135m": "llama", "tiny": "llama",
+    "qwen3-0.6b": "qwen3", "qwen3-30b-a3b": "qwen3moe", "smollm2-135m": "llama", "tiny": "llama", "tiny-moe": "llama",
 }  # fmt: skip
 
 

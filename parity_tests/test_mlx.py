@@ -180,7 +180,9 @@ def test_any_combination_is_exact(spec: Spec, tmp_path_factory: pytest.TempPathF
     write("mlx", spec, weights, path)
     check_packing("mlx", path, spec, weights, "f32")
     check_graph("mlx", path, length=31)
+    mixture = any(b.mlp.kind == "moe" for b in spec.layers)
     for level in ("q4", "bf16"):
-        quantized = write("mlx", spec, weights, path.with_name(level), level)
+        compute = "f32" if mixture else computes(level)[0]  # 16 bits turn experts of some random router for certain
+        quantized = write("mlx", spec, weights, path.with_name(level), level, compute=compute)
         check_packing("mlx", quantized, spec, weights, level)
-        check_arithmetic(quantized, computes(level)[0])
+        check_arithmetic(quantized, compute)
