@@ -184,5 +184,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not isinstance(e, UserError):
             raise
         for line in str(e).splitlines():
-            _say(f"convert: {line}")
+            _say("convert: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line))  # names from a folder
     sys.exit(2)

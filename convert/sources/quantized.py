@@ -208,15 +208,15 @@ def _method(config: object, problems: list[str]) -> tuple[str, tuple[int, int] |
             blocks.append(weights.get("block_structure"))
             if weights.get("symmetric") is False:
                 problems.append("config_groups: asymmetric weights are not read")
-    found = {tuple(b) if isinstance(b, list) else b for b in blocks if b is not None}
-    if len(found) > 1 or not all(_pair(b) for b in found):
-        problems.append(f"blocks of {' and '.join(map(str, found))}: one pair of sizes is read")
+    given = [b for b in blocks if b is not None]
+    if not all(_pair(b) and b == given[0] for b in given):
+        problems.append(f"blocks of {' and '.join(str(b)[:40] for b in given)}: one pair of sizes is read")
         return method, None
-    return method, next(iter(found), None)
+    return method, (given[0][0], given[0][1]) if given else None
 
 
 def _pair(block: object) -> bool:
-    return isinstance(block, tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    return isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
 
 
 def _scaled(store: Store, name: str, scale: str, block: tuple[int, int] | None) -> Scaled | str:

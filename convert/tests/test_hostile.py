@@ -136,6 +136,7 @@ FOLDERS: dict[str, tuple[Attack, str]] = {
     "config-width": (config(hidden_size=2**62, num_attention_heads=2**31), "config.json"),
     "config-vocabulary": (config(vocab_size=10**15), "config.json|shape"),
     "config-code": (config(auto_map={"AutoModelForCausalLM": "evil.Model"}), "auto_map"),
+    "config-escape": (config(**{"\x1b[2J\x07": 1}), "is an unknown key"),
     "config-unknown": (config(model_type="evil", auto_map={"AutoConfig": "evil.Config"}), "model_type"),
     "config-method": (config(quantization_config={"quant_method": "gptq"}), "'gptq' is not read"),
     "config-regex": (config(quantization_config={"quant_method": "compressed-tensors", "ignore": ["re:(a+)+$"],
