@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers, processors
 
 import backends
 from backends.base import QuantizedTensor, Tokenizer
-from backends.gguf import pretokenizers
+from backends.gguf import build, pretokenizers
 from backends.gguf.carriers import CARRIERS
 from backends.gguf.container import read_header, read_rows, read_split
 from backends.gguf.fit import examine
@@ -26,11 +26,13 @@ from backends.gguf.vocabulary import ALIASES, ONLY_READ, read_vocabulary
 from backends.numpy.model import Oracle
 from convert.pipeline import convert, convert_all
 from convert.sources import Source, open_source
+from convert.tokenizers import token_count
 from convert.verify.tokens import check_tokenizer
 from parity_tests.cases import FEATURES, nmse, random_ids, random_weights
 from parity_tests.checkpoints import llama, write_checkpoint
 from parity_tests.gguf_specs import spec_for, write_file
 from parity_tests.test_gguf_tokenizer import SEQUENCE, completed, sized, split, spm, trained
+from parity_tests.tokenizer_shop import FAMILIES, family
 from spec import Spec
 from spec.config import MoE, Rope
 from spec.errors import UserError
@@ -166,6 +168,22 @@ def test_a_tokenizer_comes_back_with_the_same_ids(name: str, tmp_path: Path) -> 
     assert HFTokenizer.from_str(json.dumps(found.json)).get_vocab() == t.get_vocab()
 
 
+SHOP = [n for n in FAMILIES if n not in ("t5", "mt5")]  # llama.cpp applies their table of characters otherwise
+QUICK = ("llama3", "phi3", "plain_unigram")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SHOP])
+def test_every_family_of_tokenizers_comes_back(name: str, tmp_path: Path) -> None:
+    tokenizer = family(name)
+    spec = sized(token_count(tokenizer))
+    write_file(spec, random_weights(spec), tmp_path / "m.gguf", tokenizer=tokenizer)
+    found = read_vocabulary(read_header(tmp_path / "m.gguf").keys, spec.vocab_size, "m.gguf")
+    assert found is not None and found.eos == tokenizer.eos
+    with Words(tmp_path / "m.gguf") as words:
+        check = check_tokenizer(words, found)
+    assert check.status == "PASS", check.reason
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("known", pretokenizers.KNOWN, ids=lambda p: p.name)
 def test_every_pre_tokenizer_comes_back(known: Any, tmp_path: Path) -> None:
@@ -175,35 +193,16 @@ def test_every_pre_tokenizer_comes_back(known: Any, tmp_path: Path) -> None:
     compare(t, Tokenizer(json.loads(t.to_str()), eos="<|endoftext|>"), tmp_path / "m.gguf")
 
 
-RENAMED = [a for a, n in ALIASES.items() if len(a) <= len(n)]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("alias", [*RENAMED, *ONLY_READ])
-def test_every_other_name_of_a_pre_tokenizer_means_what_the_table_says(alias: str, tmp_path: Path) -> None:
-    """By a file whose name of the pre-tokenizer is changed in place, which takes one that is no longer."""
-    name = ALIASES.get(alias, "gpt-4o" if len(alias) < 7 else "deepseek-coder")
-    known = next(p for p in pretokenizers.KNOWN if p.name == name)
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    t = trained(pre_tokenizers.Sequence([*(split(e) for e in known.expressions), level]))
-    spec, path = sized(t.get_vocab_size()), tmp_path / "m.gguf"
-    tokenizer = Tokenizer(json.loads(t.to_str()) | {}, eos="<|endoftext|>")
-    tokenizer.json["model"]["ignore_merges"] = known.ignore_merges
-    write_file(spec, random_weights(spec), path, tokenizer=tokenizer)
-    header = read_header(path)
-    start, length = header.text_at["tokenizer.ggml.pre"]
-    data = bytearray(path.read_bytes())
-    spare = length - len(alias)
-    # the bytes that are left over become part of a key that is not read: `x...` before the next one's name
-    data[start - 8 : start + length] = len(alias).to_bytes(8, "little") + alias.encode() + b"\x00" * spare
-    if spare:
-        pytest.skip("another length")
-    path.write_bytes(data)
-    found = read_vocabulary(read_header(path).keys, spec.vocab_size, "m.gguf")
-    assert found is not None
-    with Words(path) as words:
-        check = check_tokenizer(words, found)
-    assert check.status == "PASS", check.reason
+@pytest.mark.parametrize("alias", [*ALIASES, *ONLY_READ])
+def test_every_other_name_of_a_pre_tokenizer_means_what_the_table_says(
+    alias: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with that name, and the merges of any tokenizer of bytes."""
+    ours = build.tokenizer_metadata
+    monkeypatch.setattr(build, "tokenizer_metadata", lambda *a: {**ours(*a), "tokenizer.ggml.pre": alias})
+    t, tokenizer = prepared("gpt2")
+    compare(t, tokenizer, tmp_path / "m.gguf")
 
 
 @pytest.fixture(scope="module")

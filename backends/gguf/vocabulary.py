@@ -37,9 +37,7 @@ ALIASES = {
 }  # fmt: skip
 """Names of llama.cpp's pre-tokenizers that mean the same as one of `pretokenizers.KNOWN`."""
 
-_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
 ONLY_READ = {
-    "falcon": (_PUNCTUATION, pretokenizers.GPT2, "[0-9][0-9][0-9]"),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", pretokenizers.GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 """Expressions of those that no tokenizer is written with."""
