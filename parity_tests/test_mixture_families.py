@@ -211,12 +211,14 @@ def mxfp4(path: Path, seed: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_mxfp4_experts_are_those_of_transformers_bit_for_bit(dtype: str, tmp_path: Path) -> None:
+    from transformers.utils.quantization_config import Mxfp4Config
+
     want = mxfp4(tmp_path / "m")
     convert(tmp_path / "m", "hf", dtype, tmp_path / "out", verify=False)
     kind = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
     same_bytes({n: t.to(kind) for n, t in want.items()}, load_file(tmp_path / "out" / "model.safetensors"))
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    dequantized = loaded(tmp_path / "m", quantization_config=transformers.Mxfp4Config(dequantize=True))
+    dequantized = loaded(tmp_path / "m", quantization_config=Mxfp4Config(dequantize=True))
     assert nmse(float64_logits(loaded(tmp_path / "out"), ids(40)), float64_logits(dequantized, ids(40))) <= 1e-29
 
 
@@ -253,10 +255,17 @@ def test_dense_families_and_those_with_experts_keep_apart(tmp_path: Path) -> Non
             assert fit.carrier.mixture is not None and not fit.refusals
 
 
+WIDE = {"hidden_size": 96, "num_attention_heads": 8, "intermediate_size": 32, "moe_intermediate_size": 32}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 def test_a_conversion_of_every_family_is_verified(family: str, tmp_path: Path) -> None:
-    save(family, next(iter(MODELS[family])), tmp_path / "m")
-    for level in ("q8", "bf16"):
-        result = convert(tmp_path / "m", "hf", level, tmp_path / level)
+    """In bfloat16 at odd widths, and at int8 where widths are whole groups."""
+    variant = next(iter(MODELS[family]))
+    known = transformers.CONFIG_MAPPING[family]().to_dict()
+    save(family, variant, tmp_path / "odd")
+    mixture_models.save_with(family, variant, {k: v for k, v in WIDE.items() if k in known}, tmp_path / "wide")
+    for name, level in (("odd", "bf16"), ("wide", "q8")):
+        result = convert(tmp_path / name, "hf", level, tmp_path / level)
         assert result.report is not None and result.report.ok
