@@ -205,6 +205,19 @@ class EmulatedOps(NumpyOps):
         return (out / total[..., None]).astype(self.dtype)
 
 
+class NudgedOps(EmulatedOps):
+    """The oracle in float32, with embedding rows off by less than a rounding in every batch row but the first."""
+
+    def __init__(self, tables: bool) -> None:
+        super().__init__(np.float32, linears=False, kv="f32", tables=tables)
+
+    def embed(self, ids: Array, w: Handle, offset: int = 0) -> Array:
+        y = super().embed(ids, w, offset)
+        noise = np.random.default_rng(0).uniform(-1, 1, y.shape)
+        noise[0] = 0
+        return (y * (1 + noise * 2.0**-24)).astype(np.float32)
+
+
 class RoundedOps(EmulatedOps):
     """The oracle with every operation's result rounded to a 16-bit dtype in the batch rows `rows`: what a runtime that
     computes in that dtype, and accumulates inside each operation in float32, must reach. `rotary`: the tables are

@@ -13,7 +13,7 @@ from backends.base import Arithmetic, Runtime
 from backends.numpy.model import Oracle
 from convert import gates
 from convert.verify import routes
-from convert.verify.emulate import FLASH_TILE, GELU_TABLES, EmulatedOps, RoundedOps
+from convert.verify.emulate import FLASH_TILE, GELU_TABLES, EmulatedOps, NudgedOps, RoundedOps
 from convert.verify.metrics import Quality, nmse, typical
 from convert.verify.report import Check, Status
 from convert.verify.routes import Scores
@@ -73,7 +73,7 @@ def rounds_by_table(spec: Spec) -> bool:
 
 @dataclass(frozen=True)
 class Graph:
-    """What float32 compute on given weights must give: the reference and its control, both [1, T, V]."""
+    """What float32 compute on given weights must give: the reference [1, T, V] and its controls [N, T, V]."""
 
     reference: Array
     control: Array
@@ -94,19 +94,35 @@ def graph_reference(spec: Spec, weights: Weights, ids: Array, tables: bool, leng
     """
     tables = tables and rounds_by_table(spec)
 
-    def logits(dtype: Any, looked_up: bool, forced: Mapping[str, Array] | None, scores: Scores) -> Array:
-        ops = EmulatedOps(dtype, linears=False, kv="f32", tables=looked_up)
+    def logits(looked_up: bool, forced: Mapping[str, Array] | None, scores: Scores) -> Array:
+        ops = EmulatedOps(np.float64, linears=False, kv="f32", tables=looked_up)
         ops.forced = forced
         return Oracle(spec, weights, length=length, ops=ops).logits(ids, scores)
 
-    exact, rounded = Scores(), Scores()
-    reference = logits(np.float64, tables, None, exact)
-    forced = routes.chosen(spec, exact) or None
-    control = logits(np.float32, tables, forced, rounded)
-    plain = logits(np.float64, False, forced, Scores()) if tables else None
+    exact = Scores()
+    reference = logits(tables, None, exact)
+    control, rounded = float32_controls(spec, weights, ids, exact, tables, length)
+    plain = logits(False, routes.chosen(spec, exact), Scores()) if tables else None
     hidden = min(b.mlp.hidden * (b.mlp.router.top_k if isinstance(b.mlp, MoE) else 1) for b in spec.layers)
     certain = routes.certain_prefix(spec, exact, rounded, ids.shape[1])
     return Graph(reference, control, plain, spec.depth, hidden, certain)
+
+
+NUDGED = 4
+"""Controls of a mixture. How much a router amplifies rounding differs from token to token by orders of magnitude."""
+
+
+def float32_controls(
+    spec: Spec, weights: Weights, ids: Array, exact: Scores, tables: bool, length: int | None
+) -> tuple[Array, Scores]:
+    """The oracle in float32 with the experts that `exact` chooses: logits [N, T, V], and its routers' scores. One run;
+    with mixtures a few more whose embedding rows are a rounding away, so that what routers amplify is seen."""
+    forced = routes.chosen(spec, exact)
+    count = 1 + NUDGED if forced else 1
+    ops, rounded = NudgedOps(tables), Scores()
+    ops.forced = {scope: np.broadcast_to(e, (count, *e.shape[1:])) for scope, e in forced.items()} or None
+    oracle = Oracle(spec, weights, length=length, ops=ops)
+    return oracle.logits(np.concatenate([ids] * count), rounded), rounded
 
 
 def check_graph(run: Array, graph: Graph, what: str, name: str = "graph", tokens: slice = slice(None)) -> Check:
@@ -123,7 +139,7 @@ def check_graph(run: Array, graph: Graph, what: str, name: str = "graph", tokens
         what += f"; the {last - first} tokens before a router's near tie"
         tokens, run = slice(first, last), run[:, : last - first]
     reference = graph.reference[:, tokens]
-    control = nmse(graph.control[:, tokens], reference)
+    control = max(nmse(c[None, tokens], reference) for c in graph.control)
     positions = graph.reference.shape[1]
     lookups = 0 if graph.plain is None else run.shape[1] * graph.hidden
     gate = gates.gate("graph", "f32", control, layers=graph.layers, positions=positions, table_lookups=lookups)
@@ -136,7 +152,7 @@ def check_graph(run: Array, graph: Graph, what: str, name: str = "graph", tokens
 
 @dataclass(frozen=True)
 class Emulation:
-    """The same weights and ids three times over: all [1, T, V]."""
+    """The same weights and ids three times over: [1, T, V], and what is rounded once or several times over."""
 
     exact: Array
     """Float64, no rounding."""
@@ -155,8 +171,8 @@ class Emulation:
 
     def control(self, queries: int, tokens: slice = slice(None)) -> float:
         """What the runtime's roundings cost when that many queries are computed at once."""
-        run = self.tiled if queries >= FLASH_TILE else self.online
-        return self.measure(run[:, tokens], self.exact[:, tokens])
+        runs = self.tiled if queries >= FLASH_TILE else self.online
+        return max(self.measure(run[None, tokens], self.exact[:, tokens]) for run in runs)
 
 
 def _emulation(
@@ -189,7 +205,8 @@ def emulate(spec: Spec, weights: Weights, ids: Array, length: int | None = None)
 def emulate_dtype(spec: Spec, weights: Weights, ids: Array, length: int | None, a: Arithmetic) -> Emulation:
     """The control of a runtime that computes in one dtype: float32 NumPy, or the oracle with every operation's result
     rounded to 16 bits. Quantized activations are rounded on top, where weights are `Typed`."""
-    if a.compute == "f32" and a.cache == "f32" and a.activations is None:
+    single = a.compute == "f32" and a.cache == "f32"
+    if single and a.activations is None:
         return _float32(spec, weights, ids, length)
 
     def ops(follow: bool) -> EmulatedOps:
@@ -197,19 +214,18 @@ def emulate_dtype(spec: Spec, weights: Weights, ids: Array, length: int | None, 
             np.float64, compute=a.compute, kv=a.cache, rows=slice(1, 2), rotary=a.tables, gains=a.gains, follow=follow
         )
 
-    return _emulation(spec, weights, ids, length, ops, 1)
+    found = _emulation(spec, weights, ids, length, ops, 1)
+    nothing = single and np.array_equal(found.tiled, found.exact)  # no weight of a type that rounds its input
+    return _float32(spec, weights, ids, length) if nothing else found
 
 
 def _float32(spec: Spec, weights: Weights, ids: Array, length: int | None) -> Emulation:
-    scores, rounded = Scores(), Scores()
+    scores = Scores()
     exact = Oracle(spec, weights, length=length).logits(ids, scores)
-    control = Oracle(spec, weights, np.float32, length)
-    control.ops.forced = routes.chosen(spec, scores) or None
-    y = control.logits(ids, rounded)
+    y, rounded = float32_controls(spec, weights, ids, scores, False, length)
     certain = bool(routes.certain(spec, scores, rounded).all())
     if not certain:
-        control.ops.forced = None
-        y = control.logits(ids)
+        y = Oracle(spec, weights, np.float32, length).logits(ids)
     return Emulation(exact, y, y, certain)
 
 
@@ -233,7 +249,7 @@ def check_arithmetic(run: Array, emulation: Emulation, layers: int, precision: s
     gate = gates.gate("arithmetic", precision, emulation.control(queries), layers=layers, positions=queries)
     near = emulation.tiled if queries >= FLASH_TILE else emulation.online
     what += "" if emulation.certain else UNCERTAIN
-    unexplained = emulation.measure(run, near)
+    unexplained = emulation.measure(run, near[:1])
     return judge(
         "arithmetic", run, emulation.exact, gate, what, emulation.measure, unexplained=unexplained, precision=precision
     )
