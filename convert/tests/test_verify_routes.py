@@ -100,7 +100,7 @@ def test_the_control_takes_the_references_experts() -> None:
     emulation = emulate(SPEC, typed, ids)
     exact = Oracle(SPEC, weights).logits(ids)
     assert nmse(emulation.exact, exact) < 1e-20
-    assert 1e-7 < typical(emulation.tiled, exact) < 1e-2
+    assert 1e-7 < typical(emulation.tiled[:1], exact) < 1e-2
 
 
 def test_rounding_of_one_batch_row_leaves_the_others_exact() -> None:

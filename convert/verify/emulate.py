@@ -10,7 +10,7 @@ Sources: ggml's `type_traits_cpu` (vec_dot_type), `quantize_row_q8_0`, `quantize
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,7 @@ class EmulatedOps(NumpyOps):
     keys and values in the cache. `tables`: GELU through float16. `online`: those batch rows whose attention rounds
     queries too and sums values key by key in float16, as ggml's flash attention does for fewer than `FLASH_TILE`
     queries (for more it works in float32 tiles). `follow`: every batch row takes the experts that the first chooses.
+    `nudge`: by how much, relatively, embedding rows are off at most in the batch rows `nudged`.
     """
 
     def __init__(
@@ -132,15 +133,24 @@ class EmulatedOps(NumpyOps):
         rows: slice = slice(None),
         online: slice = slice(0, 0),
         follow: bool = False,
+        nudge: float = 0.0,
+        nudged: Sequence[int] = (),
     ) -> None:
         super().__init__(dtype)
-        self.follow = follow
+        self.follow, self.nudge, self.nudged = follow, nudge, list(nudged)
         self.linears, self.kv, self.tables, self.rows, self.online = linears, kv, tables, rows, online
 
     def _round(self, x: Array, rounding: Rounding, rows: slice) -> Array:
         out = x.copy()
         out[rows] = rounding(x[rows]).astype(self.dtype)
         return out
+
+    def embed(self, ids: Array, w: Handle, offset: int = 0) -> Array:
+        y = super().embed(ids, w, offset)
+        if self.nudged:
+            noise = np.random.default_rng(0).uniform(-1, 1, (len(self.nudged), *y.shape[1:]))
+            y[self.nudged] *= (1 + self.nudge * noise).astype(self.dtype)
+        return y
 
     def linear(self, x: Array, w: Handle) -> Array:
         rounding = ROUNDINGS.get(getattr(w.weight, "activation", "")) if self.linears else None
@@ -205,19 +215,6 @@ class EmulatedOps(NumpyOps):
         return (out / total[..., None]).astype(self.dtype)
 
 
-class NudgedOps(EmulatedOps):
-    """The oracle in float32, with embedding rows off by less than a rounding in every batch row but the first."""
-
-    def __init__(self, tables: bool) -> None:
-        super().__init__(np.float32, linears=False, kv="f32", tables=tables)
-
-    def embed(self, ids: Array, w: Handle, offset: int = 0) -> Array:
-        y = super().embed(ids, w, offset)
-        noise = np.random.default_rng(0).uniform(-1, 1, y.shape)
-        noise[0] = 0
-        return (y * (1 + noise * 2.0**-24)).astype(np.float32)
-
-
 class RoundedOps(EmulatedOps):
     """The oracle with every operation's result rounded to a 16-bit dtype in the batch rows `rows`: what a runtime that
     computes in that dtype, and accumulates inside each operation in float32, must reach. `rotary`: the tables are
@@ -232,9 +229,9 @@ class RoundedOps(EmulatedOps):
         rows: slice = slice(None),
         rotary: bool = False,
         gains: bool = False,
-        follow: bool = False,
+        **nudging: Any,
     ) -> None:
-        super().__init__(dtype, kv=kv, tables=False, rows=rows, follow=follow)
+        super().__init__(dtype, kv=kv, tables=False, rows=rows, **nudging)
         self.compute, self.rotary, self.gains, self._fused = compute, rotary, gains, False
 
     def _rounded(self, x: Array) -> Array:

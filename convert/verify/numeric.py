@@ -13,7 +13,7 @@ from backends.base import Arithmetic, Runtime
 from backends.numpy.model import Oracle
 from convert import gates
 from convert.verify import routes
-from convert.verify.emulate import FLASH_TILE, GELU_TABLES, EmulatedOps, NudgedOps, RoundedOps
+from convert.verify.emulate import FLASH_TILE, GELU_TABLES, EmulatedOps, RoundedOps
 from convert.verify.metrics import Quality, nmse, typical
 from convert.verify.report import Check, Status
 from convert.verify.routes import Scores
@@ -113,14 +113,17 @@ NUDGED = 4
 
 
 def float32_controls(
-    spec: Spec, weights: Weights, ids: Array, exact: Scores, tables: bool, length: int | None
+    spec: Spec, weights: Weights, ids: Array, exact: Scores | None, tables: bool, length: int | None
 ) -> tuple[Array, Scores]:
-    """The oracle in float32 with the experts that `exact` chooses: logits [N, T, V], and its routers' scores. One run;
-    with mixtures a few more whose embedding rows are a rounding away, so that what routers amplify is seen."""
-    forced = routes.chosen(spec, exact)
-    count = 1 + NUDGED if forced else 1
-    ops, rounded = NudgedOps(tables), Scores()
-    ops.forced = {scope: np.broadcast_to(e, (count, *e.shape[1:])) for scope, e in forced.items()} or None
+    """The oracle in float32 with the experts that `exact` chooses, or its own: logits [N, T, V], and its routers'
+    scores. One run; with mixtures a few more whose embedding rows are a rounding away, so that what routers amplify is
+    seen."""
+    count = 1 + NUDGED if routes.mixtures(spec) else 1
+    nudging: dict[str, Any] = {"nudge": gates.UNIT["f32"], "nudged": range(1, count)}
+    ops, rounded = EmulatedOps(np.float32, linears=False, kv="f32", tables=tables, **nudging), Scores()
+    if exact is not None:
+        chosen = routes.chosen(spec, exact)
+        ops.forced = {scope: np.broadcast_to(e, (count, *e.shape[1:])) for scope, e in chosen.items()}
     oracle = Oracle(spec, weights, length=length, ops=ops)
     return oracle.logits(np.concatenate([ids] * count), rounded), rounded
 
@@ -176,28 +179,34 @@ class Emulation:
 
 
 def _emulation(
-    spec: Spec, weights: Weights, ids: Array, length: int | None, ops: Callable[[bool], EmulatedOps], controls: int
+    spec: Spec, weights: Weights, ids: Array, length: int | None, ops: Callable[..., EmulatedOps], controls: int
 ) -> Emulation:
     """The first batch row exactly and `controls` more with roundings, in one pass over the weights, all with the
-    experts of the first; in a second pass with their own where rounding may turn one."""
+    experts of the first. Where rounding may turn one, a second pass in which they choose, several times over: which
+    routes turn, and what follows from an early one, is a matter of luck.
 
-    def run(follow: bool, scores: Scores) -> Array:
-        rows = np.concatenate([ids] * (1 + controls))
-        return Oracle(spec, weights, length=length, ops=ops(follow)).logits(rows, scores)
+    ops: the operations, by how often each control is there and by how batch rows are nudged.
+    """
+
+    def run(copies: int, scores: Scores, **nudging: Any) -> Array:
+        rows = np.concatenate([ids] * (1 + controls * copies))
+        return Oracle(spec, weights, length=length, ops=ops(copies, **nudging)).logits(rows, scores)
 
     scores = Scores()
-    y = run(True, scores)
-    certain = bool(routes.certain(spec, scores, scores).all())
-    if not certain:
-        y = run(False, Scores())
-    return Emulation(y[:1], y[1:2], y[controls:], certain)
+    y = run(1, scores, follow=True)
+    if routes.certain(spec, scores, scores).all():
+        return Emulation(y[:1], y[1:2], y[controls:])
+    n = 1 + NUDGED
+    y = run(n, Scores(), nudged=[i for i in range(1, 1 + controls * n) if (i - 1) % n])
+    return Emulation(y[:1], y[1 : 1 + n], y[1 + (controls - 1) * n :], certain=False)
 
 
 def emulate(spec: Spec, weights: Weights, ids: Array, length: int | None = None) -> Emulation:
     """llama.cpp's roundings. ids [1, T]. Weights that are `Typed` say how their input is rounded."""
 
-    def ops(follow: bool) -> EmulatedOps:
-        return EmulatedOps(np.float64, rows=slice(1, 3), online=slice(2, 3), follow=follow)
+    def ops(n: int, **nudging: Any) -> EmulatedOps:
+        rows, online = slice(1, 1 + 2 * n), slice(1 + n, 1 + 2 * n)
+        return EmulatedOps(np.float64, rows=rows, online=online, nudge=gates.UNIT["f16"], **nudging)
 
     return _emulation(spec, weights, ids, length, ops, 2)
 
@@ -209,10 +218,10 @@ def emulate_dtype(spec: Spec, weights: Weights, ids: Array, length: int | None, 
     if single and a.activations is None:
         return _float32(spec, weights, ids, length)
 
-    def ops(follow: bool) -> EmulatedOps:
-        return RoundedOps(
-            np.float64, compute=a.compute, kv=a.cache, rows=slice(1, 2), rotary=a.tables, gains=a.gains, follow=follow
-        )
+    def ops(n: int, **nudging: Any) -> EmulatedOps:
+        nudging["nudge"] = max(gates.UNIT[p] for p in (a.compute, a.cache))
+        rounding: dict[str, Any] = {"compute": a.compute, "kv": a.cache, "rotary": a.tables, "gains": a.gains}
+        return RoundedOps(np.float64, rows=slice(1, 1 + n), **rounding, **nudging)
 
     found = _emulation(spec, weights, ids, length, ops, 1)
     nothing = single and np.array_equal(found.tiled, found.exact)  # no weight of a type that rounds its input
@@ -225,7 +234,7 @@ def _float32(spec: Spec, weights: Weights, ids: Array, length: int | None) -> Em
     y, rounded = float32_controls(spec, weights, ids, scores, False, length)
     certain = bool(routes.certain(spec, scores, rounded).all())
     if not certain:
-        y = Oracle(spec, weights, np.float32, length).logits(ids)
+        y, _ = float32_controls(spec, weights, ids, None, False, length)
     return Emulation(exact, y, y, certain)
 
 
