@@ -144,7 +144,7 @@ class Carrier:
     logit_softcap: Need = "no"
 
     keys: tuple[tuple[str, int | float | bool | str], ...] = field(default=())
-    """Metadata that the loader insists on and that changes nothing here."""
+    """Metadata that the loader insists on, or reads, and that changes nothing at these values."""
 
 
 Fields = dict[str, Any]
@@ -256,7 +256,8 @@ CARRIERS: tuple[Carrier, ...] = (
          tied="forced", logit_scale="times", window="required", window_period=4),
     _row("cohere2moe", norm="layernorm", flow=("shared",), rope="interleaved", no_position="global",
          logit_scale="times", window="required", window_period=4, window_after=True,
-         keys=(("leading_dense_block_count", 0),), experts=Experts(**CHOSEN, default_score="sigmoid")),
+         keys=(("leading_dense_block_count", 0), ("attention.layer_norm_rms_epsilon", 0.0)),  # else its norms are RMS
+         experts=Experts(**CHOSEN, default_score="sigmoid")),
     _row("dbrx", norm="layernorm", square=True, fused_qkv=True, qkv_bias="no", clip=True, tied="no",
          mlp_norm="attn_output_norm", keys=(("attention.clamp_kqv", 0.0),), experts=Experts(hidden="feed_forward")),
     _row("phimoe", norm_bias="required", freqs="longrope", square=True, o_bias="required", tied="no",

@@ -20,10 +20,10 @@ READ_ELSEWHERE = re.compile(r"adapter\..*|xielu\..*|general\.tensor_extra\..*|cl
 
 IGNORED = frozenset(
     """vocab_size tensor_data_layout rope.scaling.finetuned attention.layer_norm_epsilon
-    attention.layer_norm_rms_epsilon interleave_moe_layer_step""".split()  # noqa: SIM905
+    attention.layer_norm_rms_epsilon""".split()  # noqa: SIM905
 )
 """Keys of an architecture that its graph does not use: another kind of norm's epsilon, the number of rows that the
-embedding's shape gives too, switches that only some architectures read."""
+embedding's shape gives too, a switch that only some architectures read; where one reads it, its row says so."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -144,14 +144,15 @@ class Keys:
                 if READ_ELSEWHERE.fullmatch(name):
                     self.problems.append(Problem(name, _short(value), "changes the function and is not read"))
                 continue  # llama.cpp reads nothing else outside the architecture's keys
-            if key in self.taken or key in IGNORED:
+            if key in self.taken or (key in IGNORED and key not in self.fixed):
                 continue
             values = value if isinstance(value, list) else [value]
             if (key in NEUTRAL and all(v in NEUTRAL[key] for v in values)) or (
                 key in self.fixed and all(v == self.fixed[key] for v in values)
             ):
                 continue
-            rule = "changes the function and is not supported" if key in NEUTRAL else "is an unknown key"
+            known = key in NEUTRAL or key in self.fixed
+            rule = "changes the function and is not supported" if known else "is an unknown key"
             self.problems.append(Problem(name, _short(value), rule, "unknown keys may change the function"))
         self.check()
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from backends.gguf import foreign
+from backends.gguf.carriers import CARRIERS
 from backends.gguf.container import read_header, read_split
 from backends.gguf.foreign import layered, patch
 from backends.gguf.foreign_rotary import from_divisors
@@ -241,6 +242,19 @@ def test_values_of_another_kind_are_errors(name: str) -> None:
     assert (k.layers(name, 3, int) if name == "heads" else reading[name](name)) is None
     with pytest.raises(SpecError, match=rf"llama\.{name}"):
         k.check()
+
+
+@pytest.mark.parametrize(("arch", "key", "fine", "other"), [
+    ("ernie4_5-moe", "interleave_moe_layer_step", 1, 2),
+    ("cohere2moe", "attention.layer_norm_rms_epsilon", 0.0, 1e-5),
+    ("cohere2moe", "leading_dense_block_count", 0, 1),
+])  # fmt: skip
+def test_keys_that_one_architecture_alone_reads_are_refused_there(arch: str, key: str, fine: Any, other: Any) -> None:
+    """A step between mixtures; an epsilon that makes every norm another one; rotation of the first layers."""
+    (fixed,) = (dict(c.keys) for c in CARRIERS if c.arch == arch)
+    Keys({f"{arch}.{key}": fine}, arch, "m.gguf", fixed).done()
+    with pytest.raises(SpecError, match=rf"{arch}\.{key}: {other:g}.* changes the function and is not supported"):
+        Keys({f"{arch}.{key}": other}, arch, "m.gguf", fixed).done()
 
 
 LAYERS = {
