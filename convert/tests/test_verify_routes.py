@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -120,3 +121,28 @@ def test_typical_ignores_the_few() -> None:
     assert typical(run, ref) == pytest.approx(usual, rel=0.3) and nmse(run, ref) > 100 * usual
     run[0, 7] = np.nan
     assert typical(run, ref) == np.inf
+
+
+def test_a_run_is_compared_up_to_the_token_that_turned() -> None:
+    """From there on it is another sequence, unless the token had no choice: then it is a bug."""
+    ids, weights = random_ids(SPEC, 1, 40), random_weights(SPEC)
+    good = emulate_dtype(SPEC, weights, ids, None, HALF)
+    exact, turning = good.exact, np.zeros(40, bool)
+    turning[[5, 21]] = True
+    run = good.tiled[:1].copy()
+    run[0, 21:] += 30 * np.abs(exact).max()
+
+    def checked(turning: Any) -> Any:
+        emulation = replace(good, certain=False, turning=turning)
+        return check_arithmetic(run, emulation, SPEC.depth, "bf16", "bfloat16")
+
+    check = checked(turning)
+    assert check.status is Status.PASS and "21 of them" in check.reason
+    turning[21] = False
+    assert checked(turning).status is Status.FAIL
+    assert checked(None).status is Status.FAIL
+    turning[:] = True
+    run[0, 4:] += 30 * np.abs(exact).max()
+    assert checked(turning).status is Status.NOT_RUN
+    run[0, 4:] = np.nan
+    assert checked(turning).status is Status.FAIL
