@@ -18,11 +18,10 @@ PREFIX = "hf:"
 NAME = r"[A-Za-z0-9][\w.-]{0,95}"
 SMALL = (
     "config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
-    "adapter_config.json", "spec.yaml", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
-    "spiece.model", "chat_template.*", "README.md", "LICENSE*", "NOTICE*",
+    "adapter_config.json", "spec.yaml", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.*", "README.md",
 )  # fmt: skip
-"""Configs, tokenizers, cards and licences. No code: nothing of a repository is ever run."""
+"""Configs, tokenizers and cards; `small` has the rest. No code: nothing of a repository is ever run."""
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "adapter_model.bin")
 """Fetched only where there is no safetensors file."""
@@ -40,10 +39,17 @@ def located(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     with explained(text, ", and no whole copy is in the cache"):
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*SMALL, *WEIGHTS]))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*small(), *WEIGHTS]))
         if not any(p.suffix == ".safetensors" for p in folder.iterdir()):
             snapshot_download(repo, revision=folder.name, allow_patterns=list(PICKLES))
     return folder
+
+
+def small() -> list[str]:
+    """Patterns of the files beside the weights that are read from a folder."""
+    from convert import provenance, templates, vocabularies
+
+    return [*SMALL, *vocabularies.FILES, f"{templates.FOLDER}/*.jinja", *provenance.LICENCES]
 
 
 @contextmanager

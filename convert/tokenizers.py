@@ -46,6 +46,7 @@ def read_tokenizer(folder: Path, model_config: Mapping[str, Any] | None = None) 
         found, main = other, folder
         _adopt(found.json, config, special, more, main)
     data = found.json
+    data |= {"truncation": None, "padding": None}  # of a batch that somebody once made: clients set their own
     ids = _checked(data, main)
 
     def named(role: str) -> str | None:
@@ -117,6 +118,9 @@ def _checked(data: dict[str, Any], where: Path) -> dict[str, int]:
     kind = model.get("type", TYPES[0]) if isinstance(model, dict) else TYPES[0]
     if kind not in TYPES:
         raise UserError(f"{where}: model.type: {kind} is no tokenizer of a decoder here ({' and '.join(TYPES)} are)")
+    if isinstance(model, dict) and model.get("dropout"):
+        raise UserError(f"{where}: model.dropout: {model['dropout']!r} splits a text differently every time "
+                        "(null for use after training)")  # fmt: skip
     try:
         ids = token_ids(data)
         entries = [*data["model"]["vocab"].values()] if isinstance(data["model"]["vocab"], dict) else []
@@ -176,6 +180,7 @@ def _adopt(
     tokenizer.json."""
     vocab = data["model"]["vocab"]
     names = list(vocab) if isinstance(vocab, dict) else [p for p, _ in vocab]
+    at = vocab if isinstance(vocab, dict) else {text: i for i, text in enumerate(names)}
     own = {t["content"]: t for t in data["added_tokens"]}
     marked = {_content(v) for source in (config, special) for k, v in source.items() if k.endswith("_token")}
     lists = [source.get(k) or [] for source in (config, special)
@@ -187,7 +192,7 @@ def _adopt(
             told.setdefault(int(i), {"content": str(text), "special": text in marked})
         for i, t in sorted(told.items()):
             text = str(t["content"])
-            if not 0 <= i < LARGEST or (text in names and names.index(text) != i and text not in own):
+            if not 0 <= i < LARGEST or (at.get(text, i) != i and text not in own):
                 raise UserError(f"{where}: added token {text!r} has id {i}, and another one in the vocabulary")
             if i < len(names) and isinstance(vocab, list) and names[i] != text:
                 vocab[i][0] = text  # a placeholder's new name

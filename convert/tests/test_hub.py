@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
-from convert.hub import located
+from convert.hub import located, small
 from convert.push import Push
 from convert.tests.conftest import LLAMA, weights, write_checkpoint, write_huggingface
 from convert.tests.fakehub import COMMIT, TOKEN, Hub, running
@@ -233,6 +234,14 @@ def test_a_push_that_fails_loses_nothing(hub: Hub, run: Run, tmp_path: Path, sma
 def test_names_that_are_no_repository(repo: str) -> None:
     with pytest.raises(UserError, match="a repository is owner/name"):
         Push(repo).check()
+
+
+def test_what_a_folder_is_read_for_is_fetched() -> None:
+    wanted = small()
+    for name in ("tekken.json", "sentencepiece.bpe.model", "tiktoken.model", "additional_chat_templates/rag.jinja",
+                 "USE_POLICY.md", "COPYING"):  # fmt: skip
+        assert any(fnmatch(name, p) for p in wanted), name
+    assert not any(fnmatch(name, p) for name in ("modeling_x.py", "optimizer.pt", "model.gguf") for p in wanted)
 
 
 def test_folders_are_where_they_are(tmp_path: Path) -> None:

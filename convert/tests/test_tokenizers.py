@@ -225,6 +225,31 @@ def test_a_template_counts_more_than_a_flag_that_denies_it(tmp_path: Path) -> No
     assert t is not None and t.add_bos
 
 
+def test_a_batchs_truncation_and_padding_are_left_out(tmp_path: Path) -> None:
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    fill = {"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+            "pad_token": "t0"}  # fmt: skip
+    t = read_tokenizer(write(tmp_path, tokenizer_json(truncation=cut, padding=fill)))
+    assert t is not None and t.json["truncation"] is None and t.json["padding"] is None
+
+
+def test_random_merges_are_refused(tmp_path: Path) -> None:
+    data = tokenizer_json()
+    data["model"]["dropout"] = 0.1
+    with pytest.raises(UserError, match=r"model.dropout: 0.1 splits a text differently every time"):
+        read_tokenizer(write(tmp_path, data))
+
+
+def test_tokens_that_take_forever_are_refused(tmp_path: Path) -> None:
+    import base64
+
+    lines = [base64.b64encode(t) + b" %d" % i for i, t in enumerate([*(bytes([b]) for b in range(256)), b"a" * 10**6])]
+    (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(lines))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pattern": "."}))
+    with pytest.raises(UserError, match="a token of 1,000,000 bytes"):
+        read_tokenizer(tmp_path)
+
+
 def test_more_rows_than_tokens_are_padding_and_said(tmp_path: Path, small: Spec) -> None:
     folder = write_checkpoint(tmp_path / "c", small, weights(small))
     write(folder, tokenizer_json(90))

@@ -18,6 +18,8 @@ from spec.errors import UserError
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 TIKTOKEN = ("tokenizer.model", "tiktoken.model", "tokenizer.tiktoken", "qwen.tiktoken", "vocab.tiktoken")
+FILES = tuple(dict.fromkeys((*SENTENCEPIECE, *TIKTOKEN, "tekken.json", "vocab.json", "merges.txt", "vocab.txt")))
+"""Every file that is looked at where there is no tokenizer.json."""
 
 
 @dataclass

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+LONGEST = 2000
+"""Bytes of a token at most, fifteen times the longest that there is: all ways to make it of two are tried."""
+
 
 def added(content: str, index: int, special: bool = True) -> dict[str, Any]:
     """An added token as tokenizer.json has it, found before text is normalized."""

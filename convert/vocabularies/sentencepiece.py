@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import base64
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.vocabularies.common import added, all_merges, bpe, document, sequence
+from convert.vocabularies.common import LONGEST, added, all_merges, bpe, document, sequence
 from spec.errors import UserError
 
 SPACE = "\u2581"
@@ -120,7 +121,9 @@ def _refused(m: Model) -> str:
         kind = {3: "words", 4: "characters"}.get(m.kind, m.kind)
         return f"a SentencePiece model of {kind} (BPE and unigram are read)"
     if len(set(names)) < len(names):
-        return f"piece {next(p for p in names if names.count(p) > 1)!r} appears twice"
+        return f"piece {Counter(names).most_common(1)[0][0][:40]!r} appears twice"
+    if (longest := max(map(len, names))) > LONGEST:
+        return f"a piece of {longest:,} characters ({LONGEST:,} at most)"
     if m.suffix:
         return "treat_whitespace_as_suffix has no tokenizer.json form"
     if not m.escaped:

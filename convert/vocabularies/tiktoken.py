@@ -12,7 +12,7 @@ from typing import Any
 from backends.text import ALPHABET
 from backends.tokens import QWEN2
 from convert.sources.files import read_json
-from convert.vocabularies.common import added, all_merges, bpe, byte_level, document
+from convert.vocabularies.common import LONGEST, added, all_merges, bpe, byte_level, document
 from spec.errors import UserError
 
 CHARACTERS = {b: c for c, b in ALPHABET.items()}
@@ -86,6 +86,8 @@ def _document(ranks: Mapping[bytes, int], offset: int, pattern: str, form: str |
     missing = next((b for b in range(256) if bytes([b]) not in ranks), None)
     if missing is not None:
         raise UserError(f"{where}: byte {missing} is no token: no BPE on bytes")
+    if (longest := max(map(len, ranks))) > LONGEST:
+        raise UserError(f"{where}: a token of {longest:,} bytes ({LONGEST:,} at most)")
     if len(set(ranks.values())) < len(ranks):
         raise UserError(f"{where}: two tokens have one rank")
     text = {t: "".join(CHARACTERS[b] for b in t) for t in ranks}
