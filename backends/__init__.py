@@ -87,14 +87,8 @@ def part(backend: Backend, name: str) -> Any:
     return importlib.import_module(f"{backend.module}.{name}")
 
 
-MIXTURES = {"torch", "gguf", "mlx", "onnx", "tensorrt", "coreml", "hf"}
-"""Backends that carry mixtures of experts."""
-
-
 def support(name: str, spec: Any, level: str, **options: str) -> Support:
     """Whether backend `name` carries `spec` at a precision level; needs none of the backend's packages."""
-    if get(name).name not in MIXTURES and any(b.mlp.kind == "moe" for b in spec.layers):
-        return Support(name, refusals=(f"block.mlp.kind: moe is not carried by {name} yet (use dense)",))
     return part(get(name), "support").support(spec, level, **options)
 
 

@@ -63,6 +63,16 @@ def test_equals_the_oracle(name: str) -> None:
     check_against_oracle(FEATURES[name], random_ids(FEATURES[name]))
 
 
+@pytest.mark.parametrize("name", ["moe", "moe_plain_scores", "moe_sigmoid"])
+def test_of_experts_with_equal_scores_the_first_are_chosen(name: str) -> None:
+    """Those of a router of zeros all are."""
+    spec, weights = FEATURES[name], random_weights(FEATURES[name])
+    weights |= {n: np.zeros_like(x) for n, x in weights.items() if ".router." in n}
+    model, ids = decoder(spec), random_ids(spec)
+    model.load_state_dict({n: torch.from_numpy(x) for n, x in weights.items()})
+    check_exact(run(model, ids), Oracle(spec, weights).logits(ids))
+
+
 @settings(max_examples=20, deadline=None)
 @given(random_specs())
 def test_equals_the_oracle_on_random_specs(spec: Spec) -> None:

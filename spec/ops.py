@@ -139,19 +139,19 @@ class Ops(ABC, Generic[X, W, C]):
 
     # Mixture of experts
 
+    @abstractmethod
     def route(self, x: X, w: W, m: MoE) -> Any:
         """Which experts each token of x [B, T, D] goes to and how much each counts (`config.Router` has the formula),
         computed in at least float32: whatever `experts` of this backend takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def experts(self, x: X, routes: Any, w: Any, m: MoE) -> X:
         """Sum over a token's experts of weight * `dense`(x): [B, T, D] -> [B, T, D]. `w` has `gate`, `up`, `down`: the
         layers of all experts, one below the other."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gate(self, x: X, y: X) -> X:
         """`x * sigmoid(y)`: [B, T, D], [B, T, 1] -> [B, T, D]."""
-        raise NotImplementedError
 
     # Compounds that runtimes fuse
 

@@ -121,7 +121,8 @@ class TorchOps(Ops[Tensor, Any, LayerCache]):
         r, logits = m.router, at_least_float32(w(x))
         scores = logits.softmax(-1) if r.score == "softmax" else logits.sigmoid()
         ranked = scores if w.correction is None else scores + w.correction.to(scores.dtype)
-        chosen = self.tap(ranked, "mlp.scores").topk(r.top_k, dim=-1).indices
+        ranked = self.tap(ranked, "mlp.scores")
+        chosen = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : r.top_k]  # topk takes any of equals
         weights = scores.gather(-1, chosen)
         if r.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
