@@ -30,7 +30,7 @@ from convert.verify.run import Session, door
 from parity_tests import artifacts
 from parity_tests.cases import FEATURES, random_weights
 from parity_tests.checkpoints import llama, write_checkpoint
-from spec import Spec, UserError, load, params
+from spec import Spec, load, params
 from spec.load import presets
 
 torch.set_num_threads(1)
@@ -111,12 +111,6 @@ def test_what_is_written_is_read_as_the_same_spec_and_weights(case: str, tmp_pat
         assert source.spec.hash == spec.hash
         for name in source.names():
             np.testing.assert_array_equal(source.tensor(name), weights[name])
-
-
-def test_a_quantized_folder_is_refused_as_a_source(tmp_path: Path) -> None:
-    path = artifacts.write("hf", FEATURES["llama"], random_weights(FEATURES["llama"]), tmp_path / "m", "q4")
-    with pytest.raises(UserError, match="quantization_config"):
-        open_source(path)
 
 
 TEXTS = ["Hello world", "  two  spaces\n\tand a tab", "naïve café 漢字 🙂", "def f(x):\n    return x + 1\n", ""]
