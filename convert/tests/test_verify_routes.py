@@ -13,7 +13,16 @@ from backends.numpy.model import Oracle
 from convert.verify import routes
 from convert.verify.emulate import RoundedOps, Typed
 from convert.verify.metrics import nmse, typical
-from convert.verify.numeric import CERTAIN, check_arithmetic, check_graph, emulate, emulate_dtype, graph_reference
+from convert.verify.numeric import (
+    CERTAIN,
+    Emulation,
+    check_arithmetic,
+    check_cached,
+    check_graph,
+    emulate,
+    emulate_dtype,
+    graph_reference,
+)
 from convert.verify.report import Status
 from parity_tests.cases import FEATURES, random_ids, random_weights
 from parity_tests.mutants import ExpertsSwapped, OracleRuntime
@@ -126,23 +135,39 @@ def test_typical_ignores_the_few() -> None:
 def test_a_run_is_compared_up_to_the_token_that_turned() -> None:
     """From there on it is another sequence, unless the token had no choice: then it is a bug."""
     ids, weights = random_ids(SPEC, 1, 40), random_weights(SPEC)
-    good = emulate_dtype(SPEC, weights, ids, None, HALF)
-    exact, turning = good.exact, np.zeros(40, bool)
-    turning[[5, 21]] = True
+    exact, turning = emulate_dtype(SPEC, weights, ids, None, HALF).exact, np.zeros(40, bool)
+    calm = exact + 1e-2 * exact.std() * np.random.default_rng(0).normal(size=exact.shape)
+    good = Emulation(exact, calm, calm)
+    turning[[5, 15]] = True
     run = good.tiled[:1].copy()
-    run[0, 21:] += 30 * np.abs(exact).max()
+    elsewhere = 0.6 * exact.std()
+    run[0, 15:] += elsewhere
 
     def checked(turning: Any) -> Any:
         emulation = replace(good, certain=False, turning=turning)
         return check_arithmetic(run, emulation, SPEC.depth, "bf16", "bfloat16")
 
     check = checked(turning)
-    assert check.status is Status.PASS and "21 of them" in check.reason
-    turning[21] = False
+    assert check.status is Status.PASS and "15 of them" in check.reason and "15 of 40 tokens" in check.flags[0]
+    turning[15] = False
     assert checked(turning).status is Status.FAIL
     assert checked(None).status is Status.FAIL
     turning[:] = True
-    run[0, 4:] += 30 * np.abs(exact).max()
+    run[0, 4:15] += elsewhere
     assert checked(turning).status is Status.NOT_RUN
     run[0, 4:] = np.nan
     assert checked(turning).status is Status.FAIL
+
+
+@pytest.mark.parametrize("wrong", ["noise", "sign", "size", "end"])
+def test_no_near_tie_excuses_another_function(wrong: str) -> None:
+    ids, weights = random_ids(SPEC, 1, 40), random_weights(SPEC)
+    good = emulate_dtype(SPEC, weights, ids, None, HALF)
+    exact = good.exact
+    noise = np.random.default_rng(0).normal(size=exact.shape) * exact.std()
+    end = np.concatenate([exact[:, :24], -exact[:, 24:]], axis=1)
+    run = {"noise": noise, "sign": -exact, "size": 2 * exact, "end": end}[wrong]
+    emulation = replace(good, certain=False, turning=np.ones(40, bool))
+    assert check_arithmetic(run, emulation, SPEC.depth, "bf16", "bfloat16").status is Status.FAIL
+    cached = check_cached(run[:, 20:32], slice(20, 32), emulation, SPEC.depth, "bf16")
+    assert cached.status is Status.FAIL

@@ -269,12 +269,29 @@ def check_arithmetic(run: Array, emulation: Emulation, layers: int, precision: s
         return judge("arithmetic", run[:, tokens], emulation.exact[:, tokens], gate, what, **given)
 
     check = compared(slice(None), what + ("" if emulation.certain else UNCERTAIN))
+    if not emulation.certain and (reason := astray(run, emulation)):
+        return replace(check, status=Status.FAIL, reason=reason)
     if check.status is Status.FAIL and (turned := turned_at(run, near, emulation)) is not None:
         where = f"token {turned}, where a router is near a tie, took other experts"
         if turned < CERTAIN:
             return Check("arithmetic", Status.NOT_RUN, reason=f"{where}, and too few tokens come before it")
-        return compared(slice(0, turned), f"{what}; {turned} of them, since {where}")
+        check = compared(slice(0, turned), f"{what}; {turned} of them, since {where}")
+        return replace(check, flags=(*check.flags, f"{turned} of {queries} tokens were compared: {where}"))
     return check
+
+
+ASTRAY = 0.5
+"""NMSE that no other experts explain: logits of noise have 2, of the wrong sign 4, of twice the size 1. Controls whose
+experts turned stayed below 0.2 (of 4 experts, one chosen)."""
+
+
+def astray(run: Array, emulation: Emulation, tokens: slice = slice(None)) -> str:
+    """What is wrong with a run that is too far from the reference to have turned a few experts; else nothing."""
+    exact = emulation.exact[:, tokens]
+    error = nmse(run, exact)
+    if error <= max(ASTRAY, 2 * max(nmse(y[None, tokens], exact) for y in emulation.tiled)):
+        return ""
+    return f"NMSE {error:.2g} over all tokens, more than other experts explain"
 
 
 TURNED = 10.0
@@ -313,6 +330,8 @@ def check_cached(run: Array, tokens: slice, emulation: Emulation, layers: int, p
     what += "" if emulation.certain else UNCERTAIN
     exact = emulation.exact[:, tokens]
     check = judge("invariants", run, exact, gate, what, emulation.measure, precision=precision)
+    if not emulation.certain and (reason := astray(run, emulation, tokens)):
+        return replace(check, status=Status.FAIL, reason=reason)
     if check.status is Status.FAIL and emulation.turning is not None and emulation.turning[: tokens.stop].any():
         # which of them turned in the prefill is not seen here; the float32 graph is held to its own gate
         reason = f"{check.reason}; a router is near a tie among these tokens, so that rounding may turn its experts"
