@@ -90,7 +90,8 @@ def read_json(path: Path, limit: int = LIMIT) -> dict[str, Any]:
 
 def parse_json(text: bytes) -> Any:
     """Strict JSON. Raises `ValueError` or `RecursionError`."""
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant, parse_float=_float)
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant, parse_float=_float,
+                      parse_int=_int)  # fmt: skip
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,6 +105,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
+
+
+def _int(text: str) -> int:
+    if len(text) > 300:
+        raise ValueError(f"{_cut(text)} is no number that a float holds")
+    return int(text)
 
 
 def _float(text: str) -> float:

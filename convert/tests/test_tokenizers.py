@@ -174,8 +174,9 @@ def test_bad_input_is_one_line(name: str, tmp_path: Path) -> None:
         ('{"model": ' + '{"a": ' * 50_000, "not valid JSON"),
         ('{"model": {"vocab": {"a": 0, "a": 1}}}', "key 'a' appears twice"),
         ('{"model": {"vocab": {"a": NaN}}}', "NaN is no JSON number"),
+        ('{"model": {"vocab": {"a": ' + "9" * 400 + "}}}", "is no number that a float holds"),
     ],
-    ids=["deep list", "deep object", "twice", "nan"],
+    ids=["deep list", "deep object", "twice", "nan", "giant"],
 )
 def test_hostile_json_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)

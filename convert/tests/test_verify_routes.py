@@ -24,6 +24,7 @@ from convert.verify.numeric import (
     graph_reference,
 )
 from convert.verify.report import Status
+from convert.verify.run import _unleft
 from parity_tests.cases import FEATURES, random_ids, random_weights
 from parity_tests.mutants import ExpertsSwapped, OracleRuntime
 from spec import Spec
@@ -171,3 +172,10 @@ def test_no_near_tie_excuses_another_function(wrong: str) -> None:
     assert check_arithmetic(run, emulation, SPEC.depth, "bf16", "bfloat16").status is Status.FAIL
     cached = check_cached(run[:, 20:32], slice(20, 32), emulation, SPEC.depth, "bf16")
     assert cached.status is Status.FAIL
+
+
+def test_a_window_that_a_near_tie_hides_is_told() -> None:
+    patch = {"block": {"attention": {"window": 20}}}
+    spec = Spec.model_validate(merge(SPEC.model_dump(exclude_unset=True), patch))
+    assert _unleft(spec, 20) == ("the window of 20 tokens is not left: 20 were compared",)
+    assert not _unleft(spec, 21) and not _unleft(SPEC, 8)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -191,6 +192,8 @@ class Session:
             with twin.runtime as runtime:
                 ids, graph = _certain(twin)
                 whole = numeric.check_graph(runtime.logits(ids), graph, twin.what)
+                if graph.certain < ids.shape[1]:
+                    whole = replace(whole, flags=(*whole.flags, *_unleft(twin.spec, graph.certain)))
                 stepped, tokens = numeric.stepwise(runtime, ids, ids.shape[1])
                 what = f"prefill {tokens.start + 1}, then token by token to {tokens.stop}, in float32"
                 pieces = numeric.check_graph(stepped, graph, what, "invariants", tokens)
@@ -212,12 +215,7 @@ class Session:
         what = f"the runtime as shipped against float64 on the same dequantized weights, {self.ids.shape[1]} tokens"
         spec, precision = self.shipped.spec, self.shipped.precision
         check = numeric.check_arithmetic(self.ran.logits, self.emulation, spec.depth, precision, what)
-        longest = max((b.attention.window or 0 for b in spec.layers), default=0)
-        compared = max(self.ids.shape[1], _reach(spec))
-        if longest >= compared:
-            beyond = f"the window of {longest} tokens is not left: {compared} were compared"
-            check = replace(check, flags=(*check.flags, beyond))
-        return check
+        return replace(check, flags=(*check.flags, *_unleft(spec, max(self.ids.shape[1], _reach(spec)))))
 
     def invariants(self) -> Check:
         """The worse of the twin's cache, behind a float32 gate, and the stock runtime's."""
@@ -244,10 +242,19 @@ class Session:
         if words.status is Status.PASS and self.source.path.suffix == ".gguf":
             words = check_client(self.source.path, self.source.tokenizer, words)
         if words.status is Status.PASS and self.shipped.folder is not None:
+            if find_spec("transformers") is None:
+                flag = "not compared with transformers, which is not installed"
+                return replace(words, flags=(*words.flags, flag))
             return check_stock(self.shipped.folder, self.source.tokenizer) or words
         if words.status is Status.PASS and self.shipped.genai is not None:
             return check_genai(self.shipped.genai, self.source.tokenizer, words)
         return words
+
+
+def _unleft(spec: Spec, compared: int) -> tuple[str, ...]:
+    """What to tell where no compared token lies beyond the longest window."""
+    longest = max((b.attention.window or 0 for b in spec.layers), default=0)
+    return (f"the window of {longest} tokens is not left: {compared} were compared",) if longest >= compared else ()
 
 
 def _reach(spec: Spec) -> int:

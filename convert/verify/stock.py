@@ -29,9 +29,7 @@ def _failed(client: str, found: Compared, more: str = "") -> Check:
 
 def check_stock(folder: Path, tokenizer: Tokenizer, count: int = 100) -> Check | None:
     """The ids that transformers' AutoTokenizer makes of a folder, since it builds some model types' tokenizers by rules
-    of its own, and its chat template. None where they are equal, or transformers is not here."""
-    if importlib.util.find_spec("transformers") is None:
-        return None
+    of its own, and its chat template. None where they are equal."""
     from transformers import AutoTokenizer
 
     with warnings.catch_warnings():
