@@ -244,3 +244,15 @@ def test_autocast_trains() -> None:
     assert total.dtype == torch.float32
     assert abs(total.item() / exact - 1) < 0.02
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_routers_score_in_float32(autocast: bool) -> None:
+    """With 16-bit weights, and under autocast: the product too, not its sum alone."""
+    spec = FEATURES["moe_sinks"]
+    router: Any = decoder(spec, torch.float32 if autocast else torch.bfloat16).get_submodule("layers.0.mlp.router")
+    half = torch.randn(3, 5, spec.width, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = router(half)
+    exact = torch.nn.functional.linear(half.double(), router.weight.double(), router.bias.double())
+    torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-5)

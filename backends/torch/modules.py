@@ -155,8 +155,10 @@ class Router(nn.Module):
         self.register_parameter("correction", correction)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., E]"""
-        return F.linear(x, self.weight, self.bias)
+        """[..., D] -> [..., E] in at least float32, under autocast too: a choice is no matter of rounding."""
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else at_least_float32(self.bias)
+            return F.linear(at_least_float32(x), at_least_float32(self.weight), bias)
 
 
 class GroupedLinear(nn.Module):
