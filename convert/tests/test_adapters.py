@@ -273,7 +273,7 @@ def config(lora: Path, **changes: Any) -> None:
         ({"init_lora_weights": "loftq"}, "loftq"),
         ({"r": 0}, "r: 0 is no rank"),
         ({"lora_alpha": None}, "lora_alpha: None is no number"),
-        ({"lora_alpha": 10**400}, "lora_alpha: 1000.* is no number"),
+        ({"lora_alpha": 10**400}, "1000.* is no number that a float holds"),
         ({"use_dora": 1}, "use_dora: 1 is no bool"),
         ({"modules_to_save": 5}, "modules_to_save: 5 is no list"),
         ({"target_modules": {"a": 1}}, "target_modules: .* is no list or str"),

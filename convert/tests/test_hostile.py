@@ -128,7 +128,7 @@ FOLDERS: dict[str, tuple[Attack, str]] = {
     "config-infinite": (raw("config.json", json.dumps({**LLAMA, "x": float("inf")}).encode()), "Infinity is no JSON"),
     "config-overflow": (raw("config.json", b'{"rms_norm_eps": 1e999}'), "'1e999' is no number"),
     "config-digits": (raw("config.json", b'{"vocab_size": ' + b"9" * 5000 + b"}"), "not valid JSON"),
-    "config-many-digits": (config(vocab_size=int("9" * 4000)), "vocab_size"),
+    "config-many-digits": (config(vocab_size=int("9" * 4000)), "9999.* is no number that a float holds"),
     "config-twice": (raw("config.json", b'{"a": 1, "a": 2}'), "'a' appears twice"),
     "config-binary": (raw("config.json", b"\xff\xfe\x00"), "not valid JSON"),
     "config-list": (raw("config.json", b"[1]"), "not a JSON object"),
