@@ -119,6 +119,7 @@ def test_bf16_training_is_float32_training_rounded(tmp_path: Path, tokenizer: An
     assert a != b and np.allclose(a, b, atol=0.02)
 
 
+@pytest.mark.slow
 def test_what_trainer_saves_converts(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llama_cpp")
     monkeypatch.chdir(tmp_path)
