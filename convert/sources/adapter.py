@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,17 +181,19 @@ class Plan:
 
 def touches(adapter: Adapter, externals: Sequence[str]) -> bool:
     """Whether it changes one of these tensors."""
-    return any(_resolve(f"{module}.weight", externals) for _, module, _ in adapter.modules())
+    ends = _by_end(externals)
+    return any(_resolve(f"{module}.weight", externals, ends) for _, module, _ in adapter.modules())
 
 
 def plan(adapter: Adapter, layout: Layout) -> Plan:
     """Match an adapter's tensors with a model's."""
     out, shapes = Plan(), layout.external
+    ends = _by_end(shapes)
     turned = {n for b in layout.rules if b.transposed for n in b.external}
     unknown = set(adapter.tensors.entries) - {name for name, _, _ in adapter.modules()}
     strangers: list[str] = list(unknown)
     for name, module, leaf in adapter.modules():
-        target = _resolve(f"{module}.{'bias' if leaf in ('bias', 'lora_B.bias') else 'weight'}", shapes)
+        target = _resolve(f"{module}.{'bias' if leaf in ('bias', 'lora_B.bias') else 'weight'}", shapes, ends)
         if target is None:
             strangers.append(name)
             continue
@@ -257,31 +259,53 @@ def _untouched(adapter: Adapter, changes: Mapping[str, Change], shapes: Mapping[
     named, excluded, kept = (config.get(k) or [] for k in ("target_modules", "exclude_modules", "modules_to_save"))
     if not isinstance(named, list) or isinstance(excluded, str) or config.get("layers_to_transform") is not None:
         named = []
+    named, kept = _words(named), _words(kept)
+    left = kept | _words(excluded)
     apart = any(".experts." in n for n in changes)  # in transformers 5 experts are no modules that PEFT would find
     alone = {n.removesuffix(".weight"): s for n, s in shapes.items() if n.endswith(".weight") and n not in changes}
     matrices = [m for m, s in alone.items() if len(s) == 2 and (apart or ".experts." not in m)]
     for key, modules in (
-        ("target_modules", [m for m in matrices if _ends(m, named) and not _ends(m, [*excluded, *kept])]),
+        ("target_modules", [m for m in matrices if _ends(m, named) and not _ends(m, left)]),
         ("modules_to_save", [m for m in alone if _ends(m, kept)]),
     ):
         if modules:
             yield f"{len(modules)} modules are among {key}, and the adapter has nothing for them: {collapse(modules)}"
 
 
-def _ends(module: str, names: Sequence[object]) -> bool:
-    return any(module == n or module.endswith(f".{n}") for n in names)
+def _tails(name: str) -> Iterator[str]:
+    """A name, and what is left of it without its first parts."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
-def _resolve(name: str, externals: Sequence[str] | Mapping[str, Any]) -> str | None:
+def _words(names: Iterable[object]) -> frozenset[str]:
+    return frozenset(n for n in names if isinstance(n, str))
+
+
+def _ends(module: str, names: frozenset[str]) -> bool:
+    return not names.isdisjoint(_tails(module))
+
+
+def _by_end(externals: Iterable[str]) -> dict[str, str | None]:
+    """Tensors by every end of their names; none for an end that several have."""
+    out: dict[str, str | None] = {}
+    for name in externals:
+        for tail in _tails(name):
+            out[tail] = None if tail in out else name
+    return out
+
+
+def _resolve(name: str, externals: Sequence[str] | Mapping[str, Any], ends: Mapping[str, str | None]) -> str | None:
     """The model's tensor that an adapter's name means. A wrapper may have put a prefix before it, or the folder may
-    have been written without the prefix of its base model."""
+    have been written without the prefix of its base model. ends: `_by_end` of the tensors."""
     if name in externals:
         return name
     first, _, inner = name.partition(".")
     if first in PREFIXES and inner in externals:
         return inner
-    found = [n for n in externals if n.endswith(f".{name}")]
-    return found[0] if len(found) == 1 else None
+    return ends.get(name)
 
 
 def merge(
