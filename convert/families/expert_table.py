@@ -38,10 +38,10 @@ def counted(c: Config) -> None:
 def gpt_oss(c: Config) -> None:
     """The first release says the experts of a token twice; without rotary settings the class has its own."""
     c.rename("experts_per_token", "num_experts_per_tok")
-    if not c.data.get("rope_parameters") and not c.data.get("rope_scaling"):
+    if c.data.get("rope_parameters") is None and not c.data.get("rope_scaling"):
         c.data["rope_parameters"] = {
             "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-            "original_max_position_embeddings": 4096, **(c.data.get("rope_parameters") or {}),
+            "original_max_position_embeddings": 4096,
         }  # fmt: skip
 
 

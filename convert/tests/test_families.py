@@ -380,3 +380,12 @@ def test_any_config_is_a_spec_or_a_user_error(kind: str, changes: dict[str, Any]
     except UserError:
         return
     rope_tables(spec)
+
+
+def test_only_where_gpt_oss_says_nothing_has_it_a_scaling_of_its_own() -> None:
+    """transformers takes an empty object at its word."""
+    config = {k: v for k, v in PUBLISHED["gpt-oss-20b"].items() if k not in ("rope_scaling", "rope_parameters")}
+    scalings = [read({**config, **more}, "config.json").spec.layers[0].attention.position
+                for more in ({}, {"rope_parameters": None}, {"rope_parameters": {}})]  # fmt: skip
+    kinds = [getattr(getattr(p, "scaling", None), "kind", None) for p in scalings]
+    assert kinds == ["yarn", "yarn", None]
