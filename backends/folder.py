@@ -134,6 +134,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, context: int, kin
         written.append("chat_template.jinja")
     for name, text in tokenizer.templates.items():
         more = folder / "additional_chat_templates" / f"{name}.jinja"
+        assert Path(name).name == name, "a name, and no path"
         more.parent.mkdir(exist_ok=True)
         more.write_text(text, encoding="utf-8")
         written.append(f"{more.parent.name}/{more.name}")

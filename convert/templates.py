@@ -45,14 +45,19 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, dict[str,
             told = {t.get("name"): t.get("template") for t in told if isinstance(t, dict)}
         told = told if isinstance(told, dict) else {DEFAULT: told}
         found = {str(name): text for name, text in told.items() if isinstance(text, str)}
-    for name, text in found.items():
-        if not NAME.fullmatch(name):
-            raise UserError(f"{where}: {name[:80]!r} is no name of a template (letters, digits, _ and -)")
-        checked(text, f"{where}: chat template {name!r}")
+    accepted(found, where)
     main = found.pop(DEFAULT, None)
     if main is None and found:
         main = found.pop(next(iter(found)))
     return main, found
+
+
+def accepted(found: Mapping[str, str], where: str) -> None:
+    """Raises `UserError` for a template's name that could be a path (files are called by it), and by `checked`."""
+    for name, text in found.items():
+        if not NAME.fullmatch(name):
+            raise UserError(f"{where}: {name[:80]!r} is no name of a template (letters, digits, _ and -)")
+        checked(text, f"{where}: chat template {name!r}")
 
 
 def checked(text: str, where: str) -> str:

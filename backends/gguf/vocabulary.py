@@ -265,7 +265,8 @@ def _tokenizer(
         },
     }  # fmt: skip
     template = v.keys.get("tokenizer.chat_template")
-    named = {n: v.keys.get(f"tokenizer.chat_template.{n}") for n in v.keys.get("tokenizer.chat_templates") or ()}
+    names = v.keys.get("tokenizer.chat_templates")
+    named = {str(n): v.keys.get(f"tokenizer.chat_template.{n}") for n in (names if isinstance(names, list) else [])}
     return Tokenizer(
         json=data, bos=bos, eos=eos, unk=unk, pad=pad,
         extra_eos=_ends(v, eos), add_bos=begins, add_eos=ends,

@@ -18,6 +18,7 @@ from backends.gguf.container import Header
 from backends.gguf.pack import dense
 from backends.gguf.read import Artifact, open_any
 from backends.gguf.vocabulary import read_vocabulary
+from convert import templates
 from convert.recipe import Held
 from convert.sources.base import Source, collapse
 from convert.sources.store import Entry
@@ -35,6 +36,9 @@ def open_gguf(path: Path) -> Source:
     header = artifact.header
     _check(path, header, artifact, spare)
     tokenizer = read_vocabulary(header.keys, artifact.source.vocab_size, str(path))
+    if tokenizer is not None:
+        main = {} if tokenizer.chat_template is None else {templates.DEFAULT: tokenizer.chat_template}
+        templates.accepted(main | tokenizer.templates, str(path))
     rules = [Rule(p.name, p.name) for p in params(artifact.source)]
     return Source(path, artifact.source, Layout(rules, artifact.source), GGUFStore(artifact), tokenizer, notes=notes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ pytest.importorskip("jinja2")
 
 from backends.base import Tokenizer
 from backends.folder import write_tokenizer
+from backends.gguf import read
+from backends.gguf.container import read_header
 from convert import templates
+from convert.pipeline import convert
+from convert.sources import open_source
 from convert.verify import limits
+from parity_tests.checkpoints import llama, write_checkpoint
 from spec import UserError
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -130,3 +136,22 @@ def test_llama_cpp_finds_templates_by_name(tmp_path: Path) -> None:
     keys = tokenizer_metadata(tokenizer, 1000)
     assert keys["tokenizer.chat_template"] == "D"
     assert keys["tokenizer.chat_templates"] == ["rag"] and keys["tokenizer.chat_template.rag"] == "R"
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("../../../escaped", "T", "is no name of a template"), ("rag", "{% if %}", "does not parse"),
+])  # fmt: skip
+def test_templates_of_a_gguf_file_are_checked_as_those_of_a_folder(
+    name: str, text: str, message: str, tmp_path: Path
+) -> None:
+    """A name becomes a file's: one that leads out of the folder is refused before anything is written."""
+    pytest.importorskip("gguf")
+    out = tmp_path / "m.gguf"
+    convert(write_checkpoint(tmp_path / "source", llama()), "gguf", "f32", out, verify=False)
+    header = read_header(out)
+    keys = {**header.keys, "tokenizer.chat_templates": ["tool_use", name], "tokenizer.chat_template.tool_use": "T",
+            f"tokenizer.chat_template.{name}": text}  # fmt: skip
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(read, "read_split", lambda path: replace(header, keys=keys))
+        with pytest.raises(UserError, match=message):
+            open_source(out)
