@@ -215,6 +215,11 @@ class DoubleBos(Client):
         return ids[:1] + ids
 
 
+class ForgetsBos(Client):
+    def fault(self, ids: list[int], text: str) -> list[int]:
+        return ids[1:]
+
+
 class Unspecial(Client):
     """Special tokens in the text are text to it."""
 
@@ -233,7 +238,7 @@ CHAT = (
 )
 
 
-@pytest.mark.parametrize("fault", [Client, ForgetsEmoji, DoubleBos, Unspecial, Strips])
+@pytest.mark.parametrize("fault", [Client, ForgetsEmoji, DoubleBos, ForgetsBos, Unspecial, Strips])
 def test_a_client_with_a_fault_fails(fault: type[Client]) -> None:
     """Even one that may have every limit there is."""
     tokenizer = replace(family("llama3"), chat_template=CHAT)

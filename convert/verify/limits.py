@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Literal
 
 from backends.base import Tokenizer
-from backends.tokens import steps
+from backends.tokens import steps, surrounding
 
 Turn = tuple[tuple[str, str], ...]
 Encode = Callable[[str], list[int]]
@@ -49,7 +49,7 @@ def normal_form(tokenizer: Tokenizer) -> Literal["NFC", "NFD", "NFKC", "NFKD"] |
 def find(tokenizer: Tokenizer, want: Encode, plain: Encode, got: Encode, allowed: frozenset[str]) -> list[Limit]:
     """The limits that a client has, of those that it may have. `want` and `plain` are the ids that are right, with and
     without what goes around a text; `got` are the client's."""
-    found = [Limit("it puts nothing around a text", alone=True)] if "around" in allowed and (
+    found = [Limit("it puts nothing around a text", alone=True)] if "around" in allowed and _further(tokenizer) and (
         want("x") != plain("x") and got("x;") == plain("x;") != want("x;")
     ) else []  # fmt: skip
     if found:
@@ -79,6 +79,12 @@ def find(tokenizer: Tokenizer, want: Encode, plain: Encode, got: Encode, allowed
     if "strips" in allowed:
         found += _strips(tokenizer, differ, found)
     return found
+
+
+def _further(tokenizer: Tokenizer) -> bool:
+    """Whether more goes around a text than BOS and EOS, which every client can put there."""
+    before, after = surrounding(tokenizer)
+    return before not in ([], [tokenizer.bos]) or after not in ([], [tokenizer.eos])
 
 
 def _spaced(tokenizer: Tokenizer) -> Callable[[str], str]:
