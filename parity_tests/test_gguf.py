@@ -189,6 +189,23 @@ def test_the_longrope_table_is_chosen_by_the_session(tmp_path: Path) -> None:
         assert nmse(got, other) > 1e-4
 
 
+@pytest.mark.parametrize("arch", ["olmo2", "mellum"])
+def test_yarn_of_whole_layers_does_not_reach_those_with_a_window(arch: str, tmp_path: Path) -> None:
+    """OLMo 3's: where a graph says that layers with a window rotate plainly, the others' attention factor is theirs."""
+    norm, mixture = {"over": "width"}, {"kind": "moe", "experts": 5, "hidden": 32, "router": {"top_k": 2}}
+    block = {"placement": "post", "attention": {"qk_norm": norm}} if arch == "olmo2" else {
+        "attention": {"qk_norm": {}}, "mlp": mixture,
+    }  # fmt: skip
+    yarn = {"position": {"kind": "rope", "scaling": {"kind": "yarn", "factor": 8.0, "original_context": 16}}}
+    pattern = [{"attention": {"window": 6}}, {"attention": yarn}]
+    spec = parse(merge(BASE, {"block": block, "pattern": pattern, "depth": 4, "head": {"tied": False}}))
+    fit = examine(spec, next(c for c in CARRIERS if c.arch == arch))
+    assert fit.refusals == ()
+    weights = random_weights(spec)
+    path = write_file(spec, weights, tmp_path / "m.gguf", fit=fit)
+    compare(spec, weights, path, random_ids(spec, 2, 47))
+
+
 def test_refused_features_stay_refused() -> None:
     others = {n: choose(s).refusals for n, s in FEATURES.items() if n not in CARRIED}
     refused = {n: sorted({r.split(":")[0] for r in found}) for n, found in others.items()}

@@ -149,7 +149,9 @@ def _local(spec: Spec, c: Carrier, rope: Rope, a: Attention, out: Rotary) -> Non
         out.refusals.append(
             f"{_at(spec, 0)}.scaling: layers with a window rotate without scaling in llama.cpp's {c.arch}"
         )
-    elif out.keys.get("rope.scaling.attn_factor", 1.0) != 1.0 or out.keys.get("rope.scaling.type") == "yarn":
+    elif c.window_theta == "own" and (
+        out.keys.get("rope.scaling.attn_factor", 1.0) != 1.0 or out.keys.get("rope.scaling.type") == "yarn"
+    ):
         out.refusals.append(
             f"{_at(spec, 0)}.scaling: an attention factor would reach the layers with a window in llama.cpp's {c.arch}"
         )
