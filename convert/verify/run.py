@@ -194,7 +194,8 @@ class Session:
                 whole = numeric.check_graph(runtime.logits(ids), graph, twin.what)
                 if graph.certain < ids.shape[1]:
                     whole = replace(whole, flags=(*whole.flags, *_unleft(twin.spec, graph.certain)))
-                stepped, tokens = numeric.stepwise(runtime, ids, ids.shape[1])
+                until = graph.certain if graph.certain > numeric.CERTAIN else ids.shape[1]
+                stepped, tokens = numeric.stepwise(runtime, ids, until)
                 what = f"prefill {tokens.start + 1}, then token by token to {tokens.stop}, in float32"
                 pieces = numeric.check_graph(stepped, graph, what, "invariants", tokens)
                 return (_emulated(whole), _emulated(pieces)) if twin.emulated else (whole, pieces)
