@@ -55,8 +55,10 @@ class Reporting:
         from convert.verify.report import number
 
         measured = "" if check.measured is None else f"  {number(check.measured)}"
-        gate = "" if check.gate is None else f" (gate {number(check.gate)})"
-        self.console.print(f"verify {backend}: {check.name} {check.status}{measured}{gate}", markup=False)
+        limit = "budget" if check.name == "quality" else "gate"
+        gate = "" if check.gate is None else f" ({limit} {number(check.gate)})"
+        flags = "".join(f"; {flag}" for flag in check.flags)
+        self.console.print(f"verify {backend}: {check.name} {check.status}{measured}{gate}{flags}", markup=False)
 
     def table(self, report: Report) -> None:
         """The whole report."""
@@ -159,6 +161,8 @@ def show_summary(results: Sequence[Result]) -> None:
         if r.report is not None:
             counts = Counter(str(c.status) for c in r.report.checks)
             verdict = ", ".join(f"{n} {status}" for status, n in counts.items())
+            flags = sum(len(c.flags) for c in r.report.checks)
+            verdict += f", {flags} flag{'s' * (flags > 1)}" if flags else ""
             took = _duration(r.report.seconds)
         where = f"{r.out} (not written)" if r.failed else str(r.out)
         style = "bold red" if r.failed else None
