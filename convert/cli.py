@@ -20,6 +20,8 @@ For example:
   convert ~/models/Llama-3.2-1B --quant q4_k_m --check
   convert runs/tiny --to gguf --quant q8 --out tiny.gguf --force
   convert runs/tiny --to gguf,mlx,onnx,coreml,hf --quant q4 --out shipped
+  convert hf:Qwen/Qwen3-0.6B --adapter lora --to mlx
+  convert model.Q8_0.gguf --to hf --quant q8
 
 Portable levels: f32, bf16, f16, q8, q4; and every type of the target by its
 own name (q4_k_m, q6_k, ...).
@@ -48,7 +50,7 @@ def convert(
     to: str = "gguf",
     quant: str = "q4",
     out: Path | None = None,
-    adapter: list[str] | None = None,
+    adapter: Annotated[list[str] | None, Flag] = None,
     push: str | None = None,
     private: Annotated[bool, Flag] = False,
     verify: bool = True,
