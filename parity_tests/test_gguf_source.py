@@ -298,7 +298,7 @@ def edited(path: Path, out: Path, old: bytes, new: bytes) -> Path:
 
 WRONG = {
     "missing": ((b"blk.0.ffn_down.weight", b"blk.0.ffn_town.weight"),
-                ["1 tensors are missing: blk.0.ffn_down.weight", "belong to nothing in the model: blk.0.ffn_town"]),
+                ["1 tensor is missing: blk.0.ffn_down.weight", "belongs to nothing in the model: blk.0.ffn_town"]),
     "key": ((b"llama.vocab_size", b"llama.vocal_size"), ["llama.vocal_size: 384 is an unknown key"]),
     "architecture": ((b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0gamma"), ["'gamma' is none that is read"]),
     "tokenizer": ((b"\x04\0\0\0\0\0\0\0dbrx", b"\x04\0\0\0\0\0\0\0dbrz"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.sources import torchbin
-from convert.sources.base import collapse, hub_origin
+from convert.sources.base import collapse, hub_origin, several
 from convert.sources.files import harmless, open_file, present, read_json
 from convert.sources.lora import Adapted, Change, Copied
 from convert.sources.safetensors import Tensors
@@ -206,7 +206,8 @@ def plan(adapter: Adapter, layout: Layout) -> Plan:
         if role in ("left", "bias"):
             change.scale = _scale(adapter, name.removesuffix("bias") + "weight" * (role == "bias"), module, out)
     if strangers:
-        out.problems.append(f"{len(strangers)} tensors belong to no module of the model: {collapse(sorted(strangers))}")
+        out.problems.append(f"{several(len(strangers), 'tensor belongs', 'tensors belong')} to no module of the model: "
+                            f"{collapse(sorted(strangers))}")  # fmt: skip
     for target, change in out.changes.items():
         out.problems += _mismatch(adapter, target, change, shapes[target])
     out.problems += _untouched(adapter, out.changes, shapes)
@@ -269,7 +270,8 @@ def _untouched(adapter: Adapter, changes: Mapping[str, Change], shapes: Mapping[
         ("modules_to_save", [m for m in alone if _ends(m, kept)]),
     ):
         if modules:
-            yield f"{len(modules)} modules are among {key}, and the adapter has nothing for them: {collapse(modules)}"
+            yield (f"{several(len(modules), 'module is', 'modules are')} among {key}, and the adapter has nothing for "
+                   f"{'it' if len(modules) == 1 else 'them'}: {collapse(modules)}")  # fmt: skip
 
 
 def _tails(name: str) -> Iterator[str]:

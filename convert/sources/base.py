@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -171,11 +172,12 @@ class Source:
         if missing:
             head = self._layout.of["head.weight"].external if "head.weight" in self._layout.of else ()
             hint = " (the config says that the head is not tied to the embedding)" if head == (*missing,) else ""
-            problems.append(f"{len(missing)} tensors are missing: {collapse(missing)}{hint}")
+            problems.append(f"{several(len(missing), 'tensor is', 'tensors are')} missing: {collapse(missing)}{hint}")
         skip = re.compile(ignored)
         extra = [n for n in have if n not in want and n not in self._aliases.values() and not skip.fullmatch(n)]
         if extra:
-            problems.append(f"{len(extra)} tensors belong to nothing in the model: {collapse(extra)}")
+            problems.append(f"{several(len(extra), 'tensor belongs', 'tensors belong')} to nothing in the model: "
+                            f"{collapse(extra)}")  # fmt: skip
         problems += [
             f"{n}: shape {list(have[n].shape)}, the model needs {list(shape)}"
             for n, shape in want.items()
@@ -188,7 +190,8 @@ class Source:
         used = [*(n for n in want if n in have), *self._aliases.values()]
         for dtype in sorted({have[n].dtype for n in used if not have[n].readable}):
             names = [n for n in used if have[n].dtype == dtype and not have[n].readable]
-            problems.append(f"{len(names)} tensors are {dtype} (F32, F16 and BF16 are read): {collapse(names)}")
+            problems.append(f"{several(len(names), 'tensor is', 'tensors are')} {dtype} (F32, F16 and BF16 are read): "
+                            f"{collapse(names)}")  # fmt: skip
         if problems:
             raise UserError("\n".join(f"{self.path}: {p}" for p in problems))
 
@@ -215,27 +218,39 @@ def _finite(label: str, start: int, block: Floats) -> None:
     raise UserError(f"{label}: {value} at {at}; the checkpoint is damaged or its training diverged")
 
 
-def collapse(names: Sequence[str], limit: int = 12) -> str:
-    """Names with layer numbers folded together: `layers.{0..15}.attn.q.bias`."""
-    groups: dict[str, list[int]] = {}
-    for n in names:
-        number = re.search(r"\.(\d+)\.", n)
-        key = n[: number.start(1)] + "{}" + n[number.end(1) :] if number else n
-        groups.setdefault(key, []).append(int(number[1]) if number else -1)
-    shown = [key.replace("{}", "{" + _ranges(sorted(set(i))) + "}" if len(i) > 1 else str(i[0]), 1)
-             for key, i in groups.items()]  # fmt: skip
-    more = f" and {len(shown) - limit} more kinds" if len(shown) > limit else ""
-    return ", ".join(shown[:limit]) + more
+def several(n: int, one: str, more: str) -> str:
+    """A count with its words: `1 tensor is`, `2 tensors are`."""
+    return f"{n} {one if n == 1 else more}"
+
+
+def collapse(names: Iterable[str]) -> str:
+    """Names with the numbers of layers and experts folded together: `layers.{0..15}.mlp.experts.{0..7}.up.weight`."""
+    shown = list(names)
+    for place in reversed(range(PLACES)):  # from the last one: what an earlier one folds has equal ranges after it
+        groups: dict[tuple[str, str], list[int]] = {}
+        for n in shown:
+            found = next(islice(NUMBERS.finditer(n), place, None), None)
+            key = (n[: found.start()], n[found.end() :]) if found else (n, "")
+            groups.setdefault(key, []).extend([int(found[0])] if found else [])
+        shown = [before + _ranges(sorted(set(i))) + after for (before, after), i in groups.items()]
+    return ", ".join(shown)
+
+
+NUMBERS = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
+PLACES = 3
+"""Numbers of a name that are folded."""
 
 
 def _ranges(numbers: list[int]) -> str:
+    """`{0..2,5}`; a number alone as it is."""
     out: list[list[int]] = []
     for n in numbers:
         if out and n == out[-1][1] + 1:
             out[-1][1] = n
         else:
             out.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in out)
+    text = ",".join(str(a) if a == b else f"{a}..{b}" for a, b in out)
+    return f"{{{text}}}" if len(numbers) > 1 else text
 
 
 def hub_origin(folder: Path) -> dict[str, str] | None:

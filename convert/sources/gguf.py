@@ -20,7 +20,7 @@ from backends.gguf.read import Artifact, open_any
 from backends.gguf.vocabulary import read_vocabulary
 from convert import templates
 from convert.recipe import Held
-from convert.sources.base import Source, collapse
+from convert.sources.base import Source, collapse, several
 from convert.sources.store import Entry
 from spec.errors import UserError
 from spec.layout import Layout, Rule
@@ -49,10 +49,11 @@ def _check(path: Path, header: Header, artifact: Artifact, spare: frozenset[str]
     problems = []
     missing = [n for n in want if n not in have]
     if missing:
-        problems.append(f"{len(missing)} tensors are missing: {collapse(missing)}")
+        problems.append(f"{several(len(missing), 'tensor is', 'tensors are')} missing: {collapse(missing)}")
     extra = [n for n in have if n not in want and n not in spare]
     if extra:
-        problems.append(f"{len(extra)} tensors belong to nothing in the model: {collapse(extra)}")
+        problems.append(f"{several(len(extra), 'tensor belongs', 'tensors belong')} to nothing in the model: "
+                        f"{collapse(extra)}")  # fmt: skip
     for name, t in want.items():
         if name in have and have[name].shape != t.slot.shape:
             problems.append(f"{name}: shape {list(have[name].shape)}, the model needs {list(t.slot.shape)}")

@@ -283,7 +283,7 @@ def config(lora: Path, **changes: Any) -> None:
         ({"r": 5}, "self_attn.q_proj: rank 2, adapter_config.json says 5"),
         ({"use_dora": True}, "has no lora_magnitude_vector, and use_dora is true"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, r"2 modules are among target_modules, .*o_proj"),
-        ({"modules_to_save": ["lm_head"]}, r"1 modules are among modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, r"1 module is among modules_to_save"),
     ],
 )  # fmt: skip
 def test_what_an_adapter_says_is_read_or_refused(folders: tuple[Path, Path], changes: Any, says: str) -> None:

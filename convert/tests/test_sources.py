@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -194,9 +195,9 @@ def test_every_tensor_problem_is_named_at_once(checkpoint: Path) -> None:
     lines = [line.removeprefix(f"{checkpoint}: ") for line in str(e.value).splitlines()]
     assert lines == [
         "2 tensors are missing: layers.{0..1}.attn.q.weight",
-        "1 tensors belong to nothing in the model: layers.0.attn.q.bias",
+        "1 tensor belongs to nothing in the model: layers.0.attn.q.bias",
         "layers.2.mlp.up.weight: shape [159, 64], the model needs [160, 64]",
-        "1 tensors are F64 (F32, F16 and BF16 are read): final_norm.weight",
+        "1 tensor is F64 (F32, F16 and BF16 are read): final_norm.weight",
     ]
 
 
@@ -243,6 +244,24 @@ def test_a_spec_error_keeps_its_paths(checkpoint: Path, small: Spec) -> None:
 def test_long_lists_fold_layer_numbers() -> None:
     names = [f"layers.{i}.a" for i in (0, 1, 2, 5)] + ["layers.3.b", "c"]
     assert collapse(names) == "layers.{0..2,5}.a, layers.3.b, c"
+    whole = [f"layers.{i}.experts.{j}.{p}.weight" for i in range(3) for j in range(4) for p in ("gate", "up")]
+    assert collapse(whole) == "layers.{0..2}.experts.{0..3}.gate.weight, layers.{0..2}.experts.{0..3}.up.weight"
+    some = [n for n in whole if "gate" in n and n != "layers.1.experts.2.gate.weight"]
+    assert collapse(some) == "layers.{0,2}.experts.{0..3}.gate.weight, layers.1.experts.{0..1,3}.gate.weight"
+    assert collapse([]) == ""
+
+
+def test_every_kind_of_missing_and_extra_tensor_is_named(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    kept = load_file(file)
+    wrong = {f"{p}_{n}": x for n, x in kept.items() for p in ("not", "nor")}
+    save_file(wrong, file)
+    with pytest.raises(UserError) as e:
+        open_source(checkpoint)
+    said = str(e.value)
+    kinds = {re.sub(r"\.\d+\.", ".{0..2}.", n) for n in kept}
+    assert len(kinds) == 12
+    assert all(f" {k}" in said and f" not_{k}" in said and f" nor_{k}" in said for k in kinds), said
 
 
 @given(data=st.data())
@@ -269,9 +288,7 @@ def test_an_untied_head_that_is_not_there_is_named(huggingface: Writes) -> None:
     w = dict(load_file(folder / "model.safetensors"))
     del w["lm_head.weight"]
     save_file(w, folder / "model.safetensors")
-    with pytest.raises(
-        UserError, match=r"1 tensors are missing: lm_head.weight \(the config says that the head is not"
-    ):
+    with pytest.raises(UserError, match=r"1 tensor is missing: lm_head.weight \(the config says that the head is not"):
         open_source(folder)
 
 

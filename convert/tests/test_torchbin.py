@@ -152,7 +152,7 @@ def test_damage_is_one_line(huggingface: Writes) -> None:
         (lambda s: s | {"model.norm.weight": torch.zeros(64, 64).t()}, "view with strides"),
         (lambda s: s | {"model.norm.weight": torch.ones(1).expand(64)}, "view with strides"),
         (lambda s: s | {"model.norm.weight": torch.zeros(64).to_sparse()}, "sparse|cannot read"),
-        (lambda s: s | {"model.norm.weight": torch.zeros(64, dtype=torch.float64)}, "1 tensors are F64"),
+        (lambda s: s | {"model.norm.weight": torch.zeros(64, dtype=torch.float64)}, "1 tensor is F64"),
         (lambda s: s | {"model.norm.weight": torch.zeros(64, dtype=torch.complex64)}, "complex64"),
         (lambda s: {k: v for k, v in s.items() if "norm" not in k}, "tensors are missing"),
     ],
