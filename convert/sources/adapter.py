@@ -46,6 +46,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "ensure_weight_tying": (None, False),
 }  # fmt: skip
 """Keys that change what an adapter computes: read at these values, refused by name at others."""
+FIXES = {"target_parameters": "; merge it with PEFT's merge_and_unload and save_pretrained, and convert that folder"}
+"""What to do about one that is refused."""
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """init_lora_weights that leave the base model's weights alone."""
 KINDS: Mapping[str, tuple[type, ...]] = {
@@ -134,7 +136,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"peft_type: {str(kind)[:40]!r} is no LoRA, which alone can be merged here"
     for key, value in config.items():
         if key in NEUTRAL and value not in NEUTRAL[key]:
-            yield f"{key}: {str(value)[:80]} changes what the adapter computes and is not read"
+            yield f"{key}: {str(value)[:80]} changes what the adapter computes and is not read{FIXES.get(key, '')}"
         elif key not in USED | IGNORED and key not in NEUTRAL:
             yield f"{key[:80]} is an unknown key, and unknown keys may change what the adapter computes"
     if config.get("init_lora_weights") not in INITIAL:

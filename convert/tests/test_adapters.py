@@ -265,7 +265,7 @@ def config(lora: Path, **changes: Any) -> None:
         ({"peft_type": "IA3"}, "peft_type: 'IA3' is no LoRA"),
         ({"use_qalora": True}, "use_qalora: True changes what the adapter computes"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters.*; merge it with PEFT's merge_and_unload"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"magic": 1}, "magic is an unknown key"),
