@@ -75,11 +75,15 @@ class QKNorm(Norm):
     one gain of heads * head_dim (OLMo 2)."""
 
 
+Stretch = Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)]
+"""How many times longer a context is: a thousand times what any model has, and far from where float32 ends."""
+
+
 class LinearScaling(Model):
     """Position interpolation (Chen et al. 2023): every frequency divided by `factor`."""
 
     kind: Literal["linear"]
-    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    factor: Stretch
     """How many times longer than the original context."""
 
 
@@ -87,7 +91,7 @@ class DynamicScaling(Model):
     """NTK-aware scaling whose base grows with the session's declared length (chosen once per session)."""
 
     kind: Literal["dynamic"]
-    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    factor: Stretch
     """Scaling factor alpha of the NTK formula."""
     original_context: Size | None = None
     """Context length of pre-training; none means the spec's `context`."""
@@ -97,7 +101,7 @@ class Llama3Scaling(Model):
     """The frequency-banded scaling of Llama 3.1."""
 
     kind: Literal["llama3"]
-    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    factor: Stretch
     """How much the low frequencies are divided by."""
     low_freq_factor: Positive = 1.0
     """Wavelengths above original_context / low_freq_factor are scaled fully."""
@@ -117,7 +121,7 @@ class YarnScaling(Model):
     """YaRN (Peng et al. 2023): interpolation by parts, with an attention temperature."""
 
     kind: Literal["yarn"]
-    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    factor: Stretch
     """How many times longer than the original context."""
     original_context: Size | None = None
     """Context length of pre-training; none means the spec's `context`."""

@@ -131,6 +131,10 @@ ERRORS = {
             "(one divisor for each frequency)"
         ],
     ),
+    "scaling-beyond-numbers": (
+        {"block": {"attention": {"position": {"kind": "rope", "scaling": {"kind": "yarn", "factor": 1e299}}}}},
+        ["block.attention.position.scaling.factor: 1e+299 input should be less than or equal to 1000000"],
+    ),
     "llama3-order": (
         {"block": {"attention": {"position": {"kind": "rope", "scaling": {
             "kind": "llama3", "factor": 8, "high_freq_factor": 1}}}}},
