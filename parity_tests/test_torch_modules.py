@@ -252,12 +252,17 @@ def test_autocast_trains() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_routers_score_in_float32(autocast: bool) -> None:
+@pytest.mark.parametrize(("case", "part"), [("moe_sinks", "router"), ("moe_shared_gate", "shared_gate")])
+def test_routers_score_in_float32(autocast: bool, case: str, part: str) -> None:
     """With 16-bit weights, and under autocast: the product too, not its sum alone."""
-    spec = FEATURES["moe_sinks"]
-    router: Any = decoder(spec, torch.float32 if autocast else torch.bfloat16).get_submodule("layers.0.mlp.router")
+    spec = FEATURES[case]
+    at = len(spec.layers) - 1  # the first may be dense
+    model = decoder(spec, torch.float32 if autocast else torch.bfloat16)
+    router: Any = model.get_submodule(f"layers.{at}.mlp.{part}")
+    assert not isinstance(router, torch.nn.Linear), "PEFT's all-linear takes it"
     half = torch.randn(3, 5, spec.width, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         scores = router(half)
-    exact = torch.nn.functional.linear(half.double(), router.weight.double(), router.bias.double())
+    bias = () if router.bias is None else (router.bias.double(),)
+    exact = torch.nn.functional.linear(half.double(), router.weight.double(), *bias)
     torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-5)

@@ -139,26 +139,33 @@ class MLP(nn.Module):
         self.down = nn.Linear(m.hidden, width, bias=m.bias.down)
 
 
-class Router(nn.Module):
-    """The scores' linear, and the correction that joins them for the choice. No `nn.Linear`: what adapts or quantizes
-    every linear of a model leaves it alone."""
+class Scores(nn.Module):
+    """A small linear that decides. No `nn.Linear`: what adapts or quantizes every linear of a model leaves it alone."""
 
     bias: nn.Parameter | None
-    correction: nn.Parameter | None
 
-    def __init__(self, m: config.MoE, width: int) -> None:
+    def __init__(self, width: int, out: int, bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(m.experts, width))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(m.experts)) if m.router.bias else None)
-        # the choice of experts has no gradient, so what only the choice reads has none
-        correction = nn.Parameter(torch.zeros(m.experts), requires_grad=False) if m.router.correction else None
-        self.register_parameter("correction", correction)
+        self.weight = nn.Parameter(torch.empty(out, width))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., E] in at least float32, under autocast too: a choice is no matter of rounding."""
+        """[..., D] -> [..., out] in at least float32, under autocast too: a choice is no matter of rounding."""
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else at_least_float32(self.bias)
             return F.linear(at_least_float32(x), at_least_float32(self.weight), bias)
+
+
+class Router(Scores):
+    """The scores' linear, and the correction that joins them for the choice."""
+
+    correction: nn.Parameter | None
+
+    def __init__(self, m: config.MoE, width: int) -> None:
+        super().__init__(width, m.experts, m.router.bias)
+        # the choice of experts has no gradient, so what only the choice reads has none
+        correction = nn.Parameter(torch.zeros(m.experts), requires_grad=False) if m.router.correction else None
+        self.register_parameter("correction", correction)
 
 
 class GroupedLinear(nn.Module):
@@ -232,7 +239,7 @@ class MoE(nn.Module):
         if m.shared is not None:
             self.shared = MLP(m.shared_mlp, width)
             if m.shared.gate:
-                self.shared_gate = nn.Linear(width, 1, bias=False)
+                self.shared_gate = Scores(width, 1)
 
 
 class Block(nn.Module):

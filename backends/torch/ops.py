@@ -132,7 +132,7 @@ class TorchOps(Ops[Tensor, Any, LayerCache]):
         return w(self, x, *routes, m)
 
     def gate(self, x: Tensor, y: Tensor) -> Tensor:
-        return x * y.sigmoid()
+        return (x * y.sigmoid()).to(x.dtype)
 
     def untapped(self) -> TorchOps:
         """The same operations, whose intermediates have no name."""
