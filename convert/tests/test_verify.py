@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,20 @@ def test_what_the_user_can_fix_is_raised(
         verify(*filled)
 
 
+def test_a_tokenizer_that_its_library_breaks_on_fails(artifact: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The library's panic is no `Exception`."""
+    source = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, source)
+    data = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    hostile = {"type": "Split", "pattern": {"Regex": "(a|aa)+b"}, "behavior": "Isolated", "invert": False}
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [hostile, data["pre_tokenizer"]]}
+    (source / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    report = verify(artifact, "gguf", source, "q8", threads=1)
+    assert [c.status for c in report.checks] == [Status.FAIL]
+    reason = report["tokenizer"].reason
+    assert "the source's tokenizer: `tokenizers` breaks on 'aaaa" in reason and "retry-limit" in reason, reason
+
+
 def test_an_unknown_level_is_one_line(artifact: Path, checkpoint: Path) -> None:
     command = [sys.executable, "-m", "convert.verify", str(artifact), "--source", str(checkpoint), "--level", "q3_z"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -127,6 +142,10 @@ print(json.dumps({"start": "graph"}), file=out, flush=True)
         ("print('ops.cpp:1: GGML_ASSERT(n > 0) failed', file=sys.stderr, flush=True); os.abort()", "killed by SIGABRT"),
         ("os.kill(os.getpid(), 9)", "killed by SIGKILL (out of memory?)"),
         ("os._exit(3)", "ended with status 3"),
+        (
+            "import time; print(json.dumps({'start': 'graph', 'limit': 0.2}), file=out, flush=True); time.sleep(99)",
+            "took more than 0.2 seconds",
+        ),
     ],
 )
 def test_a_dead_child_fails_the_check_it_died_in(end: str, reason: str) -> None:

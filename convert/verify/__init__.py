@@ -74,7 +74,8 @@ def watch(command: Sequence[str], report: Report, on_check: Callable[[Check], No
         raise UserError(state["error"])
     if not state.get("done"):
         name = state.get("start", "verification")
-        reason = f"the runtime {_death(child.returncode)} during {name}{last_words(tail)}"
+        died = f"took more than {state['limit']} seconds" if state.get("late") else _death(child.returncode)
+        reason = f"the runtime {died} during {name}{last_words(tail)}"
         report.checks.append(Check(name, Status.FAIL, reason=reason))
         if on_check is not None:
             on_check(report.checks[-1])
@@ -85,8 +86,10 @@ def watch(command: Sequence[str], report: Report, on_check: Callable[[Check], No
 def _follow(
     child: subprocess.Popen[bytes], journal: Path, report: Report, on_check: Callable[[Check], None] | None
 ) -> dict[str, Any]:
-    """Read the journal while the child writes it; returns the last state."""
+    """Read the journal while the child writes it, until it ends or its step takes longer than the `limit` that it
+    told; returns the last state."""
     state: dict[str, Any] = {}
+    since = time.monotonic()
     with journal.open(encoding="utf-8") as lines:
         partial = ""
         while True:
@@ -106,8 +109,11 @@ def _follow(
                         setattr(report, key, value)
                 else:
                     state |= event
+                    since = time.monotonic()
             if ended:
                 return state
+            if state.get("limit") and time.monotonic() - since > state["limit"]:
+                return state | {"late": True}
             time.sleep(0.02)
 
 

@@ -23,7 +23,7 @@ from convert.verify import numeric, sample
 from convert.verify.packing import check_packing
 from convert.verify.report import Check, Report, Status, dumps
 from convert.verify.stock import check_client, check_genai, check_stock
-from convert.verify.tokens import check_tokenizer
+from convert.verify.tokens import Texts, check_tokenizer
 from convert.verify.weights import source_weights
 from spec.config import Spec
 from spec.errors import UserError
@@ -36,6 +36,8 @@ VERIFIABLE: tuple[str, ...] = tuple(b.name for b in backends.REGISTRY if backend
 
 DRAWS = 4
 """Sets of random tokens that the graph check tries with mixtures of experts."""
+PATIENCE = 300
+"""Seconds for what tokenizers make of texts, which are short: a hundred times what the slowest one needs."""
 QUICK = 200_000_000
 """Weights up to which the original's forward is float64 too; beyond, float32 (its rounding is a millionth of the
 mildest quantization's cost)."""
@@ -318,18 +320,24 @@ def run(
         except UserError as e:
             tell(error=str(e))
             return report
-        tell(start="opening")
+        step = "tokenizer"
         try:
+            if source.tokenizer is not None:  # its expressions are somebody else's: tried before all that waits for it
+                tell(start=step, limit=PATIENCE)
+                sample.token_ids(source.spec, source.tokenizer, lead, sample.affordable(source.spec))
+                Texts.of(source.tokenizer, 300).probe()
+            step = "opening"
+            tell(start=step, limit=None)
             shipped = opener.open_artifact(artifact, source.spec, level, threads, source.held)
             session = Session(source, shipped, level, lead)
             tell(facts={"tokens": int(session.ids.size), "versions": opener.versions()})
         except Exception as e:
-            report.checks.append(_failed("opening", e))
+            report.checks.append(_failed(step, e))
             tell(check=asdict(report.checks[-1]))
             tell(done=True)
             return report
         for name in CHECKS:
-            tell(start=name)
+            tell(start=name, limit=PATIENCE if name == "tokenizer" else None)
             try:
                 if any(c.name == "runtime" for c in report.failures):
                     check = Check(name, Status.NOT_RUN, reason="the runtime does not run the artifact")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +55,32 @@ def affordable(spec: Spec) -> int:
     return max(2, min(spec.context - 1, 256, max(16, int(_FLOPS / (2 * weights)))))
 
 
-def open_tokenizer(tokenizer: Tokenizer) -> Any:
+class Library:
+    """The `tokenizers` library's object. It panics, with what is no `Exception`, where a regular expression takes too
+    many steps: that is a `UserError` here."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        from tokenizers import Tokenizer as Fast
+
+        self._fast: Any = Fast.from_str(json.dumps(data))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fast, name)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Any:
+        """The library's encoding of a text. Raises `UserError` where it breaks on it."""
+        try:
+            return self._fast.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as e:
+            if isinstance(e, (KeyboardInterrupt, SystemExit)):
+                raise
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(f"the source's tokenizer: `tokenizers` breaks on {text[:40]!r}: {reason}") from None
+
+
+def open_tokenizer(tokenizer: Tokenizer) -> Library:
     """The `tokenizers` library's object."""
-    import json
-
-    from tokenizers import Tokenizer as Library
-
-    return Library.from_str(json.dumps(tokenizer.json))
+    return Library(tokenizer.json)
 
 
 def token_ids(spec: Spec, tokenizer: Tokenizer | None, text: str | None, count: int) -> NDArray[np.int64]:

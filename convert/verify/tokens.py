@@ -123,6 +123,11 @@ class Texts:
     def plain(self, text: str) -> list[int]:
         return list(self.library.encode(text, add_special_tokens=False).ids)
 
+    def probe(self) -> None:
+        """What the library makes of every text. Raises `UserError` where it breaks."""
+        for text in (*self.texts, *self.chats):
+            self.plain(text)
+
 
 @dataclass(frozen=True)
 class Compared:

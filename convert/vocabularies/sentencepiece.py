@@ -172,16 +172,13 @@ def _verify(made: dict[str, Any], data: bytes, file: Path) -> None:
     except ImportError:
         raise UserError(f"{file}: a tokenizer.model alone is read beside the library it is for: "
                         "pip install sentencepiece") from None  # fmt: skip
-    import json
-
-    from tokenizers import Tokenizer as Fast
-
+    from convert.verify.sample import Library
     from convert.verify.tokens import fuzz
 
     theirs = SentencePieceProcessor()
     try:
         theirs.LoadFromSerializedProto(data)
-        ours = Fast.from_str(json.dumps(made))
+        ours = Library(made)
     except Exception as e:
         raise UserError(f"{file}: cannot be opened: {' '.join(str(e).split())[:200]}") from None
     control = [t["content"] for t in made["added_tokens"] if t["special"]]
