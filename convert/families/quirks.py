@@ -98,6 +98,15 @@ def opt(c: Config) -> None:
         c.bad("word_embed_proj_dim", width, f"differs from hidden_size, {c.peek('hidden_size')}", "not supported")
 
 
+def cohere2(c: Config) -> None:
+    """transformers computes `head_dim` anew, whatever config.json says."""
+    said, width, heads = c.data.pop("head_dim", None), c.peek("hidden_size"), c.peek("num_attention_heads")
+    sizes = isinstance(width, int) and isinstance(heads, int) and heads > 0
+    if said is not None and sizes and said != width // heads:
+        c.bad("head_dim", said, f"differs from hidden_size / num_attention_heads, {width // heads}",
+              "another size is not supported")  # fmt: skip
+
+
 def falcon(c: Config) -> None:
     """The newer decoder ignores `multi_query`, and has two norms unless told otherwise."""
     c.rename("n_embed", "hidden_size")

@@ -329,6 +329,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
                    "auto_map: .*changes"),
     "classes": ("gpt2", {"architectures": ["GPT2DoubleHeadsModel"]}, "is another function than GPT2LMHeadModel"),
     "scalar": ("gemma-2", {"query_pre_attn_scalar": 0}, r"query_pre_attn_scalar: 0 must be positive"),
+    "head-size": ("command-r7b", {"head_dim": 64}, r"head_dim: 64 differs from hidden_size .*, 128 "),
     "both-names": ("bloom-560m", {"n_head": 8}, r"num_attention_heads: 16 is an unknown key"),
 }  # fmt: skip
 
