@@ -90,12 +90,13 @@ class Config:
         self.taken: set[str] = set()
         self.problems: list[Problem] = []
 
-    def take(self, key: str, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
-        """The value of a key, or the family's published default; `optional` allows null. A wrong type is a problem."""
+    def take(self, key: str, kind: type | tuple[type, ...], *, optional: bool = False, what: str = "") -> Any:
+        """The value of a key, or the family's published default; `optional` allows null. A wrong type is a problem.
+        what: the key's meaning, for one that is missing."""
         self.taken.add(key)
         if key not in self.data and key not in self.defaults:
             if not optional:
-                self.bad(key, None, "is missing", "config.json has to say it")
+                self.bad(key, None, "is missing", "config.json has to say it" + (f": {what}" if what else ""))
             return None
         value = self.data.get(key, self.defaults.get(key))
         if value is None and (optional or self.defaults.get(key, 0) is None):

@@ -53,7 +53,7 @@ def read(c: Config, row: Carrier) -> Data:
     kv = c.take(keys["kv_heads"], int, optional=True) if keys["kv_heads"] else None
     activation = _activation(c, row, keys)
     head_dim = c.take(keys["head_dim"], int, optional=True) if keys["head_dim"] else None
-    context = c.take(keys["context"], int)
+    context = c.take(keys["context"], int, what="the context length in tokens, such as 2048")
     full, local = _positions(c, row, context)
     dropouts = {n: c.number(keys[n], optional=True) or 0.0 for n in DROPOUTS if keys.get(n)}
     on = _biases(c, row)

@@ -175,6 +175,13 @@ def test_a_damaged_config_is_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(e.value)
 
 
+def test_a_missing_context_is_asked_for_by_its_meaning() -> None:
+    """transformers saves BLOOM without one."""
+    data = {k: v for k, v in PUBLISHED["bloom-560m"].items() if k != "seq_length"}
+    with pytest.raises(UserError, match=r"seq_length: is missing \(.*: the context length in tokens, such as 2048\)$"):
+        read(data, "config.json")
+
+
 def test_bookkeeping_keys_are_ignored(huggingface: Callable[..., Path]) -> None:
     folder = huggingface(transformers_version="9", use_cache=False, bos_token_id=1, pretraining_tp=2, is_decoder=True)
     with open_source(folder) as source:
