@@ -8,9 +8,9 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial as bound
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +113,8 @@ class Target:
     support: Support
     options: dict[str, str]
     path: Path
+    size: int
+    """Bytes, as expected."""
 
 
 @dataclass(frozen=True)
@@ -324,47 +326,88 @@ def _prepare(
     folders = tuple(located(a) for a in adapters)
     opened = open_source(source, folders)
     try:
-        for b in chosen:  # back to where it came from, where that works and nothing else was asked for
-            own = given[b.name] | {n: v for n, v in opened.choices.get(b.name, {}).items() if n not in options}
-            if own != given[b.name] and supports[b.name].support(opened.spec, level, **own).ok:
-                given[b.name] = own
-        verdicts = {b.name: supports[b.name].support(opened.spec, level, **given[b.name]) for b in chosen}
-        refused = [f"{name}: {r}" for name, verdict in verdicts.items() for r in verdict.refusals]
-        if refused:
-            raise UserError("\n".join(refused))
         builds = {b.name: backends.part(b, "build") for b in chosen}
+        refused: dict[str, str] = {}
+        verdicts: dict[str, Support] = {}
+        for b in chosen:
+            try:
+                given[b.name], verdicts[b.name] = _settled(b, builds[b.name], opened, level, given[b.name], options)
+            except UserError as e:
+                refused[b.name] = str(e)
+        if len(refused) == len(chosen):
+            raise UserError("\n".join(refused.values()))
         if level in LEVELS:
             planned = recipe.plan(opened.spec, level, opened.held)
-            _check_scales(chosen, given, planned)
         else:
             native = builds[chosen[0].name].recipe(opened.spec, level)
             planned = [Planned(n, opened.shape(n), native[n]) for n in opened.names()]
-        stem = f"{opened.name}.{level}"
-        targets = [
-            Target(b, builds[b.name], verdicts[b.name], given[b.name], _path(b, stem, out, len(chosen) > 1))
-            for b in chosen
-        ]
+        stem, targets = f"{opened.name}.{level}", []
+        for b in chosen:
+            try:
+                if b.name not in refused:
+                    _check_scales(b, given[b.name], planned)
+                    size = _size(b, builds[b.name], opened, planned, given[b.name])
+                    path = _path(b, stem, out, len(chosen) > 1)
+                    targets.append(Target(b, builds[b.name], verdicts[b.name], given[b.name], path, size))
+            except UserError as e:
+                refused[b.name] = str(e)
+        if refused:
+            hint = f"leave {', '.join(refused)} out: --to {','.join(t.backend.name for t in targets)}"
+            raise UserError("\n".join([*(refused[b.name] for b in chosen if b.name in refused),
+                                       *([hint] if targets else [])]))  # fmt: skip
     except BaseException:
         opened.close()
         raise
     return Job(opened, folders, tuple(targets), level, tuple(planned), threads or _cores())
 
 
-def _check_scales(
-    chosen: Sequence[Backend], given: Mapping[str, Mapping[str, str]], planned: Sequence[Planned]
-) -> None:
+def _settled(
+    b: Backend, build: Any, source: Source, level: str, given: dict[str, str], asked: Mapping[str, str]
+) -> tuple[dict[str, str], Support]:
+    """A target's options, and how it carries the source with them: back to where it came from, where that works and
+    nothing else was asked for. Raises `UserError`, a line for each refusal."""
+    support = backends.part(b, "support").support
+    settle = getattr(build, "settled", lambda spec, tokenizer, **options: (options, []))
+    own = given | {n: v for n, v in source.choices.get(b.name, {}).items() if n not in asked}
+    if own != given and support(source.spec, level, **own).ok:
+        given = own
+    with _named(b):
+        settled, notes = settle(source.spec, source.tokenizer, **given)
+    verdict: Support = support(source.spec, level, **settled)
+    if verdict.refusals:
+        raise UserError("\n".join(f"{b.name}: {r}" for r in verdict.refusals))
+    return settled, replace(verdict, notes=(*notes, *verdict.notes))
+
+
+def _size(b: Backend, build: Any, source: Source, planned: Sequence[Planned], options: Mapping[str, str]) -> int:
+    """Bytes of an artifact. Raises `UserError` for a tokenizer that the target has no form for."""
+    with _named(b):
+        return build.size(source.spec, planned, source.tokenizer, **options)
+
+
+@contextmanager
+def _named(b: Backend) -> Iterator[None]:
+    """What a backend refuses, with its name before every line."""
+    try:
+        yield
+    except MissingDependency:
+        raise
+    except UserError as e:
+        raise UserError("\n".join(f"{b.name}: {line}" for line in str(e).splitlines())) from None
+
+
+def _check_scales(b: Backend, given: Mapping[str, str], planned: Sequence[Planned]) -> None:
     """Scales that a source brings with it go into every target that holds any float16."""
     wide = [p for p in planned if p.wide]
     if not wide:
         return
     signed = next((p.name for p in wide if p.level == "q4"), None)
-    for b in chosen:
-        if given[b.name].get("compute") == "bf16":
-            raise UserError(f"--compute bf16: {wide[0].name} keeps the scales of the source ({len(wide)} tensors do), "
-                            f"which are float16 and which {b.name} would round (use f16, or --quant bf16)")  # fmt: skip
-        if b.name == "tensorrt" and signed is not None:
-            raise UserError(f"--to tensorrt: {signed} keeps the scales of the source, half of which are negative, and "
-                            "TensorRT takes positive ones (use --quant f16)")  # fmt: skip
+    if given.get("compute") == "bf16":
+        raise UserError(f"--compute bf16: {wide[0].name} keeps the scales of the source ({len(wide)} tensors do), "
+                        f"which are float16 and which {b.name} would round (use f16, or --quant bf16)")  # fmt: skip
+    if b.name == "tensorrt" and signed is not None:
+        raise UserError(f"--to tensorrt: {signed} keeps the scales of the source, half of which are negative, and "
+                        "TensorRT takes positive ones (use --quant f16)")  # fmt: skip
 
 
 def _path(backend: Backend, stem: str, out: str | Path | None, several: bool) -> Path:
@@ -381,7 +424,6 @@ def _cores() -> int:
 
 def _expected(job: Job, t: Target) -> Result:
     source, spec = job.source, job.source.spec
-    size = t.build.size(spec, job.planned, source.tokenizer, **t.options)
     support = backends.part(t.backend, "support")
     stored = {p.level: support.bits(p.level) for p in job.planned if p.level not in LEVELS}
     largest = max(source.rows(p.name) * (p.shape[-1] if len(p.shape) > 1 else 1) for p in job.planned)
@@ -395,7 +437,7 @@ def _expected(job: Job, t: Target) -> Result:
         weights=source.weights,
         bits=recipe.bits_per_weight(job.planned, stored),
         levels=dict(sorted(Counter(p.level for p in job.planned).items())),
-        size=size,
+        size=t.size,
         # float32 blocks read ahead and in work (with their codes), and the one being packed
         memory=largest * (4 * (stream.READ_AHEAD + 2) + 8 * (job.threads + 1)),
         options={k: v for k, v in t.options.items() if v},

@@ -11,7 +11,9 @@ import pytest
 from convert import pipeline
 from convert.cli import main
 from convert.pipeline import convert_all
+from convert.tests.conftest import weights, write_checkpoint
 from convert.verify import Check, Report, Status
+from spec import Spec, parse
 from spec.errors import UserError
 
 for package in ("gguf", "llama_cpp", "onnx", "onnxruntime"):
@@ -96,3 +98,27 @@ def test_what_cannot_be_is_refused_before_any_work(
 def test_a_target_named_twice_is_one(checkpoint: Path, tmp_path: Path) -> None:
     (result,) = convert_all(checkpoint, ["gguf", "gguf"], "q8", tmp_path / "a.gguf", check=True)
     assert result.out == tmp_path / "a.gguf"
+
+
+def test_of_several_targets_those_that_would_work_are_named(
+    tmp_path: Path, small: Spec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A target may refuse the tokenizer, which is found out later, or the spec."""
+    folder = write_checkpoint(tmp_path / "in", small, weights(small))
+    bytes_ = {c: i for i, c in enumerate("abcdefgh")}
+    mark = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": bytes_, "merges": []},
+        "normalizer": {"type": "Lowercase"}, "pre_tokenizer": mark, "post_processor": None, "decoder": mark,
+    }))  # fmt: skip
+    form = "convert: gguf: tokenizer.normalizer: Lowercase has no llama.cpp form for a byte-level BPE"
+    asked = ("--quant", "q8", "--out", tmp_path / "out")
+    code, said, _ = command(capsys, folder, "--to", "onnx,gguf,hf", *asked)
+    assert (code, said) == (2, [form, "convert: leave gguf out: --to onnx,hf"])
+    code, said, _ = command(capsys, folder, "--to", "gguf", *asked)
+    assert (code, said) == (2, [form]) and not (tmp_path / "out").exists()
+    endless = parse(small.model_dump() | {"final_norm": None})
+    other = write_checkpoint(tmp_path / "other", endless, weights(endless))
+    code, said, _ = command(capsys, other, "--to", "onnx,gguf,hf", *asked)
+    assert code == 2 and said[-1] == "convert: leave gguf, hf out: --to onnx", said
+    assert "convert: hf: final_norm: none, and transformers' " in "\n".join(said)
