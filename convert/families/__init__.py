@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from backends.hf.carriers import Carrier
@@ -36,14 +37,34 @@ def family(data: Mapping[str, Any], source: str) -> Family:
         return FAMILIES[model_type]
     if isinstance(model_type, str) and model_type in UNREAD:
         raise UserError(f"{source}: model_type: {model_type!r} is not read: {UNREAD[model_type]}")
+    known = f"\n{source}: families that are read: {', '.join(sorted(FAMILIES))}"
+    if "text_config" in data or "vision_config" in data:
+        raise UserError(f"{source}: model_type: {model_type!r} is multimodal, and folders of such models are not read; "
+                        f"{_text_family(data)}{known}")  # fmt: skip
     near = min(FAMILIES, key=lambda name: len(_unplaced(data, FAMILIES[name])))
-    known = sorted(FAMILIES)
-    hint = nearest(model_type, known) if isinstance(model_type, str) else ""
-    hint = f"{hint}; " if hint and not hint.startswith("known") else ""
+    hint = nearest(model_type, FAMILIES) if isinstance(model_type, str) else ""
+    hint = f" ({hint})" if hint and not hint.startswith("known") else ""
     left = _unplaced(data, FAMILIES[near])
     keys = f"; of its keys, {near}, the nearest, has no place for {', '.join(left)}" if left else ""
-    raise UserError(f"{source}: model_type: {model_type!r} is no family that is read ({hint}known: {', '.join(known)})"
-                    f"{keys}")  # fmt: skip
+    raise UserError(f"{source}: model_type: {model_type!r} is no family that is read{hint}{keys}{known}")
+
+
+def _text_family(data: Mapping[str, Any]) -> str:
+    """What is read of the text model in a multimodal one."""
+    from convert.families.expert_table import UNREAD
+    from convert.families.table import FAMILIES
+
+    inner = data.get("text_config")
+    names = [inner.get("model_type") if isinstance(inner, dict) else None, f"{data.get('model_type')}_text"]
+    for name in (n for n in names if isinstance(n, str)):
+        if name in FAMILIES:
+            return f"the family of its text model is read from a folder of its own: {name}"
+        if name in UNREAD:
+            return f"nor is its text model, {name}: {UNREAD[name]}"
+    stems = {n.removesuffix("_text"): n for n in FAMILIES}
+    near = get_close_matches(next(n for n in names if isinstance(n, str)).removesuffix("_text"), stems, n=1)
+    hint = f" (the nearest is {stems[near[0]]})" if near else ""
+    return f"the family of its text model is none that is read{hint}"
 
 
 def read(data: Mapping[str, Any], source: str, name: str = "") -> Reading:
