@@ -1,7 +1,7 @@
 """Runs one chat template, in a process of its own: it is somebody else's program.
 
-Reads a job as JSON (`text`, `conversations`, `names`) and writes what the template makes of each conversation, null
-where it refuses. Imports nothing of this program, so that starting it costs little.
+Reads a job as JSON (`text`, `conversations`, `names`) and writes what the template makes of each conversation: `text`,
+or `fault`, what is wrong, or neither where it refuses. Imports nothing of this program: starting it costs little.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ def _main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
+    class Refused(jinja2.TemplateError):
+        pass
+
     def refuse(message: str) -> Any:
-        raise jinja2.TemplateError(message)
+        raise Refused(message)
 
     def today(form: str) -> str:
         return datetime.now().strftime(form)
@@ -51,13 +54,16 @@ def _main() -> None:
     jinja = environment()
     jinja.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     jinja.globals |= {"raise_exception": refuse, "strftime_now": today}
-    out = []
+    out: list[dict[str, str]] = []
     for messages in job["conversations"]:
         try:
             made = jinja.from_string(job["text"]).render(messages=messages, add_generation_prompt=True, **job["names"])
-        except Exception:  # it may raise anything
-            made = None
-        out.append(made if made is None or len(made) <= LIMIT else None)
+            out.append({"text": made} if len(made) <= LIMIT else {"fault": f"it writes {len(made)} characters"})
+        except Refused:
+            out.append({})
+        except Exception as e:  # it may raise anything
+            told = "".join(c for c in " ".join(str(e).split()) if c.isprintable())[:200]
+            out.append({"fault": f"{type(e).__name__}: {told}"})
     json.dump(out, sys.stdout)
 
 

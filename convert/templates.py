@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,28 @@ def checked(text: str, where: str) -> str:
     return text
 
 
-def rendered(text: str, conversations: list[list[dict[str, str]]], names: Mapping[str, str]) -> list[str]:
-    """Conversations as the template writes them, less those that it refuses, none without jinja2. A template is
-    somebody else's program: it runs in a process of its own with little time and memory."""
+def rendered(
+    text: str, conversations: list[list[dict[str, str]]], names: Mapping[str, str]
+) -> tuple[list[str], str | None]:
+    """Conversations as the template writes them, less those that it refuses; and why more of them are missing, if any
+    are. A template is somebody else's program: it runs in a process of its own with little time and memory."""
+    if find_spec("jinja2") is None:
+        return [], "jinja2 is not installed"
     job = json.dumps({"text": text, "conversations": conversations, "names": dict(names)})
     try:
         done = subprocess.run(
             [sys.executable, "-I", render.__file__], input=job.encode(), capture_output=True, check=False,
             timeout=3 * render.SECONDS,
         )  # fmt: skip
-        found = json.loads(done.stdout) if done.returncode == 0 else []
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return []
-    return [t for t in found if isinstance(t, str)]
+    except subprocess.TimeoutExpired:
+        return [], "the chat template takes too long"
+    except OSError as e:
+        return [], f"the chat template cannot be run ({e.strerror})"
+    if done.returncode:
+        return [], "the chat template takes too long or too much memory"
+    found = json.loads(done.stdout)
+    texts = [f["text"] for f in found if "text" in f]
+    fault = next((f["fault"] for f in found if "fault" in f), None)
+    if fault is not None:
+        return texts, f"the chat template breaks: {fault}"
+    return texts, None if texts else "the chat template refuses them all"

@@ -258,6 +258,21 @@ def test_a_limit_must_be_allowed() -> None:
     assert allowed.status is Status.PASS and "nothing around" in allowed.flags[0]
 
 
+def test_a_verification_without_conversations_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jinja2")
+    from convert import templates
+
+    def flags(template: str) -> tuple[str, ...]:
+        tokenizer = replace(family("llama3"), chat_template=template)
+        return check_tokenizer(Client(tokenizer), tokenizer, 5).flags
+
+    assert flags(CHAT) == ()
+    assert flags("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT) == ()
+    assert "conversations were not compared: the chat template breaks: UndefinedError" in flags("{{ f() }}")[0]
+    monkeypatch.setattr(templates, "find_spec", lambda name: None)
+    assert flags(CHAT + " ") == ("conversations were not compared: jinja2 is not installed",)
+
+
 def test_conversations_are_compared_as_they_are(tmp_path: Path) -> None:
     """White space that a token takes is no limit where the chat template writes some there."""
     pytest.importorskip("llama_cpp")
@@ -270,7 +285,7 @@ def test_conversations_are_compared_as_they_are(tmp_path: Path) -> None:
     turns = "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>%s{{ m.content }}<|im_end|>{% endfor %}"
     with Words(tmp_path / "m.gguf") as words:
         tight = replace(tokenizer, chat_template=turns.replace("%s", ""))
-        assert len(limits.conversations(tight)) == 3
+        assert len(limits.conversations(tight)[0]) == 3
         loose = replace(tokenizer, chat_template=turns.replace("%s", "\n"))
         assert check_tokenizer(words, loose, COUNT).status is Status.FAIL
 

@@ -82,24 +82,34 @@ def test_blocks_that_transformers_knows_parse() -> None:
     assert templates.checked(text, "t") == text
 
 
-def chats(template: str) -> list[str]:
+def chats(template: str) -> tuple[tuple[str, ...], str | None]:
     return limits.conversations(Tokenizer(json={}, bos="<s>", chat_template=template))
 
 
 def test_conversations_are_rendered_as_transformers_does() -> None:
-    found = chats(CHAT + "{{ bos_token }}{{ [1] | tojson }}")
+    found, missing = chats(CHAT + "{{ bos_token }}{{ [1] | tojson }}")
+    assert missing is None
     assert found[0] == "<user>What is 2 + 2?\n<a><s>[1]"
     assert len(found) == 3
     utils: Any = pytest.importorskip("transformers.utils.chat_template_utils")
     messages = [{"role": "user", "content": "What is 2 + 2?\n"}]
     theirs, _ = utils.render_jinja_template([messages], chat_template=CHAT, add_generation_prompt=True)
-    assert chats(CHAT)[0] == theirs[0]
+    assert chats(CHAT)[0][0] == theirs[0]
 
 
 def test_what_a_template_refuses_is_left_out() -> None:
     picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
-    assert len(chats(picky)) == 2
-    assert chats("{{ undefined_function() }}") == []
+    found, missing = chats(picky)
+    assert len(found) == 2 and missing is None
+
+
+def test_what_a_template_breaks_on_is_told() -> None:
+    assert chats("{{ undefined_function() }}") == (
+        (), "the chat template breaks: UndefinedError: 'undefined_function' is undefined",
+    )  # fmt: skip
+    assert chats("{{ raise_exception('no') }}") == ((), "the chat template refuses them all")
+    found, missing = chats("{{ messages[1].content + 1 if messages[2] else 'x' }}")
+    assert found == ("x", "x") and missing is not None and "TypeError" in missing
 
 
 @pytest.mark.parametrize(
@@ -114,7 +124,8 @@ def test_what_a_template_refuses_is_left_out() -> None:
 )
 def test_a_hostile_template_costs_little(text: str) -> None:
     start = time.perf_counter()
-    assert chats(text) == []
+    found, missing = chats(text)
+    assert found == () and missing is not None
     assert time.perf_counter() - start < 20
 
 

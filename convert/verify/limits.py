@@ -128,21 +128,22 @@ def _apart(pairs: list[tuple[str, str]]) -> Callable[[str], str]:
     return within
 
 
-def conversations(tokenizer: Tokenizer) -> list[str]:
-    """Conversations as the chat template writes them; none where there is no template or it wants something else."""
+def conversations(tokenizer: Tokenizer) -> tuple[tuple[str, ...], str | None]:
+    """Conversations as the chat template writes them, and why there are no more where it breaks; none without one."""
     if tokenizer.chat_template is None:
-        return []
+        return (), None
     user, system = (("role", "user"), ("content", "What is 2 + 2?\n")), (("role", "system"), ("content", "Be brief."))
     answer = (("role", "assistant"), ("content", "4."))
     names = {f"{r}_token": t for r in ("bos", "eos", "unk", "pad") if (t := getattr(tokenizer, r)) is not None}
-    return list(
-        _rendered(tokenizer.chat_template, tuple(names.items()), ((user,), (user, answer, user), (system, user)))
-    )
+    return _rendered(tokenizer.chat_template, tuple(names.items()), ((user,), (user, answer, user), (system, user)))
 
 
 @lru_cache(maxsize=8)
-def _rendered(text: str, names: tuple[tuple[str, str], ...], turns: tuple[tuple[Turn, ...], ...]) -> tuple[str, ...]:
+def _rendered(
+    text: str, names: tuple[tuple[str, str], ...], turns: tuple[tuple[Turn, ...], ...]
+) -> tuple[tuple[str, ...], str | None]:
     from convert import templates
 
     messages = [[dict(turn) for turn in conversation] for conversation in turns]
-    return tuple(templates.rendered(text, messages, dict(names)))
+    found, missing = templates.rendered(text, messages, dict(names))
+    return tuple(found), missing

@@ -104,6 +104,8 @@ class Texts:
     tokenizer: Tokenizer
     texts: tuple[str, ...]
     chats: tuple[str, ...]
+    missing: str | None = None
+    """Why there are no more conversations, where the template breaks."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, count: int, seed: int = 0) -> Texts:
@@ -115,7 +117,7 @@ class Texts:
             *fuzz(list(dict.fromkeys([*some, *named])), count, seed),
             *(f"x{a}{b}x" for a, b in limits.overlaps(tokenizer)),
         ]
-        return cls(open_tokenizer(tokenizer), tokenizer, tuple(texts), tuple(limits.conversations(tokenizer)))
+        return cls(open_tokenizer(tokenizer), tokenizer, tuple(texts), *limits.conversations(tokenizer))
 
     def want(self, text: str) -> list[int]:
         return expected_ids(self.library, self.tokenizer, text)
@@ -174,6 +176,8 @@ def check_tokenizer(runtime: Encoder, tokenizer: Tokenizer | None, count: int = 
     texts = Texts.of(tokenizer, count, seed)
     found = compare(texts, runtime.encode, getattr(runtime, "limits", frozenset()))
     flags = tuple(f"the runtime's tokenizer: {flag}" for flag in found.flags)
+    if texts.missing is not None:
+        flags += (f"{'further ' if texts.chats else ''}conversations were not compared: {texts.missing}",)
     library = texts.library
     added = tokenizer.json.get("added_tokens") or []
     specials = [t["content"] for t in added if t.get("special") or t["id"] in runtime.eos_ids]  # no part of a text
