@@ -173,6 +173,29 @@ def test_qkv_biases_come_with_any_tokenizer(target: str) -> None:
     assert found[0] == "qwen2" and found[1] not in ("qwen2", "model.py"), found
 
 
+@pytest.mark.parametrize("name", ["qwen2", "llama3"])
+def test_a_qwen2_folder_with_any_tokenizer_is_converted(name: str, tmp_path: Path) -> None:
+    """Back to qwen2 with Qwen's own alone; with another it is written as another architecture, and says so."""
+    transformers = pytest.importorskip("transformers")
+    from convert.pipeline import convert
+
+    tokenizer = family(name)
+    config = transformers.Qwen2Config(vocab_size=token_count(tokenizer) + 5, hidden_size=32, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+                                      max_position_embeddings=128)  # fmt: skip
+    source, out = tmp_path / "in", tmp_path / "out"
+    transformers.Qwen2ForCausalLM(config).save_pretrained(source)
+    write_tokenizer(source, tokenizer, 128)
+    result = convert(source, "hf", "q8", out)  # verified
+    told = json.loads((out / "config.json").read_text())["model_type"]
+    assert told == result.support.carrier == result.receipt["carrier"]
+    assert (told == "qwen2") == (name == "qwen2")
+    assert any(f"written as {told}: in a folder of qwen2" in n for n in result.notes) == (name != "qwen2")
+    if name != "qwen2":
+        with pytest.raises(UserError, match=rf"hf: tokenizer: .*leave --architecture out, and it is written as {told}"):
+            convert(source, "hf", "q8", tmp_path / "other", options={"architecture": "qwen2"})
+
+
 def test_the_documented_table_is_what_is_measured() -> None:
     page = (Path(__file__).parent.parent / "docs" / "tokenizers.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]

@@ -27,7 +27,7 @@ from spec.config import Spec
 from spec.errors import UserError
 from spec.params import params
 
-__all__ = ["FolderWriter", "size", "stamp", "writer"]
+__all__ = ["FolderWriter", "settled", "size", "stamp", "writer"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,25 @@ def carried(spec: Spec, architecture: str, tokenizer: Tokenizer | None) -> Fit:
 
         raise UserError("\n".join(support(spec, "f32", architecture).refusals))
     return fit
+
+
+def settled(spec: Spec, tokenizer: Tokenizer | None, architecture: str = "") -> tuple[dict[str, str], list[str]]:
+    """Options with the architecture named where the tokenizer decides it, and a note that says so.
+
+    Raises `UserError` where transformers would read the tokenizer otherwise than it is and nothing else carries both.
+    """
+    wrong = misread(tokenizer)
+    plain, fit = choose(spec, architecture), choose(spec, architecture, wrong)
+    asked = {"architecture": architecture} if architecture else {}
+    if plain.refusals or plain.carrier.arch not in wrong:
+        return asked, []
+    reason = f"in a folder of {plain.carrier.arch}, transformers splits and normalizes text as Qwen2Tokenizer does"
+    if fit.carrier.arch not in wrong:
+        note = f"written as {fit.carrier.arch}: {reason}, and this tokenizer does otherwise"
+        return {"architecture": fit.carrier.arch}, [note]
+    other = choose(spec, "", wrong).carrier.arch
+    hint = f"leave --architecture out, and it is written as {other}" if other not in wrong else "no other computes this"
+    raise UserError(f"tokenizer: {reason}, and this one does otherwise ({hint})")
 
 
 def configuration(store: Store, tokenizer: Tokenizer | None) -> dict[str, Any]:

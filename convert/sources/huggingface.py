@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from backends.tokens import misread
 from convert.families import read
 from convert.sources.adapter import merge
 from convert.sources.base import Source
@@ -37,7 +38,8 @@ def open_huggingface(folder: Path, adapters: Sequence[Path] = ()) -> Source:
         folder, spec, Layout(rules, spec), tensors, tokenizer, aliases=tied,
         ignored=f"{RECOMPUTED}|{found.family.recomputed}", notes=[*notes, *more, *merged], adapters=named,
     )  # fmt: skip
-    source.choices["hf"] = {"architecture": found.row.arch}
+    if found.row.arch not in misread(tokenizer):
+        source.choices["hf"] = {"architecture": found.row.arch}
     return source
 
 
