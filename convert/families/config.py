@@ -20,11 +20,12 @@ IGNORED = frozenset(
     num_return_sequences exponential_decay_length_penalty remove_invalid_values task_specific_params problem_type
     id2label label2id num_labels finetuning_task chunk_size_feed_forward is_llama_config unsloth_fixed unsloth_version
     pretraining_tp _attn_implementation attn_implementation experts_implementation _attn_implementation_autoset
-    _flash_attn_2_enabled gradient_checkpointing cache_implementation
+    _flash_attn_2_enabled gradient_checkpointing cache_implementation auto_map
     """.split()  # noqa: SIM905
 )
 """Keys that change nothing about the function: bookkeeping, sampling defaults, kernel choices, token ids (the
-tokenizer's files have them), and `pretraining_tp`, which slices the same products."""
+tokenizer's files have them), and `pretraining_tp`, which slices the same products. `done` looks at
+`auto_map`."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
@@ -34,7 +35,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
-    "auto_map": (None, {}),
     "rope_interleaved": (False,),
 }
 """Keys that would change it: fine at these values, refused by name at others."""
@@ -147,16 +147,38 @@ class Config:
                 hint = nearest(key, self.taken)
                 fix = "" if hint.startswith("known") else hint
                 self.bad(key, value, "is an unknown key, and unknown keys may change the function", fix)
-            elif key in self.taken or (key == "auto_map" and self._own_code(value)):
+            elif key in self.taken:
                 continue
             elif fine is not None and value not in fine:
                 shown = " or ".join(map(str, fine))
                 self.bad(key, value, "changes the function and is not supported", f"supported: {shown}")
+        self._own_code()
         if self.problems:
             raise SpecError(self.problems, self.source)
 
-    def _own_code(self, auto_map: Any) -> bool:
-        """Whether remote code is named that became transformers' own class for the family, which it then takes."""
-        stem = self.family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()
-        names = auto_map.values() if isinstance(auto_map, dict) else [None]
-        return all(isinstance(n, str) and n.split(".")[-1].lower().startswith(stem) for n in names)
+    def _own_code(self) -> None:
+        """Remote code is never run. Where its classes have the names of transformers' own for the family, it is what
+        they were made of, and config.json is read as theirs; any other name may be another function."""
+        named, f = self.data.get("auto_map") or {}, self.family
+        if not isinstance(named, dict):
+            self.bad("auto_map", named, "is no mapping", "correct config.json")
+            return
+        for auto, name in named.items():
+            if not isinstance(name, str) or name.split(".")[-1] not in own_classes(f, auto):
+                rule = "names code of the folder's own, which is never run and may do otherwise than transformers'"
+                fix = f"remove auto_map if the weights are those of transformers' own {f.architecture}"
+                self.bad(f"auto_map.{auto}", name, rule, fix)
+                return
+
+
+def own_classes(family: Family, auto: str) -> set[str]:
+    """Names of transformers' classes of a family behind one of its Auto classes."""
+    heads = {family.architecture, *family.classes}
+    if auto == "AutoModelForCausalLM":
+        return heads
+    stems = {h.removesuffix("ForCausalLM").removesuffix("LMHeadModel") for h in heads}
+    if family.name.endswith("_text"):
+        stems |= {s + "Text" for s in stems}
+    ends = {"AutoConfig": "Config", "AutoModel": "Model"}
+    end = ends.get(auto, auto.removeprefix("AutoModel") if auto.startswith("AutoModelFor") else "")
+    return {s + end for s in stems} if end else set()

@@ -29,6 +29,7 @@ def open_huggingface(folder: Path, adapters: Sequence[Path] = ()) -> Source:
     data = read_json(config)
     quantization = data.pop("quantization_config", None)
     found = read(data, str(config), folder.resolve().name)
+    own = [f"the folder's own code (auto_map) is not run: read as {found.row.model}"] if data.get("auto_map") else []
     tokenizer, (stored, notes) = read_tokenizer(folder, data), open_weights(folder)
     tensors, more = decoded(stored, quantization, str(config))
     rules = as_stored((found.row.rules, *found.row.also), found.spec, tensors.entries)
@@ -36,7 +37,7 @@ def open_huggingface(folder: Path, adapters: Sequence[Path] = ()) -> Source:
     tied = {outside(rules, "head.weight"): "embed.weight"} if spec.head.tied else {}
     source = Source(
         folder, spec, Layout(rules, spec), tensors, tokenizer, aliases=tied,
-        ignored=f"{RECOMPUTED}|{found.family.recomputed}", notes=[*notes, *more, *merged], adapters=named,
+        ignored=f"{RECOMPUTED}|{found.family.recomputed}", notes=[*own, *notes, *more, *merged], adapters=named,
     )  # fmt: skip
     if found.row.arch not in misread(tokenizer):
         source.choices["hf"] = {"architecture": found.row.arch}

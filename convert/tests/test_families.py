@@ -19,7 +19,7 @@ from backends.hf.config import config
 from backends.hf.fit import examine
 from backends.numpy.model import Oracle
 from convert.families import Config, Family, read, reader
-from convert.families.table import ROWS
+from convert.families.table import FAMILIES, ROWS
 from convert.sources import open_source
 from convert.tests import published_mixtures
 from convert.tests.conftest import LLAMA
@@ -143,7 +143,10 @@ def test_every_unknown_and_wrong_key_is_named_at_once() -> None:
     ("changes", "says"),
     [
         ({"quantization_config": {"bits": 4}}, "quantization_config: .* changes the function and is not supported"),
-        ({"auto_map": {"AutoModel": "x.py"}}, "auto_map: .* changes the function"),
+        ({"auto_map": {"AutoModel": "x.py"}}, "auto_map.AutoModel: 'x.py' names code .* .remove auto_map if"),
+        ({"auto_map": {"AutoModel": "x.LlamaModelPlus"}}, "auto_map.AutoModel: 'x.LlamaModelPlus' names code"),
+        ({"auto_map": {"AutoTokenizer": ["x.LlamaTokenizer", None]}}, "auto_map.AutoTokenizer: .* names code"),
+        ({"auto_map": ["x.LlamaModel"]}, "auto_map: .* is no mapping"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is another function than LlamaForCausalLM"),
         ({"hidden_act": "mish"}, "hidden_act: 'mish' is no activation that is read"),
         ({"rope_scaling": {"type": "spiral", "factor": 2}}, "rope_scaling.rope_type: 'spiral' is no scaling"),
@@ -186,6 +189,36 @@ def test_bookkeeping_keys_are_ignored(huggingface: Callable[..., Path]) -> None:
     folder = huggingface(transformers_version="9", use_cache=False, bos_token_id=1, pretraining_tp=2, is_decoder=True)
     with open_source(folder) as source:
         assert source.spec.width == 64
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_remote_code_by_the_names_of_transformers_own_classes_is_accepted(name: str) -> None:
+    """Of each family alike, and of any class whose name goes on otherwise it is refused."""
+    pytest.importorskip("transformers")
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    f = FAMILIES[name]
+    own = {
+        "AutoConfig": configuration_auto.CONFIG_MAPPING[name].__name__,
+        "AutoModel": modeling_auto.MODEL_MAPPING_NAMES.get(name),
+        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(name),
+        "AutoModelForSequenceClassification":
+            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(name),
+    }  # fmt: skip
+    for auto, cls in own.items():
+        for named, fine in ((cls, True), (f"owner/repo--modeling.{cls}", True), (f"modeling.{cls}Plus", False)):
+            c = Config({"auto_map": {auto: named}}, "config.json", f)
+            if cls is not None and not fine:
+                with pytest.raises(SpecError, match=rf"auto_map.{auto}: 'modeling.{cls}Plus' names code"):
+                    c.done()
+            elif cls is not None:
+                c.done()
+
+
+def test_remote_code_that_is_not_run_is_noted(huggingface: Callable[..., Path]) -> None:
+    folder = huggingface(auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
+    with open_source(folder) as source:
+        assert "the folder's own code (auto_map) is not run: read as LlamaForCausalLM" in source.notes
 
 
 def test_a_spec_error_is_a_spec_error() -> None:
@@ -333,7 +366,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
     "truncate": ("gemma-3-1b", {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
                  r"rope_scaling.truncate: False is not read"),
     "other-code": ("phi-3-mini-128k", {"auto_map": {"AutoModelForCausalLM": "modeling.MyModel"}},
-                   "auto_map: .*changes"),
+                   "auto_map.AutoModelForCausalLM: 'modeling.MyModel' names code of the folder's own"),
     "classes": ("gpt2", {"architectures": ["GPT2DoubleHeadsModel"]}, "is another function than GPT2LMHeadModel"),
     "scalar": ("gemma-2", {"query_pre_attn_scalar": 0}, r"query_pre_attn_scalar: 0 must be positive"),
     "head-size": ("command-r7b", {"head_dim": 64}, r"head_dim: 64 differs from hidden_size .*, 128 "),
