@@ -112,7 +112,7 @@ def test_genai_has_the_ids_or_opens_no_tokenizer(name: str, tmp_path: Path) -> N
         with pytest.raises(RuntimeError, match="Unsupported tokenizer class"):
             og.Tokenizer(og.Model(str(tmp_path)))
     found = check_genai(tmp_path, tokenizer, Check("tokenizer", Status.PASS), COUNT)
-    assert_passes(found, ("pass it token ids",) if name in NO_GENAI else GENAI.get(name, ()))
+    assert_passes(found, ("pass it token ids",) if name in NO_GENAI else (*GENAI.get(name, ()), "NUL"))
 
 
 @pytest.mark.parametrize("name", ["falcon", "llama2", "mistral3"])
@@ -243,6 +243,28 @@ class ForgetsBos(Client):
         return ids[1:]
 
 
+class DropsNextLine(Client):
+    def before(self, text: str) -> str:
+        return text.replace("\x85", "")
+
+
+class MoreSpace(Client):
+    def before(self, text: str) -> str:
+        return f" {text}" if text.startswith(" ") else text
+
+
+class NoFirstSpace(Client):
+    """Right where a space is first alone."""
+
+    def fault(self, ids: list[int], text: str) -> list[int]:
+        return ids if text.startswith(" ") else ids[:-1]
+
+
+class Nul(Client):
+    def fault(self, ids: list[int], text: str) -> list[int]:
+        return ids[:-1] if "\0" in text else ids
+
+
 class Unspecial(Client):
     """Special tokens in the text are text to it."""
 
@@ -261,13 +283,37 @@ CHAT = (
 )
 
 
-@pytest.mark.parametrize("fault", [Client, ForgetsEmoji, DoubleBos, ForgetsBos, Unspecial, Strips])
+FAULTS = (Client, ForgetsEmoji, DoubleBos, ForgetsBos, DropsNextLine, MoreSpace, NoFirstSpace, Nul, Unspecial, Strips)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_client_with_a_fault_fails(fault: type[Client]) -> None:
     """Even one that may have every limit there is."""
     tokenizer = replace(family("llama3"), chat_template=CHAT)
     whole = limits.GENAI | {"around", "next line"}
     check = check_tokenizer(fault(tokenizer, whole), tokenizer, COUNT)
     assert (check.status is Status.PASS) == (fault is Client), check.reason
+
+
+@pytest.mark.parametrize(("name", "lost"), [("falcon", ">>TITLE<<|endoftext|>"), ("phi4", " <|im_start|> ")])
+def test_where_tokens_overlap_or_take_spaces_none_may_be_lost(name: str, lost: str) -> None:
+    class Loses(Client):
+        def before(self, text: str) -> str:
+            return text.replace(lost, "")
+
+    tokenizer = family(name)
+    assert check_tokenizer(Loses(tokenizer, limits.GENAI), tokenizer, 10).status is Status.FAIL
+
+
+def test_a_client_that_ends_a_text_at_a_nul_is_told() -> None:
+    class Ends(Client):
+        def before(self, text: str) -> str:
+            return text.split("\0")[0]
+
+    tokenizer = family("llama3")
+    check = check_tokenizer(Ends(tokenizer, limits.GENAI), tokenizer, 10)
+    assert_passes(check, ("NUL",))
+    assert check_tokenizer(Ends(tokenizer), tokenizer, 10).status is Status.FAIL
 
 
 def test_a_limit_must_be_allowed() -> None:

@@ -62,22 +62,24 @@ def find(tokenizer: Tokenizer, want: Encode, plain: Encode, got: Encode, allowed
     if "form" in allowed and form is not None and differ("e\u0301"):
         found.append(Limit(f"it does not bring text to {form}, as the tokenizer does: pass text that is in it",
                            lambda text: unicodedata.normalize(form, text)))  # fmt: skip
-    if "nul" in allowed and differ("a\0b"):
-        found.append(Limit("", lambda text: text.replace("\0", "")))  # C's end of text: nothing to warn of
-    if "next line" in allowed and (differ("a\x85b") or differ("\x85")) and not differ("ab"):
+    if "nul" in allowed and differ("a\0b") and got("a\0b") == got("a"):
+        found.append(Limit("it ends a text at a NUL: write none", lambda text: text.replace("\0", "")))
+    if "next line" in allowed and plain("\x85") == plain(" ") and (differ("a\x85b") or differ("\x85")):
         found.append(Limit("it does not take U+0085 for a space", lambda text: text.replace("\x85", "")))
-    if "first" in allowed and differ("x") and not differ(" x"):
+    one = plain("x") == plain(" x")  # the tokenizer puts a space before a text that has none
+    if "first" in allowed and one and differ("x") and not differ(" x"):
         found.append(Limit("it puts no space before a text: begin plain text with one", _spaced(tokenizer)))
-    elif "first" in allowed and differ(" x") and not differ("x"):
+    elif "first" in allowed and one and differ(" x") and not differ("x"):
         found.append(Limit("it puts a space before a text that begins with one too: begin with none",
                            lambda text: text.lstrip(" ")))  # fmt: skip
-    joined = [(a, b) for a, b in overlaps(tokenizer) if differ(f"x{a}{b}x") and not differ(f"x{a} {b}x")]
+    joined = [(a, rest) for a, rest, other in overlaps(tokenizer)
+              if differ(f"x{a}{rest}x") and other in got(f"x{a}{rest}x") and not differ(f"x{a} {rest}x")]  # fmt: skip
     if "overlap" in allowed and joined:
         a, rest = joined[0]
         flag = f"where one token ends in the start of another, it may see the other one: {a + rest!r}"
         found.append(Limit(flag, _apart(joined)))
     if "strips" in allowed:
-        found += _strips(tokenizer, differ, found)
+        found += _strips(tokenizer, differ, got, found)
     return found
 
 
@@ -92,7 +94,7 @@ def _spaced(tokenizer: Tokenizer) -> Callable[[str], str]:
     return lambda text: text if not text or text.startswith((" ", "\u2581", *special)) else f" {text}"
 
 
-def _strips(tokenizer: Tokenizer, differ: Callable[[str], bool], found: list[Limit]) -> list[Limit]:
+def _strips(tokenizer: Tokenizer, differ: Callable[[str], bool], got: Encode, found: list[Limit]) -> list[Limit]:
     def other(text: str) -> bool:
         for limit in found:
             text = limit.within(text)
@@ -100,6 +102,7 @@ def _strips(tokenizer: Tokenizer, differ: Callable[[str], bool], found: list[Lim
 
     tokens = [t for t in tokenizer.json.get("added_tokens") or [] if t.get("lstrip") or t.get("rstrip")]
     tokens = [t for t in tokens if other(f"x {t['content']} x") and not other(f"x{t['content']}x")]
+    tokens = [t for t in tokens if t["id"] in got(f"x {t['content']} x")]
     if not tokens:
         return []
     sides = "|".join((r"\s*" if t["lstrip"] else "") + re.escape(t["content"]) + (r"\s*" if t["rstrip"] else "")
@@ -109,12 +112,13 @@ def _strips(tokenizer: Tokenizer, differ: Callable[[str], bool], found: list[Lim
     return [Limit(flag, lambda text: re.sub(sides, lambda m: m[0].strip(), text), chat=False)]
 
 
-def overlaps(tokenizer: Tokenizer, most: int = 50) -> list[tuple[str, str]]:
-    """Added tokens, each with the rest of one that begins with its end: clients choose in their own order which of the
-    two is in such a text."""
-    names = [t["content"] for t in tokenizer.json.get("added_tokens") or []]
+def overlaps(tokenizer: Tokenizer, most: int = 50) -> list[tuple[str, str, int]]:
+    """Added tokens, each with the rest of one that begins with its end, and that one's id: clients choose in their own
+    order which of the two is in such a text."""
+    ids = {t["content"]: t["id"] for t in tokenizer.json.get("added_tokens") or []}
+    names = list(ids)
     some = names if len(names) <= WIDE else [*names[: WIDE // 2], *names[-WIDE // 2 :]]
-    out = ((a, b[n:]) for a in some for b in some if a != b for n in range(1, min(len(a), len(b)))
+    out = ((a, b[n:], ids[b]) for a in some for b in some if a != b for n in range(1, min(len(a), len(b)))
            if a.endswith(b[:n]))  # fmt: skip
     return list(dict.fromkeys(islice(out, most)))
 

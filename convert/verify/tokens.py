@@ -115,7 +115,7 @@ class Texts:
         named = [t for t in (tokenizer.bos, tokenizer.eos, *tokenizer.extra_eos) if t is not None]
         texts = [
             *fuzz(list(dict.fromkeys([*some, *named])), count, seed),
-            *(f"x{a}{b}x" for a, b in limits.overlaps(tokenizer)),
+            *(f"x{a}{rest}x" for a, rest, _ in limits.overlaps(tokenizer)),
         ]
         return cls(open_tokenizer(tokenizer), tokenizer, tuple(texts), *limits.conversations(tokenizer))
 
@@ -163,7 +163,7 @@ def compare(texts: Texts, got: Callable[[str], list[int]], allowed: frozenset[st
     pairs = [(t, want(t), list(got(t))) for t in asked]
     return Compared(
         [p for p in pairs if p[1] != p[2]], tuple(asked), sum(len(p[1]) for p in pairs),
-        tuple(limit.flag for limit in found if limit.flag),
+        tuple(limit.flag for limit in found),
     )  # fmt: skip
 
 
