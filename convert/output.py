@@ -96,24 +96,30 @@ def partial(out: Path) -> Path:
 @contextmanager
 def reserved(out: Path, *beside: Path) -> Iterator[Path]:
     """The partial path of `out`, for this process alone. What still has a partial name at the end, of `out` or of the
-    files `beside` it, is deleted.
+    files `beside` it, is deleted, and so are folders that were made for it and are empty.
 
     Raises `UserError` where another conversion writes the same output.
     """
     lock = out.with_name(out.name + ".lock")
-    fd = _locked(out, lock)
-    path = partial(out)
+    absent = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
     try:
-        _restore(out)  # a conversion was killed between the two renames of `publish`
-        _remove(path)
-        yield path
+        fd = _locked(out, lock)
+        path = partial(out)
+        try:
+            _restore(out)  # a conversion was killed between the two renames of `publish`
+            _remove(path)
+            yield path
+        finally:
+            _remove(path)
+            _restore(out)
+            for left in (*map(partial, beside), lock):
+                with suppress(OSError):
+                    left.unlink(missing_ok=True)
+            os.close(fd)
     finally:
-        _remove(path)
-        _restore(out)
-        for left in (*map(partial, beside), lock):
-            with suppress(OSError):
-                left.unlink(missing_ok=True)
-        os.close(fd)
+        with suppress(OSError):  # folders that were made for it, where nothing came into them
+            for made in absent:
+                made.rmdir()
 
 
 def _restore(out: Path) -> None:

@@ -49,6 +49,24 @@ def test_what_fails_leaves_the_old_folder(tmp_path: Path) -> None:
     assert content(out) == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_folders_made_for_what_fails_are_gone_and_those_that_were_there_stay(tmp_path: Path) -> None:
+    def fail(out: Path, *, beside: bool = False) -> None:
+        with output.reserved(out) as partial:
+            partial.write_text("half")
+            if beside:
+                (out.parent / "theirs").touch()
+            raise KeyboardInterrupt
+
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "a" / "b" / "m.gguf", tmp_path / "there" / "m.gguf"):
+        with pytest.raises(KeyboardInterrupt):
+            fail(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["there"] and not any((tmp_path / "there").iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        fail(tmp_path / "c" / "d" / "m.gguf", beside=True)
+    assert [p.name for p in (tmp_path / "c" / "d").iterdir()] == ["theirs"]
+
+
 def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = artifact(tmp_path / "out")
     rename = Path.rename

@@ -70,9 +70,12 @@ def test_an_interrupt_while_the_second_is_verified_leaves_nothing(
         return verify(job, t, *rest)
 
     monkeypatch.setattr(pipeline, "_verify", interrupted)
-    code, said, _ = command(capsys, checkpoint, "--to", "gguf,onnx", "--quant", "q8", "--out", tmp_path)
-    assert code == 130 and said[-1] == "convert: interrupted; nothing was written"
-    assert names(tmp_path) == []
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "there", tmp_path / "new" / "folder"):
+        code, said, _ = command(capsys, checkpoint, "--to", "gguf,onnx", "--quant", "q8", "--out", out)
+        assert code == 130 and said[-1] == "convert: interrupted; nothing was written"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "there"], "what was there before stays"
+    assert not any((tmp_path / "there").iterdir())
 
 
 @pytest.mark.parametrize(
