@@ -12,6 +12,8 @@ from spec.errors import UserError
 
 __all__ = ["Source", "open_source"]
 
+KINDS = "a source is a checkpoint folder of ours, a Hugging Face folder, a .gguf file, or hf:owner/name"
+
 
 def open_source(path: str | Path, adapters: Sequence[str | Path] = ()) -> Source:
     """Open a checkpoint: everything about it is checked, and no weight is read.
@@ -22,7 +24,7 @@ def open_source(path: str | Path, adapters: Sequence[str | Path] = ()) -> Source
     """
     path, folders = located(path), [located(a) for a in adapters]
     if not path.exists():
-        raise UserError(f"{path}: no such folder")
+        raise UserError(f"{path}: no such folder or file ({KINDS})")
     if path.suffix == ".gguf" and not path.is_dir():
         from convert.sources.gguf import open_gguf
 
@@ -31,7 +33,7 @@ def open_source(path: str | Path, adapters: Sequence[str | Path] = ()) -> Source
         return open_gguf(path)
     if not path.is_dir():
         hint = "give the folder that holds it" if path.suffix in (".safetensors", ".bin", ".yaml", ".json") else ""
-        raise UserError(f"{path}: a source is a checkpoint folder" + (f" ({hint})" if hint else ""))
+        raise UserError(f"{path}: is no source ({hint or KINDS})")
     if present(path / "spec.yaml"):
         from convert.sources.checkpoint import open_checkpoint
 

@@ -154,8 +154,12 @@ def test_a_truncated_file_is_refused(checkpoint: Path, keep: float) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path, huggingface: Writes) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+    kinds = r"\(a source is a checkpoint folder of ours, a Hugging Face folder, a .gguf file, or hf:owner/name\)$"
+    with pytest.raises(UserError, match=f"nowhere: no such folder or file {kinds}"):
         open_source(tmp_path / "nowhere")
+    (tmp_path / "passwd").touch()
+    with pytest.raises(UserError, match=f"passwd: is no source {kinds}"):
+        open_source(tmp_path / "passwd")
     with pytest.raises(UserError, match=r"neither spec.yaml .* nor config.json"):
         open_source(tmp_path)
     folder = huggingface(3)
