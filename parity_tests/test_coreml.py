@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,12 @@ def shipped(spec: Spec, level: str, path: Path, length: int = 47, **options: Any
         whole = runtime.logits(ids)
         pieces, at = numeric.stepwise(runtime, ids)
     control = numeric.emulate_dtype(spec, artifacts.values(artifact), ids, artifact.session, artifact.arithmetic)
-    assert control.measure(whole, control.exact) <= RATIO["arithmetic"] * control.control(ids.shape[1])
-    assert control.measure(pieces, control.exact[:, at]) <= RATIO["arithmetic"] * control.control(1, at)
+    controls = [control]
+    if control.certain and any(b.mlp.kind == "moe" for b in spec.layers):  # the median token too
+        controls.append(replace(control, certain=False))
+    for c in controls:
+        assert c.measure(whole, c.exact) <= RATIO["arithmetic"] * c.control(ids.shape[1])
+        assert c.measure(pieces, c.exact[:, at]) <= RATIO["arithmetic"] * c.control(1, at)
 
 
 QUICK = {(name, level) for name in ("gpt2", "gemma2", "sinks") for level in ("f16", "q4", "lut4")}
