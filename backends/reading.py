@@ -73,9 +73,10 @@ def read_back(path: Path) -> Tokenizer | None:
         pieces = ((i, t) for t, i in vocab.items()) if isinstance(vocab, dict) else enumerate(t for t, _ in vocab)
         names = {**dict(pieces), **{t["id"]: t["content"] for t in added}}
         ends = generation.get("eos_token_id", [])
+        special: dict[str, Any] = {role: config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
         return Tokenizer(
             data,
-            **{role: config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad")},
+            **special,
             extra_eos=tuple(names[i] for i in (ends if isinstance(ends, list) else [ends])),
             add_bos=config["add_bos_token"],
             add_eos=config["add_eos_token"],

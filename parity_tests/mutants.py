@@ -227,7 +227,7 @@ class WeightsOnInput(Float32):
         parts = [
             super(WeightsOnInput, self).experts(x * weights[..., [j]], (chosen[..., [j]], one), w, m) for j in places
         ]
-        return np.sum(parts, 0, dtype=np.float32)
+        return np.asarray(np.sum(parts, 0, dtype=np.float32))
 
 
 class SharedGateMissed(Float32):
