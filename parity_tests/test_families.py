@@ -227,7 +227,7 @@ def test_a_base_models_names_and_buffers_of_older_versions_are_read(tmp_path: Pa
         after = read(path)[1]
         assert all(np.array_equal(before[n], after[n]) for n in before)
         save_file(stored | {"h.0.attn.biases": torch.ones(2)}, file)
-        with pytest.raises(UserError, match=r"belong to nothing in the model: h.0.attn.biases"):
+        with pytest.raises(UserError, match=r"belongs to nothing in the model: h.0.attn.biases"):
             read(path)
 
 
