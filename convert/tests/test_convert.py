@@ -299,8 +299,9 @@ def test_a_disk_that_fills_up_loses_nothing(checkpoint: Path, out: Path, limit: 
 
 
 INTERRUPTED = """
-import os, sys
+import os, signal, sys
 from convert import cli, show
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
 number = int(sys.argv.pop(1))
 def stop(self, stage, done, total, tell=show.Reporting.__call__):
     tell(self, stage, done, total)
