@@ -103,22 +103,26 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
 def quantized_product(w: Any, x: mx.array) -> mx.array:
     """`x @ weight.T` of a quantized layer; in float32 on devices that need it."""
-    weight, scales, biases = w["weight"], w["scales"], w.get("biases")
+    return in_blocks(mx.quantized_matmul, x, w, [w[n] for n in ("weight", "scales", "biases") if n in w], BLOCK)
+
+
+def in_blocks(multiply: Any, x: mx.array, w: Any, arrays: list[mx.array], block: int, **how: Any) -> mx.array:
+    """A product with a quantized layer's weight, scales and biases (if any), [..., out, n] each; in float32 on devices
+    that need it, and there over `block` inputs at a time."""
 
     def part(first: int, last: int) -> mx.array:
         packed = slice(first * w.bits // 32, last * w.bits // 32)
         groups = slice(first // w.group_size, last // w.group_size)
-        return mx.quantized_matmul(
-            x[..., first:last], weight[:, packed], scales[:, groups], None if biases is None else biases[:, groups],
-            transpose=True, group_size=w.group_size, bits=w.bits, mode=w.mode,
-        )  # fmt: skip
+        own = [a[..., packed if i == 0 else groups] for i, a in enumerate(arrays)]
+        return multiply(
+            x[..., first:last], *own, transpose=True, group_size=w.group_size, bits=w.bits, mode=w.mode, **how
+        )
 
     width = x.shape[-1]
     if not wide():
         return part(0, width)
-    step = BLOCK if x.dtype == mx.float32 else width
-    x, scales = x.astype(mx.float32), floats(scales)
-    biases = None if biases is None else floats(biases)
+    step = block if x.dtype == mx.float32 else width
+    x, arrays = x.astype(mx.float32), [arrays[0], *(floats(a) for a in arrays[1:])]
     return total(part(i, min(i + step, width)) for i in range(0, width, step))
 
 
@@ -204,25 +208,9 @@ class QuantizedGroupedLinear(GroupedLinear):
 
     def product(self, x: mx.array, owner: mx.array, ordered: bool) -> mx.array:
         """The products alone; in float32 on devices that need it."""
-        weight, scales = (by_expert(self[n], self._experts) for n in ("weight", "scales"))
-        biases = by_expert(self["biases"], self._experts) if "biases" in self else None
-
-        def part(first: int, last: int) -> mx.array:
-            packed = slice(first * self.bits // 32, last * self.bits // 32)
-            groups = slice(first // self.group_size, last // self.group_size)
-            return mx.gather_qmm(
-                x[..., first:last], weight[..., packed], scales[..., groups],
-                None if biases is None else biases[..., groups], rhs_indices=owner, transpose=True,
-                group_size=self.group_size, bits=self.bits, mode=self.mode, sorted_indices=ordered,
-            )  # fmt: skip
-
-        width = x.shape[-1]
-        if not wide():
-            return part(0, width)
-        step = EXPERT_BLOCK if x.dtype == mx.float32 else width
-        x, scales = x.astype(mx.float32), floats(scales)
-        biases = None if biases is None else floats(biases)
-        return total(part(i, min(i + step, width)) for i in range(0, width, step))
+        arrays = [by_expert(self[n], self._experts) for n in ("weight", "scales", "biases") if n in self]
+        how = {"rhs_indices": owner, "sorted_indices": ordered}
+        return in_blocks(mx.gather_qmm, x, self, arrays, EXPERT_BLOCK, **how)
 
 
 def by_expert(x: mx.array, experts: int) -> mx.array:

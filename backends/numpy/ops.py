@@ -89,6 +89,11 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
+def largest(scores: Array, k: int) -> Array:
+    """Places of the k largest of the last axis, the lower one first among equals."""
+    return np.argsort(-scores, -1, kind="stable")[..., :k]
+
+
 class NumpyOps(Ops[Array, Handle, Cache]):
     """`dtype` float64 is the oracle; float32 is a control that shows how much of an error is rounding."""
 
@@ -228,9 +233,7 @@ class NumpyOps(Ops[Array, Handle, Cache]):
 
     def choose(self, scores: Array, k: int) -> Array:
         """The k largest of the last axis, the lower number first among equals; or those that are forced."""
-        if self.forced is not None:
-            return self.forced[self._scope]
-        return np.argsort(-scores, -1, kind="stable")[..., :k]
+        return largest(scores, k) if self.forced is None else self.forced[self._scope]
 
     def experts(self, x: Array, routes: tuple[Array, Array], w: Any, m: MoE) -> Array:
         chosen, weights = routes

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.numpy.ops import largest
 from spec.config import MoE, Spec
 
 Array = NDArray[Any]
@@ -37,10 +38,7 @@ def mixtures(spec: Spec) -> dict[str, MoE]:
 
 def chosen(spec: Spec, scores: Mapping[str, Array]) -> dict[str, Array]:
     """The experts [B, T, k] that these scores choose, as `NumpyOps.forced` takes them."""
-    return {
-        scope: np.argsort(-scores[f"{scope}mlp.scores"], -1, kind="stable")[..., : m.router.top_k]
-        for scope, m in mixtures(spec).items()
-    }
+    return {scope: largest(scores[f"{scope}mlp.scores"], m.router.top_k) for scope, m in mixtures(spec).items()}
 
 
 def certain(spec: Spec, exact: Mapping[str, Array], rounded: Mapping[str, Array]) -> NDArray[np.bool_]:
