@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from parity_tests.shop import FileMutant
 
 Bytes = NDArray[np.uint8]
 
@@ -74,17 +74,7 @@ def _minus_one(rows: Bytes) -> None:
     gains -= 1
 
 
-@dataclass(frozen=True)
-class FileMutant:
-    """What is done to the file, and which check must notice."""
-
-    change: Callable[[Editor], Any]
-    killer: str
-    feature: str = "llama"
-    level: str = "q4"
-
-
-MUTANTS: dict[str, FileMutant] = {
+MUTANTS: dict[str, FileMutant[Editor]] = {
     "eps": FileMutant(lambda e: e.scalar("layer_norm_rms_epsilon", lambda x: x / 10), "graph"),
     "theta_0.1%": FileMutant(lambda e: e.scalar("rope.freq_base", lambda x: x * 1.001), "graph"),
     "kv_heads_swapped": FileMutant(lambda e: _swap_heads(e.rows("blk.0.attn_k.weight"), 64), "packing"),
@@ -134,7 +124,7 @@ MUTANTS: dict[str, FileMutant] = {
 """By name; the level and spec it is applied to, and the check that must say FAIL."""
 
 
-def mutate(original: Path, out: Path, mutant: FileMutant) -> Path:
+def mutate(original: Path, out: Path, mutant: FileMutant[Editor]) -> Path:
     """A copy of the artifact with the bug in it."""
     shutil.copyfile(original, out)
     editor = Editor(out)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from backends.base import QuantizedTensor
 from backends.mlx import build, choose, layout, pack, rotary
 from backends.safetensors import STORED
+from parity_tests.shop import FileMutant
 
 HEAD = 64
 """head_dim of the specs that these are for."""
@@ -98,17 +99,7 @@ def _module_entry(e: Editor) -> None:
     e.json("config.json", lambda data: data["quantization"].update({"model.layers.1.mlp.up_proj": entry}))
 
 
-@dataclass(frozen=True)
-class FileMutant:
-    """What is done to the folder, and which check must notice."""
-
-    change: Callable[[Editor], Any]
-    killer: str
-    feature: str = "llama"
-    level: str = "q4"
-
-
-FILES: dict[str, FileMutant] = {
+FILES: dict[str, FileMutant[Editor]] = {
     "theta_0.1%": FileMutant(_config(rope_theta=10010.0), "graph"),
     "theta_unproved": FileMutant(_config(rope_theta=10010.0), "packing"),
     "partial_fraction": FileMutant(
@@ -177,7 +168,7 @@ def _half_softcap(data: dict[str, Any]) -> None:
     data["allotrope"]["spec"]["head"]["softcap"] /= 2
 
 
-def mutate(original: Path, out: Path, mutant: FileMutant) -> Path:
+def mutate(original: Path, out: Path, mutant: FileMutant[Editor]) -> Path:
     """A copy of the folder with the bug in it."""
     shutil.copytree(original, out)
     mutant.change(Editor(out))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import backends
 from convert.pipeline import Result, convert
@@ -14,6 +15,18 @@ from convert.verify.report import Check
 from convert.verify.run import Session, door
 from parity_tests.checkpoints import VOCAB, write_checkpoint
 from spec import Spec
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True)
+class FileMutant(Generic[E]):
+    """A wrong artifact: what is done to it through its format's editor, and which check must notice."""
+
+    change: Callable[[E], Any]
+    killer: str
+    feature: str = "llama"
+    level: str = "q4"
 
 
 class Shop:
