@@ -84,6 +84,46 @@ def block(
     return ops.tap(ops.add(x, y), "out"), cache
 
 
+def begin(ops: Ops[X, W, C], spec: Spec, w: Any, ids: X, step: Step[X]) -> X:
+    """Token ids [B, T] to the residual stream [B, T, D] before the first layer."""
+    e = spec.embedding
+    x = ops.cast(ops.embed(ids, w.embed))
+    if e.scale is not None:
+        x = ops.scale(x, e.scale)
+    if e.positions is not None:
+        x = ops.add(x, ops.cast(ops.embed(step.positions, w.positions, e.positions.offset)))
+    if e.norm is not None:
+        x = ops.norm(x, w.embed_norm, e.norm)
+    return ops.tap(ops.drop(x, e.dropout), "embed")
+
+
+def blocks(
+    ops: Ops[X, W, C],
+    spec: Spec,
+    w: Any,
+    x: X,
+    step: Step[X],
+    tables: Sequence[RopeTable],
+    cache: Sequence[C] | None = None,
+    span: range | None = None,
+) -> tuple[X, list[C] | None]:
+    """The residual stream [B, T, D] through layers `span` (default: all); `tables` are `rope_tables(spec, length)`."""
+    rotations, keys = [ops.rotation(table, step) for table in tables], rope_keys(spec)
+    caches: list[Any] = []
+    for i in range(len(spec.layers)) if span is None else span:
+        rotation = None if (key := keys[i]) is None else rotations[key]
+        x, c = ops.call(i, spec.layers[i], w.layers[i], x, step, rotation, None if cache is None else cache[i])
+        caches.append(c)
+    return x, None if cache is None else caches
+
+
+def end(ops: Ops[X, W, C], spec: Spec, w: Any, x: X) -> X:
+    """The residual stream [B, T, D] after the last layer, normed."""
+    if spec.final_norm is not None:
+        x = ops.norm(x, w.final_norm, spec.final_norm)
+    return ops.tap(x, "final_norm")
+
+
 def hidden(
     ops: Ops[X, W, C],
     spec: Spec,
@@ -93,26 +133,9 @@ def hidden(
     tables: Sequence[RopeTable],
     cache: Sequence[C] | None = None,
 ) -> tuple[X, list[C] | None]:
-    """Token ids [B, T] to the normed residual stream [B, T, D]; `tables` are `rope_tables(spec, length)`."""
-    e = spec.embedding
-    x = ops.cast(ops.embed(ids, w.embed))
-    if e.scale is not None:
-        x = ops.scale(x, e.scale)
-    if e.positions is not None:
-        x = ops.add(x, ops.cast(ops.embed(step.positions, w.positions, e.positions.offset)))
-    if e.norm is not None:
-        x = ops.norm(x, w.embed_norm, e.norm)
-    x = ops.tap(ops.drop(x, e.dropout), "embed")
-
-    rotations = [ops.rotation(table, step) for table in tables]
-    caches: list[Any] = []
-    for i, (b, key) in enumerate(zip(spec.layers, rope_keys(spec), strict=True)):
-        rotation = None if key is None else rotations[key]
-        x, c = ops.call(i, b, w.layers[i], x, step, rotation, None if cache is None else cache[i])
-        caches.append(c)
-    if spec.final_norm is not None:
-        x = ops.norm(x, w.final_norm, spec.final_norm)
-    return ops.tap(x, "final_norm"), None if cache is None else caches
+    """Token ids [B, T] to the normed residual stream [B, T, D]."""
+    x, caches = blocks(ops, spec, w, begin(ops, spec, w, ids, step), step, tables, cache)
+    return end(ops, spec, w, x), caches
 
 
 def logits(ops: Ops[X, W, C], spec: Spec, w: Any, x: X) -> X:

@@ -21,9 +21,10 @@ from backends.torch.model import Decoder
 from spec.errors import UserError
 from train import checkpoint, config, optim, parallel
 from train.checkpoint import RunFolder, Snapshot
-from train.data import Batches, DataState, Rows, Sequences, validation_rows
+from train.data.batches import Batches, DataState, Sequences, validation_rows
+from train.engine import Engine
 from train.parallel import Ranks
-from train.report import Journal, Metrics, Watch
+from train.watch import Journal, Metrics, Watch
 
 
 @dataclass
@@ -31,9 +32,9 @@ class Run:
     """Everything that a step reads and changes."""
 
     config: config.TrainConfig
-    precision: str
     ranks: Ranks
     decoder: Decoder
+    engine: Engine
     optimizer: torch.optim.Optimizer
     batches: Batches
     held_out: Sequences | None
@@ -44,7 +45,7 @@ class Run:
     @property
     def micro(self) -> int:
         """Sequences of one forward pass."""
-        return self.config.batch.micro or self.config.batch.sequences // self.ranks.world
+        return self.config.batch.micro or self.config.batch.sequences // self.ranks.degrees.data
 
 
 @dataclass
@@ -73,29 +74,16 @@ class Stop:
                 signal.signal(s, handler)
 
 
-def loss_of(run: Run, rows: Rows) -> Tensor:
-    """The summed loss of one forward pass."""
-    device = run.ranks.device
-    ids, targets = (torch.from_numpy(a).to(device, non_blocking=True) for a in (rows.ids, rows.targets))
-    segments = None if rows.segments is None else torch.from_numpy(rows.segments).to(device)
-    with parallel.autocast(run.ranks, run.precision):
-        return run.decoder(ids, targets, segments=segments)
-
-
 def gradients(run: Run) -> tuple[float, Tensor, int]:
     """Forward and backward over the next global batch: its mean loss, the global norm, and its valid targets.
 
     Divided by the valid targets of the whole batch, counted beforehand, gradients depend neither on accumulation nor
     on the number of ranks nor on how masked targets fall.
     """
-    micro_batches, valid = run.batches.next(run.config.batch.sequences, run.micro, run.ranks.rank, run.ranks.world)
-    total = torch.zeros((), device=run.ranks.device)
-    for n, rows in enumerate(micro_batches, 1):
-        parallel.accumulating(run.decoder, last=n == len(micro_batches))
-        loss = loss_of(run, rows) / max(1, valid)
-        loss.backward()
-        total += loss.detach()
-    [loss_value] = run.ranks.sum(float(total))
+    ranks = run.ranks
+    micro_batches, valid = run.batches.next(run.config.batch.sequences, run.micro, ranks.data, ranks.degrees.data)
+    loss = run.engine.backward(micro_batches, 1 / max(1, valid))
+    [loss_value] = ranks.sum(float(loss))
     return loss_value, optim.gradient_norm(run.decoder.parameters()), valid
 
 
@@ -128,8 +116,9 @@ def validate(run: Run) -> tuple[float, float] | None:
     run.decoder.eval()
     loss = torch.zeros((), dtype=torch.float32, device=run.ranks.device)
     valid = 0
-    for rows in validation_rows(run.held_out, run.config.validation.tokens, run.micro, run.ranks.rank, run.ranks.world):
-        loss += loss_of(run, rows)
+    share = run.ranks.data, run.ranks.degrees.data
+    for rows in validation_rows(run.held_out, run.config.validation.tokens, run.micro, *share):
+        loss += run.engine.score(rows)
         valid += rows.valid
     run.decoder.train()
     total, count = run.ranks.sum(float(loss), valid)

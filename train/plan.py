@@ -10,21 +10,20 @@ from rich.table import Table
 from spec import cost
 from spec.load import load as load_spec
 from spec.show import print_targets, short, size
-from train import corpus, parallel
+from train import parallel
 from train.config import TrainConfig
+from train.data import corpus
 from train.session import out_folder
 
 
 def show(c: TrainConfig, console: Console) -> None:
     """Print the plan. Raises `UserError` for what would stop the run."""
-    import os
-
     from backends.targets import targets
 
     spec = load_spec(c.spec)
     device = parallel.choose_device(c.device)
     precision, why = parallel.choose_precision(c.precision, device)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = parallel.world_size()
     length = c.data.length or spec.context
     micro = c.batch.micro or max(1, c.batch.sequences // world)
     per_step = c.batch.sequences * length

@@ -17,9 +17,12 @@ from backends.torch.checkpoint import empty, load_weights
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import load as load_spec
-from train import checkpoint, config, corpus, loop, optim, parallel, report, tokenizer
+from train import checkpoint, config, loop, optim, parallel, watch
 from train.config import TrainConfig
-from train.data import Batches, DataState, Sequences, TokenData, cache_folder, prepare
+from train.data import corpus, tokenizer
+from train.data.batches import Batches, DataState, Sequences
+from train.data.tokens import TokenData, cache_folder, prepare
+from train.engine import Whole
 from train.parallel import Ranks
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ class Result:
     steps: int
     signal: int
     """0, or the signal that ended it."""
-    metrics: report.Metrics | None
+    metrics: watch.Metrics | None
     """Of the last step, if any was made."""
 
 
@@ -111,7 +114,7 @@ def train(
 ) -> Result:
     """Run it. With `resume`, `c` is what `resumed` returned. Raises `UserError` for all that the user can fix."""
     console = console or Console()
-    with parallel.ranks(c.device) as ranks:
+    with parallel.ranks(c.device, c.parallel) as ranks:
         return _train(c, ranks, resume, force, stop_after, console)
 
 
@@ -127,8 +130,9 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
     if taken and not resume and not force:
         raise UserError(f"{out}: {taken} is already there (--resume continues the run, --force replaces it, or --out)")
     length = c.data.length or spec.context
-    if c.batch.sequences % (ranks.world * (c.batch.micro or 1)):
-        raise UserError(f"batch.sequences: {c.batch.sequences} is no multiple of {ranks.world} ranks times batch.micro")
+    shares = ranks.degrees.data
+    if c.batch.sequences % (shares * (c.batch.micro or 1)):
+        raise UserError(f"batch.sequences: {c.batch.sequences} is no multiple of {shares} ranks times batch.micro")
     with _first_rank_first(ranks):
         tok, data = text(c, spec, say, found)
     precision, why = parallel.choose_precision(c.precision, ranks.device)
@@ -150,9 +154,9 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
     cut = (length, data.eos, data.bos, c.data.document_mask)
     run = loop.Run(
         c,
-        precision,
         ranks,
         decoder,
+        Whole(decoder, ranks, precision),
         optim.build(decoder, spec, c.optimizer),
         Batches(Sequences(data.train, *cut), DataState(fingerprint, seed=c.seed)),
         Sequences(data.validation, *cut) if len(data.validation.tokens) > 1 else None,
@@ -168,27 +172,27 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
         journal = _begin(folder, c, found, run.step)
     last = min(c.steps, stop_after or c.steps)
     stop = loop.Stop()
-    watch = report.Watch(console, run.step, last, c.log_every, silent=not ranks.first)
+    shown = watch.Watch(console, run.step, last, c.log_every, silent=not ranks.first)
     try:
         with stop.listening():
-            metrics = loop.fit(run, folder, journal, watch, last, stop)
+            metrics = loop.fit(run, folder, journal, shown, last, stop)
     finally:
-        watch.close()
+        shown.close()
         if journal is not None:
             journal.close()
     if ranks.first:
-        steps = report.history(out / "training" / "train.jsonl")
-        report.plot(steps, out / "training" / "loss.png", f"{spec.name}: {run.step} steps, {c.data.source}")
+        steps = watch.history(out / "training" / "train.jsonl")
+        watch.plot(steps, out / "training" / "loss.png", f"{spec.name}: {run.step} steps, {c.data.source}")
     return Result(out, run.step, c.steps, stop.signal, metrics)
 
 
-def _begin(folder: checkpoint.RunFolder, c: TrainConfig, found: Path | None, step: int) -> report.Journal:
+def _begin(folder: checkpoint.RunFolder, c: TrainConfig, found: Path | None, step: int) -> watch.Journal:
     """The run's folder, its configuration and journal."""
     try:
         (folder.path / "training").mkdir(parents=True, exist_ok=True)
         checkpoint.write(folder.path / checkpoint.CONFIG, config.dump(c).encode())
         if found is not None:
             folder.publish(found)
-        return report.Journal(folder.path / "training" / "train.jsonl", step)
+        return watch.Journal(folder.path / "training" / "train.jsonl", step)
     except OSError as e:
         raise UserError(f"{folder.path}: cannot be written: {e.strerror}") from None

@@ -6,7 +6,7 @@ exist at a time (as in Hsu et al. 2024, Liger Kernel). N rows, D model, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ IGNORE = -100
 CHUNK_ELEMENTS = {"cpu": 2**23}
 """Logits that may exist at once, by device type; elsewhere 2^28, so that a GPU's matrix products stay large."""
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
-"""(logits [N, V], targets [N]) -> summed loss of the valid targets."""
+Criterion = Callable[..., Tensor]
+"""(logits [N, V], targets [N], *extras [N, ...]) -> summed loss of the valid targets."""
 
 ChunkLogits = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(hidden states [N, D], weight [V, D], bias [V]) -> logits [N, V]."""
@@ -33,24 +33,25 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunked_loss(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logits: ChunkLogits, criterion: Criterion
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Sequence[Tensor], logits: ChunkLogits, criterion: Criterion
 ) -> Tensor:
-    """Summed loss of hidden states [N, D] against targets [N]; differentiable once in x, weight and bias."""
-    return _eager(x, weight, bias, targets, logits, criterion)
+    """Summed loss of hidden states [N, D] against `rows` (targets [N] and what else the criterion reads, [N, ...]);
+    differentiable once in x, weight and bias."""
+    return _eager(x, weight, bias, rows, logits, criterion)
 
 
 @torch.compiler.disable(reason="it takes gradients inside the forward pass")
 def _eager(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logits: ChunkLogits, criterion: Criterion
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Sequence[Tensor], logits: ChunkLogits, criterion: Criterion
 ) -> Tensor:
-    rows = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**28) // weight.shape[0])
+    size = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**28) // weight.shape[0])
     if torch.is_grad_enabled():
-        return _ChunkedLoss.apply(x, weight, bias, targets, logits, criterion, rows)  # type: ignore[no-any-return]
-    return _total([criterion(logits(c, weight, bias), t) for c, t in _chunks(x, targets, rows)], x)
+        return _ChunkedLoss.apply(x, weight, bias, rows, logits, criterion, size)  # type: ignore[no-any-return]
+    return _total([criterion(logits(c, weight, bias), *r) for c, *r in _chunks(x, rows, size)], x)
 
 
-def _chunks(x: Tensor, targets: Tensor, rows: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(x.split(rows), targets.split(rows), strict=True)) if len(x) else []
+def _chunks(x: Tensor, rows: Sequence[Tensor], size: int) -> list[tuple[Tensor, ...]]:
+    return list(zip(x.split(size), *(r.split(size) for r in rows), strict=True)) if len(x) else []
 
 
 def _total(losses: list[Tensor], x: Tensor) -> Tensor:
@@ -65,10 +66,10 @@ class _ChunkedLoss(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
+        rows: Sequence[Tensor],
         logits: ChunkLogits,
         criterion: Criterion,
-        rows: int,
+        size: int,
     ) -> Tensor:
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         w = weight.detach().requires_grad_(need_w)
@@ -76,18 +77,18 @@ class _ChunkedLoss(torch.autograd.Function):
         losses: list[Tensor] = []
         grad_x: list[Tensor] = []
         sums: list[Tensor | None] = [None, None]
-        for chunk, target in _chunks(x, targets, rows):
+        for chunk, *row in _chunks(x, rows, size):
             h = chunk.detach().requires_grad_(need_x)
             wanted = [t for t, need in ((h, need_x), (w, need_w), (b, need_b)) if need and t is not None]
             with torch.enable_grad():
-                loss = criterion(logits(h, w, b), target)
+                loss = criterion(logits(h, w, b), *row)
             grads = iter(torch.autograd.grad(loss, wanted) if wanted else ())
             losses.append(loss.detach())
             if need_x:
                 grad_x.append(next(grads))
             for n, need in enumerate((need_w, need_b)):
                 if need:
-                    sums[n] = _accumulate(sums[n], next(grads), last=len(losses) * rows >= len(x))
+                    sums[n] = _accumulate(sums[n], next(grads), last=len(losses) * size >= len(x))
         ctx.shape, ctx.dtypes = x.shape, (weight.dtype, bias.dtype if bias is not None else None)
         ctx.save_for_backward(torch.cat(grad_x) if grad_x else None, *sums)
         return _total(losses, x)

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D model, V vocab.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +77,26 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec, self.length, self.attention = spec, length or spec.context, attention
         self.kinds = assemble(self, spec, self.length)
+        self.span = range(spec.depth)
+
+    def keep(self, span: range) -> None:
+        """Become the stage of a pipeline that holds these layers: the first one embeds, the last one has the head."""
+        self.span = span
+        for i in set(range(self.spec.depth)) - set(span):
+            self.layers._modules[str(i)] = None  # the others keep their names
+        gone = () if self.begins else ("embed", "positions", "embed_norm")
+        for name in (*gone, *(() if self.ends else ("final_norm", "head"))):
+            self._modules.pop(name, None)
+
+    @property
+    def begins(self) -> bool:
+        """Whether it takes token ids."""
+        return self.span.start == 0
+
+    @property
+    def ends(self) -> bool:
+        """Whether it has the head."""
+        return self.span.stop == self.spec.depth
 
     def forward(
         self,
@@ -88,6 +108,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         last: bool = False,
         criterion: Criterion = cross_entropy_sum,
+        extras: Sequence[Tensor] = (),
         taps: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-100 = ignored) the float32 sum of their losses.
@@ -95,17 +116,22 @@ class Decoder(nn.Module):
         `segments` [B, T] packs several documents into a row: the tokens of one bear one number, which does not come
         back after another's, and none sees another's. `positions` [B, T] default to the place within the document.
         With a `cache` the tokens continue it. `last` keeps only the last position's logits, [B, 1, V].
-        `criterion(logits [N, V], targets [N])` replaces the summed cross-entropy. `taps` receives every named
-        intermediate.
+        `criterion(logits [N, V], targets [N], *extras)` replaces the summed cross-entropy; `extras` [B, T, ...] are cut
+        into the same rows. `taps` receives every named intermediate. A pipeline's stage takes the residual stream
+        [B, T, D] in place of ids, or gives it in place of logits.
 
         Raises `UserError` for sequences beyond `length` or beyond the cache's end.
         """
-        step, start = self._step(ids, positions, segments, cache)
-        weight = self.embed.weight
+        step, start = self._step(ids[..., 0] if ids.dim() == 3 else ids, positions, segments, cache)
+        weight = self.embed.weight if self.begins else ids
         request = Request(step, start, computed_in(weight, ids.device), self.training, torch.is_grad_enabled())
         ops = TorchOps([plan(a, self.attention, request) for a in self.kinds], self.training, angles_in(weight), taps)
         tables: Any = self.rope
-        x, _ = forward.hidden(ops, self.spec, self, ids, step, tables, cache)
+        x = forward.begin(ops, self.spec, self, ids, step) if self.begins else ids
+        x, _ = forward.blocks(ops, self.spec, self, x, step, tables, cache, self.span)
+        if not self.ends:
+            return x
+        x = forward.end(ops, self.spec, self, x)
         if last:
             x = ops.last(x, step)
         if targets is None:
@@ -114,7 +140,7 @@ class Decoder(nn.Module):
         def chunk_logits(linear: Callable[[Tensor], Tensor], chunk: Tensor) -> Tensor:
             return forward.logits(ops, self.spec, SimpleNamespace(head=linear), chunk)
 
-        return self.head(x, targets, chunk_logits, criterion)
+        return self.head(x, targets, chunk_logits, criterion, extras)
 
     def _step(
         self, ids: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None
@@ -173,7 +199,8 @@ class Decoder(nn.Module):
         """
         own = dict(self.named_parameters())
         for p in params(self.spec):
-            _assign(own[p.name], initial(self.spec, p, seed))
+            if p.name in own:
+                _assign(own[p.name], initial(self.spec, p, seed))
 
 
 def within_documents(segments: Tensor) -> Tensor:

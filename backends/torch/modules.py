@@ -8,7 +8,7 @@ Shapes: B batch, T query, D model, H q-heads, G kv-heads, K head dim, V vocab, E
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -304,8 +304,9 @@ class Head(nn.Module):
         targets: Tensor | None = None,
         logits: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None,
         criterion: Criterion = cross_entropy_sum,
+        extras: Sequence[Tensor] = (),
     ) -> Tensor:
-        """[B, T, D] -> the bare linear's [B, T, V]; with targets [B, T] the summed loss.
+        """[B, T, D] -> the bare linear's [B, T, V]; with targets [B, T] (and extras [B, T, ...]) the summed loss.
 
         `logits(linear, x)` turns a chunk of hidden states into logits (scale and softcap included); the whole batch's
         logits never exist.
@@ -318,4 +319,5 @@ class Head(nn.Module):
         def chunk_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return finish(lambda h: F.linear(h, weight, bias), chunk)
 
-        return chunked_loss(x.flatten(0, -2), weight, self.bias, targets.flatten(), chunk_logits, criterion)
+        rows = [targets.flatten(), *(e.flatten(0, 1) for e in extras)]
+        return chunked_loss(x.flatten(0, -2), weight, self.bias, rows, chunk_logits, criterion)

@@ -24,7 +24,7 @@ from spec.errors import UserError
 from spec.load import load as load_spec
 from train import checkpoint, session
 from train.checkpoint import RunFolder, Snapshot, newest, number
-from train.report import history
+from train.watch import history
 
 Options = Callable[..., dict[str, Any]]
 Train = Callable[..., session.Result]

@@ -22,12 +22,14 @@ from backends.torch.checkpoint import empty
 from spec.errors import UserError
 from spec.load import load as load_spec
 from spec.params import params
-from train import checkpoint, config, loop, optim, report, session
+from train import checkpoint, config, loop, optim, session
+from train import watch as report
 from train.checkpoint import newest, number
-from train.data import Batches, DataState, Sequences
-from train.parallel import Ranks
-from train.report import Journal, Watch, history
+from train.data.batches import Batches, DataState, Sequences
+from train.engine import Whole
+from train.parallel import Degrees, Ranks
 from train.tests.conftest import write_text
+from train.watch import Journal, Watch, history
 
 Options = Callable[..., dict[str, Any]]
 Train = Callable[..., session.Result]
@@ -121,11 +123,12 @@ def make_run(options: dict[str, Any]) -> loop.Run:
     decoder.train()
     torch.manual_seed(c.seed)
     cut = (spec.context, data.eos, data.bos, c.data.document_mask)
+    ranks = Ranks(0, 1, torch.device("cpu"))
     return loop.Run(
         c,
-        "float32",
-        Ranks(0, 1, torch.device("cpu")),
+        ranks,
         decoder,
+        Whole(decoder, ranks, "float32"),
         optim.build(decoder, spec, c.optimizer),
         Batches(Sequences(data.train, *cut), DataState("", seed=c.seed)),
         Sequences(data.validation, *cut),
@@ -318,7 +321,7 @@ def test_batches_that_ranks_cannot_share_are_refused(
 ) -> None:
     c = config.layered(options(batch__sequences=3))
     with pytest.raises(UserError, match=r"batch\.sequences: 3 is no multiple of 2 ranks"):
-        session._train(c, Ranks(0, 2, torch.device("cpu")), False, False, None, Console(file=StringIO()))
+        session._train(c, Ranks(0, 2, torch.device("cpu"), Degrees(dp=2)), False, False, None, Console(file=StringIO()))
 
 
 def test_a_text_of_a_few_bytes_trains(options: Options, train: Train, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spec.errors import UserError
-from train import corpus, tokenizer
-from train.data import IGNORE, Batches, DataState, Sequences, Split, prepare, validation_rows
+from train.data import corpus, tokenizer
+from train.data.batches import IGNORE, Batches, DataState, Sequences, validation_rows
+from train.data.tokenizer import END, TextTokenizer
+from train.data.tokens import Split, prepare
 from train.tests.conftest import write_text
-from train.tokenizer import END, TextTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,8 @@ def test_it_needs_mlx_and_the_standard_library_only() -> None:
 
 
 def test_it_is_the_shared_forward_pass_word_for_word() -> None:
-    for function in (forward.attention, forward.mlp, forward.block, forward.hidden, forward.logits):
+    parts = (forward.begin, forward.blocks, forward.end)
+    for function in (forward.attention, forward.mlp, forward.block, *parts, forward.hidden, forward.logits):
         assert inspect.getsource(function).strip() in source()
 
 

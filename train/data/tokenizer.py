@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spec.errors import UserError
-from train.corpus import Document
+from train.data.corpus import Document
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Fast

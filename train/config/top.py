@@ -9,84 +9,14 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, ValidationError
 
-from spec.config import Model, Positive, Probability
+from spec.config import Model
 from spec.errors import Problem, SpecError, UserError, problems_from
-
-Size = Annotated[int, Field(ge=1)]  # not strict as in a spec: values come from the command line too
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Data(Model):
-    """The text, and how it is cut into sequences."""
-
-    source: Annotated[str, Parameter(name="--data")] = "stdlib"
-    """A text file, a folder of text files, or `stdlib`: the Python standard library's own source."""
-    length: Annotated[Size | None, Parameter(name="--data.length")] = None
-    """Tokens in a sequence; none = the spec's context."""
-    document_mask: Annotated[bool, Parameter(name="--data.document_mask")] = False
-    """Whether documents packed into one sequence are hidden from each other, positions beginning anew in each."""
-    validation: Annotated[Annotated[float, Field(ge=0, lt=1)], Parameter(name="--data.validation")] = 0.05
-    """Share of the documents held out for validation, chosen by their hashes."""
-    cache: Annotated[str | None, Parameter(name="--data.cache")] = None
-    """Folder for tokenizers and tokenised text; none = the user's cache folder."""
-
-
-class Batch(Model):
-    """How many sequences an optimizer step sees, and how many at a time."""
-
-    sequences: Size = 4
-    """Sequences in an optimizer step, over all ranks."""
-    micro: Size | None = None
-    """Sequences in one forward pass on one rank; none = the rank's share of the step. Fewer accumulate gradients."""
-
-
-class Optimizer(Model):
-    """AdamW (Loshchilov & Hutter 2019), and what happens to the gradients before it."""
-
-    lr: Positive = 1.5e-3
-    """Peak learning rate."""
-    betas: Annotated[tuple[Probability, Probability], Parameter(negative="")] = (0.9, 0.99)
-    """Decay of the first and second moment."""
-    eps: Positive = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
-    """Decoupled weight decay of the matrices."""
-    decay_embeddings: bool = False
-    """Whether embeddings decay too (a tied head is an embedding)."""
-    decay_norms: bool = False
-    """Whether norm gains, biases and attention sinks decay too."""
-    clip: Positive | None = 1.0
-    """Largest global norm of the gradients; none = no clipping."""
-    max_skipped: Size = 10
-    """The run ends after this many steps in a row whose loss or gradients are not finite."""
-
-
-class Schedule(Model):
-    """The learning rate over the steps: linear warm-up, then half a cosine."""
-
-    warmup: Count | None = None
-    """Steps of warm-up; none = a twentieth of all steps."""
-    final: Fraction = 0.05
-    """Learning rate of the last step, as a share of the peak."""
-
-
-class Validation(Model):
-    """When the held-out documents are scored."""
-
-    every: Size | None = None
-    """Steps between two scores; none = a fifth of all steps, at least 20. The last step is always scored."""
-    tokens: Size = 32768
-    """Tokens scored, spread evenly over the held-out documents."""
-
-
-class Checkpoint(Model):
-    """When the run is saved."""
-
-    every: Size = 100
-    """Steps between two checkpoints. The last step is always saved."""
-    keep: Size = 2
-    """Checkpoints kept, the newest."""
+from train.config.data import Batch, Data
+from train.config.fields import Count, Size
+from train.config.loss import Experts, Loss
+from train.config.optim import Optimizer, Schedule
+from train.config.run import Checkpoint, Validation, Watch
+from train.config.system import Memory, Parallel
 
 
 def _source(value: Any) -> Any:
@@ -117,8 +47,13 @@ class TrainConfig(Model):
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+    loss: Loss = Loss()
+    experts: Experts = Experts()
+    parallel: Parallel = Parallel()
+    memory: Memory = Memory()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
+    watch: Watch = Watch()
 
     @property
     def warmup(self) -> int:

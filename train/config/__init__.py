@@ -1,0 +1,30 @@
+"""What a training run is: one frozen configuration, from a YAML file, the command line, or both."""
+
+from __future__ import annotations
+
+from train.config.data import Batch, Data
+from train.config.loss import Experts, Loss
+from train.config.optim import Optimizer, Schedule
+from train.config.run import Checkpoint, Validation, Watch
+from train.config.system import Memory, Parallel
+from train.config.top import TrainConfig, differences, dump, layered, parse, read
+
+__all__ = [
+    "Batch",
+    "Checkpoint",
+    "Data",
+    "Experts",
+    "Loss",
+    "Memory",
+    "Optimizer",
+    "Parallel",
+    "Schedule",
+    "TrainConfig",
+    "Validation",
+    "Watch",
+    "differences",
+    "dump",
+    "layered",
+    "parse",
+    "read",
+]

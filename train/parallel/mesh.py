@@ -1,0 +1,142 @@
+"""Ranks and their mesh. One process needs no process group; torchrun and Slurm start several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from spec.errors import UserError
+from train.config import Parallel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+DIMENSIONS = ("pp", "replicate", "dp", "tp")
+"""The mesh, outermost first: neighbours share a layer, and pipeline stages talk least."""
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Ranks along each dimension of the mesh."""
+
+    pp: int = 1
+    replicate: int = 1
+    dp: int = 1
+    tp: int = 1
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.pp * self.replicate * self.dp * self.tp
+
+    @property
+    def data(self) -> int:
+        """Ranks that see different sequences."""
+        return self.replicate * self.dp
+
+
+def degrees(p: Parallel, world: int) -> Degrees:
+    """The degrees of a run on `world` ranks. Raises `UserError` where their product is another number."""
+    fixed = p.replicate * p.tp * p.pp
+    dp = p.dp or world // fixed
+    found = Degrees(p.pp, p.replicate, dp, p.tp)
+    if found.world != world:
+        named = f"replicate {p.replicate} x dp {p.dp or 'n'} x tp {p.tp} x pp {p.pp}"
+        raise UserError(f"parallel: {named} is no product for {world} rank(s) (torchrun --nproc-per-node sets them)")
+    return found
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world: int
+    device: torch.device
+    degrees: Degrees = Degrees()
+    mesh: DeviceMesh | None = None
+    """All of `DIMENSIONS`, those of one rank too; none for a single process."""
+    control: Any = None
+    """A gloo group of all ranks, for objects and for work beside the training."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def place(self, dimension: str) -> int:
+        """This rank's coordinate along one dimension of the mesh."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank(dimension)
+
+    @property
+    def data(self) -> int:
+        """Which share of each batch this rank sees, of `degrees.data`."""
+        return self.place("replicate") * self.degrees.dp + self.place("dp")
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks, in float64 (float32 on devices without it)."""
+        if self.world == 1:
+            return list(values)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        t = torch.tensor(values, dtype=dtype, device=self.device)
+        dist.all_reduce(t)
+        return t.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every rank, on every rank."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value, group=self.control)
+        return out
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        return self.gather(value if self.first else None)[0]
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then the CPU. Raises `UserError` for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: {name} is not there (torch sees {torch.cuda.device_count()} CUDA devices)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: mps is not there (use cpu)")
+    return device
+
+
+def world_size() -> int:
+    """Ranks that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def ranks(device: str, parallel: Parallel) -> Iterator[Ranks]:
+    """The process group of a torchrun launch (NCCL on CUDA, gloo elsewhere), or this process alone."""
+    world = world_size()
+    found = degrees(parallel, world)
+    if world == 1:
+        yield Ranks(0, 1, choose_device(device))
+        return
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = tuple(getattr(found, d) for d in DIMENSIONS)
+    mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=DIMENSIONS)
+    try:
+        yield Ranks(dist.get_rank(), world, chosen, found, mesh, dist.new_group(backend="gloo"))
+        dist.barrier()  # gloo may abort a rank whose peer has left while its own threads still end
+    finally:
+        dist.destroy_process_group()
