@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.data.order import batched
-from train.data.tokens import Split
+from train.data.store import Split
 
 Ids = NDArray[np.int64]
 

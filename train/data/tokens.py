@@ -8,41 +8,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spec.errors import UserError
 from train.data.corpus import Corpus, Document
 from train.data.order import batched
+from train.data.store import Shards, Split, TokenData
 from train.data.tokenizer import TextTokenizer
 
-VERSION = 1
+VERSION = 2
 """Part of the cache's key: raise it when the layout changes."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """One stream of tokens: documents, each with its end (and its beginning, where the tokenizer has one)."""
-
-    tokens: NDArray[np.uint16] | NDArray[np.uint32]
-    bytes: int
-    """Bytes of text that the tokens stand for."""
-    documents: int
-
-
-@dataclass(frozen=True)
-class TokenData:
-    """Both streams, the ids that separate documents, and the fingerprint of it all."""
-
-    train: Split
-    validation: Split
-    eos: int
-    bos: int | None
-    fingerprint: str
 
 
 def cache_folder(chosen: str | None) -> Path:
@@ -83,8 +61,10 @@ def prepare(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    splits = {name: _open(folder / f"{name}.bin", **meta[name], size=tokenizer.size) for name in meta}
-    return TokenData(splits["train"], splits["validation"], tokenizer.eos, tokenizer.bos, fingerprint)
+    overlap = int(tokenizer.bos == tokenizer.eos)
+    splits = {name: _open(folder / name, tokenizer.size, overlap, corpus.source, meta[name]) for name in meta}
+    held = (splits["validation"],) if splits["validation"].documents else ()
+    return TokenData((splits["train"],), held, (1.0,), tokenizer.eos, tokenizer.bos, fingerprint)
 
 
 def _dtype(vocab: int) -> np.dtype[Any]:
@@ -96,22 +76,24 @@ def _write(
 ) -> dict[str, int]:
     eos, bos, dtype = tokenizer.eos, tokenizer.bos, _dtype(tokenizer.size)
     begin = [] if bos is None or bos == eos else [bos]
-    size = 0
+    size, offsets = 0, [0]
     with path.open("wb") as f:
         if bos == eos:  # what ends one document begins the next, so the first needs one more
             f.write(np.array([eos], dtype).tobytes())
         for group in batched(documents, 64):
             for document, ids in zip(group, tokenizer.encode([d.text() for d in group]), strict=True):
                 f.write(np.array([*begin, *ids, eos], dtype).tobytes())
+                offsets.append(offsets[-1] + len(begin) + len(ids) + 1)
                 size += document.size
                 progress(document.size)
         f.flush()
         os.fsync(f.fileno())
-    return {"bytes": size, "documents": len(documents)}
+    np.array(offsets, np.int64).tofile(path.with_suffix(".offsets"))
+    return {"bytes": size}
 
 
-def _open(path: Path, *, bytes: int, documents: int, size: int) -> Split:  # noqa: A002
+def _open(path: Path, size: int, overlap: int, source: str, meta: dict[str, int]) -> Split:
+    offsets = np.fromfile(path.with_suffix(".offsets"), np.int64)
     dtype = _dtype(size)
-    if not path.stat().st_size:
-        return Split(np.empty(0, dtype), bytes, documents)
-    return Split(np.memmap(path, dtype, mode="r"), bytes, documents)
+    tokens = Shards((path.with_suffix(".bin"),), (int(offsets[-1]) + overlap,), dtype.str)
+    return Split(tokens, offsets, meta["bytes"], overlap, None, source)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from spec.errors import UserError
 from train.data import corpus, tokenizer
 from train.data.batches import IGNORE, Batches, DataState, Sequences, validation_rows
+from train.data.store import Split
 from train.data.tokenizer import END, TextTokenizer
-from train.data.tokens import Split, prepare
+from train.data.tokens import prepare
 from train.tests.conftest import write_text
 
 
@@ -139,22 +140,27 @@ def test_tokens_are_cached_by_content(trained: TextTokenizer, tmp_path: Path) ->
     cache.mkdir()
     seen: list[int] = []
     first = prepare(corpus.read(str(folder), 0.2), trained, cache, seen.append)
-    assert sum(seen) == first.train.bytes + first.validation.bytes
+    assert sum(seen) == first.train[0].bytes + first.validation[0].bytes
     again = prepare(corpus.read(str(folder), 0.2), trained, cache, lambda n: pytest.fail("tokenised twice"))
-    assert np.array_equal(first.train.tokens, again.train.tokens)
+    assert np.array_equal(first.train[0].tokens[:], again.train[0].tokens[:])
     (folder / "file00.txt").write_text("changed", encoding="utf-8")
     assert prepare(corpus.read(str(folder), 0.2), trained, cache).fingerprint != first.fingerprint
-    texts = trained.fast.decode(list(first.validation.tokens), skip_special_tokens=False).split(END)
+    texts = trained.fast.decode(list(first.validation[0].tokens[:]), skip_special_tokens=False).split(END)
     held = sorted(corpus.read(str(folder), 0.2).validation, key=lambda d: d.name)
     assert {d.text() for d in held if d.name != "file00.txt"} <= set(texts)
 
 
 def stream(*documents: list[int]) -> Split:
-    return Split(np.array([0, *(t for d in documents for t in [*d, 0])], np.uint16), 100, len(documents))
+    offsets = np.cumsum([0, *(len(d) + 1 for d in documents)])
+    return Split(np.array([0, *(t for d in documents for t in [*d, 0])], np.uint16), offsets, 100, 1)
+
+
+def counted(count: int) -> Split:
+    return Split(np.arange(count, dtype=np.uint16), np.array([0, count]), 1)
 
 
 def test_every_epoch_has_every_sequence_once_in_another_order() -> None:
-    sequences = Sequences(Split(np.arange(4 * 25 + 1, dtype=np.uint16), 1, 1), 4, 0, 0, False)
+    sequences = Sequences(counted(4 * 25 + 1), 4, 0, 0, False)
     batches = Batches(sequences, DataState("f", seed=3))
     rows = [batches.next(5, 5)[0][0].ids for _ in range(10)]
     first, second = np.concatenate(rows[:5])[:, 0] // 4, np.concatenate(rows[5:])[:, 0] // 4
@@ -166,7 +172,7 @@ def test_every_epoch_has_every_sequence_once_in_another_order() -> None:
 
 @pytest.mark.parametrize(("micro", "world"), [(1, 1), (2, 1), (1, 2), (2, 4)])
 def test_the_order_depends_neither_on_ranks_nor_on_accumulation(micro: int, world: int) -> None:
-    sequences = Sequences(Split(np.arange(4 * 25 + 1, dtype=np.uint16), 1, 1), 4, 0, 0, False)
+    sequences = Sequences(counted(4 * 25 + 1), 4, 0, 0, False)
     whole, valid = Batches(sequences, DataState("f")).next(8, 8)
     shares = [Batches(sequences, DataState("f")).next(8, micro, r, world) for r in range(world)]
     assert {v for _, v in shares} == {valid} == {32}
@@ -181,13 +187,13 @@ def test_masked_documents_end_but_do_not_predict_each_other() -> None:
     assert rows.segments is not None
     assert np.diff(rows.segments[0]).tolist() == [0, 0, 1, 0, 1, 0, 0]
     # With a beginning of its own (1), an end (0) does not predict it.
-    split = Split(np.array([1, 5, 6, 0, 1, 7, 0, 1, 8], np.uint16), 100, 3)
+    split = Split(np.array([1, 5, 6, 0, 1, 7, 0, 1, 8], np.uint16), np.array([0, 9]), 100)
     rows = Sequences(split, 8, 0, 1, True).rows([0])
     assert rows.targets.tolist() == [[5, 6, 0, IGNORE, 7, 0, IGNORE, 8]]
     assert rows.segments is not None
     assert np.diff(rows.segments[0]).tolist() == [0, 0, 0, 1, 0, 0, 1]
     # Without one, the token behind an end begins the next document.
-    split = Split(np.array([5, 6, 0, 7, 0, 8, 9], np.uint16), 100, 3)
+    split = Split(np.array([5, 6, 0, 7, 0, 8, 9], np.uint16), np.array([0, 9]), 100)
     rows = Sequences(split, 6, 0, None, True).rows([0])
     assert rows.targets.tolist() == [[6, 0, IGNORE, 0, IGNORE, 9]]
 
@@ -202,7 +208,7 @@ def test_a_stream_shorter_than_a_sequence_is_padded_without_targets() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_validation_scores_the_same_tokens_on_any_number_of_ranks(world: int) -> None:
-    sequences = Sequences(Split(np.arange(4 * 10 + 1, dtype=np.uint16), 1, 1), 4, 0, 0, False)
+    sequences = Sequences(counted(4 * 10 + 1), 4, 0, 0, False)
     shares = [list(validation_rows(sequences, 28, 2, r, world)) for r in range(world)]
     assert len({len(s) for s in shares}) == 1
     targets = np.concatenate([r.targets.ravel() for s in shares for r in s])
