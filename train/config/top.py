@@ -14,8 +14,9 @@ from spec.errors import Problem, SpecError, UserError, problems_from
 from train.config.data import Batch, Data
 from train.config.fields import Count, Size
 from train.config.loss import Experts, Loss
+from train.config.loss import problems as loss_problems
 from train.config.optim import Optimizer, Schedule
-from train.config.run import Checkpoint, Validation, Watch
+from train.config.run import Checkpoint, Levels, Samples, Steps, Validation, Watch
 from train.config.system import Memory, Parallel
 
 
@@ -53,7 +54,12 @@ class TrainConfig(Model):
     memory: Memory = Memory()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
+    samples: Samples = Samples()
     watch: Watch = Watch()
+    quant: Levels = ("q8", "q4")
+    """Levels that the model shall ship at later: which targets carry them is said before the first step."""
+    profile: Steps | None = None
+    """Steps to trace with torch's profiler, `10..12`; the trace and a table go to OUT/training/profile."""
 
     @property
     def warmup(self) -> int:
@@ -77,7 +83,7 @@ def _contradictions(c: TrainConfig) -> list[Problem]:
     if c.schedule.warmup is not None and c.schedule.warmup >= c.steps:
         rule = f"leaves no step of steps={c.steps} after the warm-up"
         out.append(Problem("schedule.warmup", c.schedule.warmup, rule, "lower it, or raise steps"))
-    return out
+    return out + loss_problems(c)
 
 
 def parse(data: Mapping[str, Any], source: str = "") -> TrainConfig:
