@@ -60,10 +60,10 @@ def count(spec: Spec) -> Parameters:
 
 def active(spec: Spec) -> int:
     """Parameters that one token passes: of a mixture's experts only the chosen ones."""
-    return round(sum(p.size * _used(spec, p) for p in params(spec)))
+    return round(sum(p.size * used(spec, p) for p in params(spec)))
 
 
-def _used(spec: Spec, p: Param) -> float:
+def used(spec: Spec, p: Param) -> float:
     """The share of a parameter that one token meets."""
     if ".mlp.experts." not in p.name:
         return 1.0
@@ -86,7 +86,7 @@ def flops(spec: Spec, length: int | None = None) -> int:
     the figure agrees with published utilisation. Norms, activations, rotations and biases are left out.
     """
     length = length or spec.context
-    linear = round(sum(p.size * _used(spec, p) for p in params(spec) if p.role in ("linear", "experts", "router")))
+    linear = round(sum(p.size * used(spec, p) for p in params(spec) if p.role in ("linear", "experts", "router")))
     if spec.head.tied:
         linear += spec.vocab_size * spec.width
     attention = sum(4 * b.attention.heads * _head_dim(b) * seen(b, length) for b in spec.layers)

@@ -17,6 +17,7 @@ from backends.torch.model import Decoder
 from train import parallel
 from train.data.batches import Rows
 from train.parallel import Ranks
+from train.parallel.pipeline import Stage
 
 
 class Engine(Protocol):
@@ -54,9 +55,37 @@ class Whole:
     @torch.no_grad()
     def score(self, rows: Rows) -> Tensor:
         """The summed cross-entropy of one forward pass, whatever is trained on."""
-        return self._loss(rows, cross_entropy_sum)
+        loss = self._loss(rows, cross_entropy_sum)
+        parallel.settle(self.decoder)
+        return loss
 
     def _loss(self, rows: Rows, criterion: Criterion) -> Tensor:
         ids, targets, segments = rows.tensors(self.ranks.device)
         with parallel.autocast(self.ranks, self.precision):
             return self.decoder(ids, targets, segments=segments, criterion=criterion)
+
+
+@dataclass
+class Pipelined:
+    """One stage of a decoder; every stage reads the same rows."""
+
+    decoder: Decoder
+    ranks: Ranks
+    stage: Stage
+    criterion: Criterion = cross_entropy_sum
+
+    def backward(self, micro_batches: Sequence[Rows], scale: float) -> Tensor:
+        """Forward and backward over A passes; the losses' sum times `scale`."""
+        parts = [rows.tensors(self.ranks.device) for rows in micro_batches]
+        ids, targets, segments = (None if t[0] is None else torch.cat(t) for t in zip(*parts, strict=True))
+        assert ids is not None
+        more = {"targets": targets, "segments": segments}
+        return self.stage.train(len(parts), ids, scale, criterion=self.criterion, **more)
+
+    @torch.no_grad()
+    def score(self, rows: Rows) -> Tensor:
+        """The summed cross-entropy of one forward pass, whatever is trained on."""
+        ids, targets, segments = rows.tensors(self.ranks.device)
+        loss = self.stage.score(ids, lambda x: self.decoder(x, targets, segments=segments))
+        parallel.settle(self.decoder)
+        return loss

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from backends.torch.checkpoint import empty, load_weights
+from backends.torch.model import Decoder
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import load as load_spec
@@ -21,8 +22,9 @@ from train import checkpoint, config, loop, optim, parallel, watch
 from train.config import TrainConfig
 from train.data import corpus, tokenizer
 from train.data.batches import Batches, DataState, Sequences
-from train.data.tokens import TokenData, cache_folder, prepare
-from train.engine import Whole
+from train.data.store import TokenData
+from train.data.tokens import cache_folder, prepare
+from train.engine import Engine, Pipelined, Whole
 from train.parallel import Ranks
 
 log = logging.getLogger(__name__)
@@ -100,7 +102,8 @@ def text(
     if tok.size < spec.vocab_size:
         say(f"tokenizer: {tok.size} tokens; the spec's other {spec.vocab_size - tok.size} rows stay unused")
     data = prepare(found, tok, cache)
-    say(f"tokens: {len(data.train.tokens):,} to train on, {len(data.validation.tokens):,} held out")
+    counts = [sum(len(s.tokens) for s in splits) for splits in (data.train, data.validation)]
+    say(f"tokens: {counts[0]:,} to train on, {counts[1]:,} held out")
     return tok, data
 
 
@@ -138,7 +141,11 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
     precision, why = parallel.choose_precision(c.precision, ranks.device)
     say(f"device: {ranks.device}, {ranks.world} rank(s); {precision} ({why})")
 
+    stages = parallel.spans(spec, ranks.degrees.pp)
+    parallel.check_passes(c.parallel, c.batch.sequences // shares // (c.batch.micro or c.batch.sequences // shares))
     decoder = empty(spec, torch.float32, ranks.device, length=length)
+    if len(stages) > 1:
+        decoder.keep(stages[ranks.place("pp")])
     if found is not None:
         load_weights(decoder, found)
     else:
@@ -156,10 +163,10 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
         c,
         ranks,
         decoder,
-        Whole(decoder, ranks, precision),
+        _engine(c, decoder, ranks, precision),
         optim.build(decoder, spec, c.optimizer),
-        Batches(Sequences(data.train, *cut), DataState(fingerprint, seed=c.seed)),
-        Sequences(data.validation, *cut) if len(data.validation.tokens) > 1 else None,
+        Batches(Sequences(data.train[0], *cut), DataState(fingerprint, seed=c.seed)),
+        Sequences(data.validation[0], *cut) if data.validation else None,
     )
     if found is not None:
         loop.restore(run, *checkpoint.read(found))
@@ -184,6 +191,12 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
         steps = watch.history(out / "training" / "train.jsonl")
         watch.plot(steps, out / "training" / "loss.png", f"{spec.name}: {run.step} steps, {c.data.source}")
     return Result(out, run.step, c.steps, stop.signal, metrics)
+
+
+def _engine(c: TrainConfig, decoder: Decoder, ranks: Ranks, precision: str) -> Engine:
+    if ranks.degrees.pp == 1:
+        return Whole(decoder, ranks, precision)
+    return Pipelined(decoder, ranks, parallel.Stage(decoder, ranks, c.parallel.schedule, parallel.DTYPES[precision]))
 
 
 def _begin(folder: checkpoint.RunFolder, c: TrainConfig, found: Path | None, step: int) -> watch.Journal:

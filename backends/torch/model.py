@@ -185,9 +185,10 @@ class Decoder(nn.Module):
 
     def kernels(self, tokens: int, *, packed: bool = False, dtype: torch.dtype | None = None) -> dict[str, str]:
         """Which kernel a training step over `tokens` tokens will use and why, for each distinct attention setting."""
-        slots = torch.arange(tokens, device=self.embed.weight.device)[None]
+        weight = next(self.parameters())
+        slots = torch.arange(tokens, device=weight.device)[None]
         step = Step("packed" if packed else "causal", slots, slots, slots * 0 if packed else None)
-        request = Request(step, 0, dtype or self.embed.weight.dtype, self.training, True)
+        request = Request(step, 0, dtype or weight.dtype, self.training, True)
         return {reason: kernel for kernel, reason in (choose(a, self.attention, request) for a in self.kinds)}
 
     @torch.no_grad()

@@ -37,6 +37,12 @@ def accumulating(decoder: nn.Module, last: bool) -> None:
         decoder.set_requires_gradient_sync(last)  # type: ignore[operator]
 
 
+def settle(decoder: nn.Module) -> None:
+    """After a pass without gradients: FSDP leaves the root's weights whole, and those are not what is trained."""
+    if hasattr(decoder, "reshard"):
+        decoder.reshard()  # type: ignore[operator]
+
+
 def whole(t: Tensor) -> Tensor:
     """A tensor, gathered if it is sharded, on the CPU. Every rank must take part."""
     t = t.detach()
