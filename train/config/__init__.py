@@ -5,7 +5,7 @@ from __future__ import annotations
 from train.config.data import Batch, Data
 from train.config.loss import Experts, Loss
 from train.config.optim import Optimizer, Schedule
-from train.config.run import Checkpoint, Validation, Watch
+from train.config.run import Checkpoint, Samples, Validation, Watch
 from train.config.system import Memory, Parallel
 from train.config.top import TrainConfig, differences, dump, layered, parse, read
 
@@ -18,6 +18,7 @@ __all__ = [
     "Memory",
     "Optimizer",
     "Parallel",
+    "Samples",
     "Schedule",
     "TrainConfig",
     "Validation",

@@ -1,9 +1,14 @@
-"""What a run does beside training: scoring, saving, watching."""
+"""What a run does beside training: scoring, saving, sampling, watching."""
 
 from __future__ import annotations
 
-from spec.config import Model
-from train.config.fields import Size
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from pydantic import BeforeValidator, Field
+
+from spec.config import Model, Positive
+from train.config.fields import Count, NonNegative, Size
 
 
 class Validation(Model):
@@ -13,6 +18,10 @@ class Validation(Model):
     """Steps between two scores; none = a fifth of all steps, at least 20. The last step is always scored."""
     tokens: Size = 32768
     """Tokens scored, spread evenly over the held-out documents."""
+    at_start: bool = False
+    """Whether the weights that the run begins with are scored too."""
+    patience: Size | None = None
+    """Scores in a row without a new best one after which the run ends; none = it goes on to its last step."""
 
 
 class Checkpoint(Model):
@@ -24,5 +33,58 @@ class Checkpoint(Model):
     """Checkpoints kept, the newest."""
 
 
+class Samples(Model):
+    """Texts that the model writes as it learns."""
+
+    every: Count | None = None
+    """Steps between two rounds of samples; none = with every validation, 0 = never."""
+    prompts: Annotated[tuple[str, ...], Parameter(negative="")] = ("",)
+    """Beginnings to continue; an empty one begins a document."""
+    tokens: Size = 64
+    """Tokens of a sample, at most."""
+    temperature: NonNegative = 0.8
+    """Temperature of the draws; 0 takes the likeliest token."""
+    seed: Count = 0
+    """Seeds the draws, apart from all that the training draws."""
+
+
+Reaction = Literal["skip", "rollback", "stop"]
+
+
 class Watch(Model):
     """What the run tells of itself, and what it does when the loss goes wrong."""
+
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Parameter(negative="")] = ()
+    """`tensorboard`, `wandb`, or both, beside train.jsonl, which is always written."""
+    wandb_project: str = "allotrope"
+    """Project of the W&B run."""
+    wandb_mode: Literal["auto", "online", "offline"] = "auto"
+    """`auto` is $WANDB_MODE, else online where a key is known and offline where none is."""
+    nonfinite: Reaction = "skip"
+    """A loss or gradient that is not finite: `skip` the step, `rollback` to the last checkpoint and go on behind the
+    batch, or save and `stop`. In each case the optimizer never sees it."""
+    spike: Literal["off", "skip", "rollback", "stop"] = "off"
+    """The same for a loss or a gradient norm that leaps."""
+    spike_std: Positive = 6.0
+    """A loss is a spike beyond the mean of the window plus this many standard deviations (one counts as at least 1 % of
+    the mean)."""
+    spike_norm: Positive | None = 10.0
+    """A gradient norm is a spike beyond this many times the median of the window; none = norms are not judged."""
+    spike_window: Annotated[int, Field(ge=8)] = 100
+    """Applied steps that are looked back on. Until there are so many, and during the warm-up, nothing is a spike."""
+    rollbacks: Count = 3
+    """Rollbacks of a run, at most; the next one stops it."""
+
+
+def split(value: object) -> object:
+    """`q4,q8` as a list."""
+    return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
+
+
+Levels = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(split), Parameter(negative="", n_tokens=1)
+]
+"""Precision levels, `q4,q8` or a list."""
+
+Steps = Annotated[str, Field(pattern=r"^[1-9]\d*(\.\.[1-9]\d*)?$")]
+"""`10`, or `10..12` with both ends."""

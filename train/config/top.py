@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from spec.config import Model
 from spec.errors import Problem, SpecError, UserError, problems_from
+from train.config import sources
 from train.config.data import Batch, Data
 from train.config.fields import Count, Size
 from train.config.loss import Experts, Loss
@@ -125,12 +126,7 @@ def layered(*layers: Mapping[str, Any]) -> TrainConfig:
     config = parse(data)
     if problems := _contradictions(config):
         raise SpecError(problems)
-    source = config.data.source
-    if source == "stdlib":
-        return config
-    # A run may be resumed from another folder.
-    absolute = str(Path(source).expanduser().absolute())
-    return config.model_copy(update={"data": config.data.model_copy(update={"source": absolute})})
+    return config.model_copy(update={"data": config.data.absolute()})
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
