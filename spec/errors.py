@@ -123,6 +123,8 @@ def _fields_at(loc: Sequence[int | str], model: Any) -> list[str]:
                         following.append(t)
                     else:
                         stack.extend(get_args(t))
+            elif isinstance(part, int):  # the annotation of a list's items was reached with its field
+                following.append(c)
             else:  # a union's tag: keep the member of that kind
                 kind = c.model_fields.get("kind")
                 if kind is not None and part in get_args(kind.annotation):

@@ -9,13 +9,17 @@ from pydantic import Field
 
 from spec.config import Model
 from train.config.fields import Size
+from train.config.sources import Mixed, Source
 
 
-class Data(Model):
+class Data(Source):
     """The text, and how it is cut into sequences."""
 
-    source: Annotated[str, Parameter(name="--data")] = "stdlib"
-    """A text file, a folder of text files, or `stdlib`: the Python standard library's own source."""
+    mixture: Annotated[tuple[Mixed, ...] | None, Parameter(name="--data.mixture", parse=False)] = None
+    """Several sources with weights, in a YAML file: a list of {source, weight, text, messages, ...} instead of
+    `source`."""
+    validation_source: Annotated[str | None, Parameter(name="--data.validation_source")] = None
+    """A source of its own for validation, with the columns of `source`; nothing is held out of the others then."""
     length: Annotated[Size | None, Parameter(name="--data.length")] = None
     """Tokens in a sequence; none = the spec's context."""
     document_mask: Annotated[bool, Parameter(name="--data.document_mask")] = False
@@ -24,6 +28,15 @@ class Data(Model):
     """Share of the documents held out for validation, chosen by their hashes."""
     cache: Annotated[str | None, Parameter(name="--data.cache")] = None
     """Folder for tokenizers and tokenised text; none = the user's cache folder."""
+    workers: Annotated[Size | None, Parameter(name="--data.workers")] = None
+    """Processes that tokenise; none = one a core. The tokens are the same with any number."""
+
+    @property
+    def sources(self) -> tuple[Mixed, ...]:
+        """What is trained on: the mixture, or the one source with weight 1."""
+        if self.mixture is not None:
+            return self.mixture
+        return (Mixed(**{name: getattr(self, name) for name in Source.model_fields}),)
 
 
 class Batch(Model):

@@ -11,13 +11,13 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from spec.config import Model
 from spec.errors import Problem, SpecError, UserError, problems_from
-from train.config import sources
 from train.config.data import Batch, Data
 from train.config.fields import Count, Size
 from train.config.loss import Experts, Loss
 from train.config.loss import problems as loss_problems
 from train.config.optim import Optimizer, Schedule
 from train.config.run import Checkpoint, Levels, Samples, Steps, Validation, Watch
+from train.config.sources import problems as source_problems
 from train.config.system import Memory, Parallel
 
 
@@ -84,7 +84,7 @@ def _contradictions(c: TrainConfig) -> list[Problem]:
     if c.schedule.warmup is not None and c.schedule.warmup >= c.steps:
         rule = f"leaves no step of steps={c.steps} after the warm-up"
         out.append(Problem("schedule.warmup", c.schedule.warmup, rule, "lower it, or raise steps"))
-    return out + loss_problems(c)
+    return out + loss_problems(c) + source_problems(c)
 
 
 def parse(data: Mapping[str, Any], source: str = "") -> TrainConfig:
