@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.torch.attention import Request, choose, plan
+from backends.torch.balance import Balance
 from backends.torch.cache import Cache, full
 from backends.torch.loss import Criterion, cross_entropy_sum
 from backends.torch.modules import Block, Head, Norm, Rotary
@@ -78,6 +80,10 @@ class Decoder(nn.Module):
         self.spec, self.length, self.attention = spec, length or spec.context, attention
         self.kinds = assemble(self, spec, self.length)
         self.span = range(spec.depth)
+        self.share: Any = None
+        """This rank's part (`sharing.Share`), where several ranks compute each layer together."""
+        self.balance: Balance | None = None
+        """What routers are trained for beside the loss."""
 
     def keep(self, span: range) -> None:
         """Become the stage of a pipeline that holds these layers: the first one embeds, the last one has the head."""
@@ -109,6 +115,7 @@ class Decoder(nn.Module):
         last: bool = False,
         criterion: Criterion = cross_entropy_sum,
         extras: Sequence[Tensor] = (),
+        hidden: bool = False,
         taps: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-100 = ignored) the float32 sum of their losses.
@@ -117,21 +124,33 @@ class Decoder(nn.Module):
         back after another's, and none sees another's. `positions` [B, T] default to the place within the document.
         With a `cache` the tokens continue it. `last` keeps only the last position's logits, [B, 1, V].
         `criterion(logits [N, V], targets [N], *extras)` replaces the summed cross-entropy; `extras` [B, T, ...] are cut
-        into the same rows. `taps` receives every named intermediate. A pipeline's stage takes the residual stream
-        [B, T, D] in place of ids, or gives it in place of logits.
+        into the same rows. `hidden` stops before the head, [B, T, D]. `taps` receives every named intermediate. A
+        pipeline's stage takes the residual stream [B, T, D] in place of ids, or gives it in place of logits.
+
+        Of ranks that share each layer, every one gives the loss of its part of the T tokens, or all logits; between
+        stages its part travels, [B, T/n, D].
 
         Raises `UserError` for sequences beyond `length` or beyond the cache's end.
         """
-        step, start = self._step(ids[..., 0] if ids.dim() == 3 else ids, positions, segments, cache)
+        step, start = self._step(self._tokens(ids), positions, segments, cache)
         weight = self.embed.weight if self.begins else ids
         request = Request(step, start, computed_in(weight, ids.device), self.training, torch.is_grad_enabled())
-        ops = TorchOps([plan(a, self.attention, request) for a in self.kinds], self.training, angles_in(weight), taps)
+        plans = [plan(a, self.attention, request) for a in self.kinds]
+        routed = None
+        if self.balance is not None and targets is not None and self.training:
+            routed = self.balance.of(targets, segments, self._part)
+        ops = self._ops(request.tokens, plans, self.training, angles_in(weight), taps, routed)
         tables: Any = self.rope
-        x = forward.begin(ops, self.spec, self, ids, step) if self.begins else ids
+        part, here = self._part, replace(step, positions=self._part(step.positions))
+        x = forward.begin(ops, self.spec, self, part(ids), here) if self.begins else ids
         x, _ = forward.blocks(ops, self.spec, self, x, step, tables, cache, self.span)
         if not self.ends:
             return x
         x = forward.end(ops, self.spec, self, x)
+        if hidden:
+            return x
+        if targets is None and self.share is not None:
+            x = self.share.gather(x, request.tokens).to_local()
         if last:
             x = ops.last(x, step)
         if targets is None:
@@ -140,7 +159,24 @@ class Decoder(nn.Module):
         def chunk_logits(linear: Callable[[Tensor], Tensor], chunk: Tensor) -> Tensor:
             return forward.logits(ops, self.spec, SimpleNamespace(head=linear), chunk)
 
-        return self.head(x, targets, chunk_logits, criterion, extras)
+        return self.head(x, part(targets), chunk_logits, criterion, [part(e) for e in extras])
+
+    def _tokens(self, ids: Tensor) -> Tensor:
+        """Something [B, T] of what the forward pass was given."""
+        if ids.dim() != 3:
+            return ids
+        return ids[..., 0] if self.share is None else ids[..., 0].repeat(1, self.share.size)
+
+    def _part(self, x: Tensor) -> Tensor:
+        """This rank's part of the tokens of x [B, T, ...]."""
+        return x if self.share is None else self.share.part(x, 1)
+
+    def _ops(self, tokens: int, *options: Any) -> TorchOps:
+        if self.share is None:
+            return TorchOps(*options)
+        from backends.torch.sharing import SharedOps
+
+        return SharedOps(self.share, tokens, *options)
 
     def _step(
         self, ids: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None

@@ -160,9 +160,12 @@ class Router(Scores):
     """The scores' linear, and the correction that joins them for the choice."""
 
     correction: nn.Parameter | None
+    statistics: Tensor | None
+    """A leaf whose gradient counts what was routed (`balance.Routed`), where somebody wants to know."""
 
     def __init__(self, m: config.MoE, width: int) -> None:
         super().__init__(width, m.experts, m.router.bias)
+        self.statistics = None
         # the choice of experts has no gradient, so what only the choice reads has none
         correction = nn.Parameter(torch.zeros(m.experts), requires_grad=False) if m.router.correction else None
         self.register_parameter("correction", correction)
@@ -180,23 +183,31 @@ class GroupedLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(experts * out)) if bias else None)
 
     def forward(self, x: Tensor, counts: Tensor, owner: Tensor) -> Tensor:
-        """[N, in] -> [N, out]. The first counts[0] rows are expert 0's, and so on; `owner` [N] is each row's expert."""
-        weight = self.weight.unflatten(0, (self.experts, self.out))
+        """[N, in] -> [N, out]. The first counts[0] rows are expert 0's, and so on; `owner` [N] is each row's expert.
+
+        Of a weight that is spread over ranks, the experts of this one are meant.
+        """
+        weight = _local(self.weight).unflatten(0, (-1, self.out))
         if self._grouped(x):
             y = F.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
         elif torch.compiler.is_compiling():  # every expert over every row, rather than a graph cut at the counts
             y = x.new_zeros(x.shape[0], self.out)
-            for e in range(self.experts):
+            for e in range(weight.shape[0]):
                 y = torch.where(owner[:, None] == e, F.linear(x, weight[e].to(x.dtype)), y)
         else:
             parts = x.split(counts.tolist())
             y = torch.cat([F.linear(part, w.to(x.dtype)) for part, w in zip(parts, weight, strict=True)])
-        return y if self.bias is None else y + self.bias.unflatten(0, (self.experts, self.out))[owner].to(y.dtype)
+        return y if self.bias is None else y + _local(self.bias).unflatten(0, (-1, self.out))[owner].to(y.dtype)
 
     def _grouped(self, x: Tensor) -> bool:
         """Whether torch's grouped product takes it: rows of whole 16 bytes on both sides, and not float64."""
         aligned = all(n * x.element_size() % 16 == 0 for n in (x.shape[-1], self.out))
         return aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _local(t: Tensor) -> Tensor:
+    to_local = getattr(t, "to_local", None)
+    return t if to_local is None else to_local()
 
 
 class _Sorted:
@@ -212,6 +223,8 @@ class Experts(nn.Module):
 
     def __init__(self, m: config.MoE, width: int) -> None:
         super().__init__()
+        self.exchange: Any = None
+        """Carries rows to the ranks that have their experts and back (`sharing.Exchange`), where ranks share them."""
         if m.gated:
             self.gate = GroupedLinear(m.experts, width, m.hidden, m.bias.gate)
         self.up = GroupedLinear(m.experts, width, m.hidden, m.bias.up)
@@ -223,7 +236,12 @@ class Experts(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         owner = chosen.flatten()[order]
         counts = (owner[:, None] == torch.arange(m.experts, device=owner.device)).sum(0)
-        y = forward.dense(ops.untapped(), m, _Sorted(self, counts, owner), flat[order // k])
+
+        def compute(rows: Tensor, counts: Tensor, owner: Tensor) -> Tensor:
+            return forward.dense(ops.untapped(), m, _Sorted(self, counts, owner), rows)
+
+        rows = flat[order // k]
+        y = compute(rows, counts, owner) if self.exchange is None else self.exchange(rows, counts, compute)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = y[back].unflatten(0, (-1, k)) * weights.flatten(0, -2)[..., None].to(y.dtype)
         return y.sum(1).view_as(x)

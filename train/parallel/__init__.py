@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from train.parallel.limits import check
 from train.parallel.mesh import Degrees, Ranks, choose_device, degrees, ranks, world_size
 from train.parallel.pipeline import Stage, check_passes, spans
 from train.parallel.precision import DTYPES, autocast, choose_precision
@@ -14,6 +15,7 @@ __all__ = [
     "Stage",
     "accumulating",
     "autocast",
+    "check",
     "check_passes",
     "choose_device",
     "choose_precision",

@@ -29,6 +29,8 @@ class Degrees:
     replicate: int = 1
     dp: int = 1
     tp: int = 1
+    ep: int = 1
+    """Of the dp x tp ranks, those that divide a layer's experts; no dimension of its own."""
 
     @property
     def world(self) -> int:
@@ -40,16 +42,33 @@ class Degrees:
         """Ranks that see different sequences."""
         return self.replicate * self.dp
 
+    @property
+    def readers(self) -> int:
+        """Ranks that see the same ones."""
+        return self.pp * self.tp
+
 
 def degrees(p: Parallel, world: int) -> Degrees:
     """The degrees of a run on `world` ranks. Raises `UserError` where their product is another number."""
-    fixed = p.replicate * p.tp * p.pp
-    dp = p.dp or world // fixed
-    found = Degrees(p.pp, p.replicate, dp, p.tp)
+    rest = p.replicate * p.tp * p.pp
+    found = Degrees(p.pp, p.replicate, p.dp or max(1, world // rest), p.tp, p.ep)
     if found.world != world:
-        named = f"replicate {p.replicate} x dp {p.dp or 'n'} x tp {p.tp} x pp {p.pp}"
-        raise UserError(f"parallel: {named} is no product for {world} rank(s) (torchrun --nproc-per-node sets them)")
+        named = f"replicate {p.replicate} x dp {found.dp} x tp {p.tp} x pp {p.pp} = {found.world}"
+        fix = f"parallel.dp {world // rest}, or " if world % rest == 0 else ""
+        raise UserError(
+            f"parallel: {named} rank(s), and there are {world} ({fix}torchrun --nproc-per-node {found.world})"
+        )
+    if (found.dp * found.tp) % p.ep:
+        fix = " or ".join(str(n) for n in near_divisors(found.dp * found.tp, p.ep))
+        raise UserError(f"parallel.ep: {p.ep} does not divide dp x tp = {found.dp} x {found.tp} (try {fix})")
     return found
+
+
+def near_divisors(n: int, wanted: int) -> list[int]:
+    """The divisors of n next to `wanted`, one on each side where there are."""
+    all_of_them = [d for d in range(1, n + 1) if n % d == 0]
+    below, above = [d for d in all_of_them if d < wanted], [d for d in all_of_them if d > wanted]
+    return below[-1:] + above[:1]
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,16 @@ class Ranks:
     def data(self) -> int:
         """Which share of each batch this rank sees, of `degrees.data`."""
         return self.place("replicate") * self.degrees.dp + self.place("dp")
+
+    def flat(self, ep: int) -> DeviceMesh:
+        """A mesh with dp x tp in one dimension, `shard`, of which `ep` neighbours stand apart in another, `ep`.
+
+        Every rank must take part.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
+        d, names = self.degrees, ("pp", "replicate", "shard", "ep")
+        return init_device_mesh(self.device.type, (d.pp, d.replicate, d.dp * d.tp // ep, ep), mesh_dim_names=names)
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the ranks, in float64 (float32 on devices without it)."""

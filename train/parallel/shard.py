@@ -1,34 +1,96 @@
-"""Weights in shards (FSDP2), and sharded tensors from and to whole ones."""
+"""Weights in shards: layers divided among ranks, then FSDP2; and sharded tensors from and to whole ones."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from backends.torch.model import Decoder
+from backends.torch.modules import Block
 from train.parallel.mesh import Ranks
 from train.parallel.precision import DTYPES
+from train.parallel.tensor import blocks, expert_parallel, tensor_parallel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
-def shard(decoder: nn.Module, ranks: Ranks, precision: str) -> None:
-    """FSDP2: every block is a group, the rest (a tied embedding serves the head too) the root. Gradients are reduced in
-    float32 and summed, not averaged: the loss is already divided by the global count of targets."""
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+def policy(precision: str, stored: torch.dtype) -> MixedPrecisionPolicy:
+    """In which numbers FSDP gathers weights and reduces gradients."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    half = None if precision == "float32" else DTYPES[precision]
+    return MixedPrecisionPolicy(half, reduce_dtype=stored if stored == torch.float64 else torch.float32)
+
+
+def shard(decoder: Decoder, ranks: Ranks, precision: str, wraps: Iterable[Callable[[Block], None]] = ()) -> None:
+    """Divide a decoder, or a pipeline's stage of one, among the ranks; on the meta device no rank ever has it whole.
+
+    Tensor and expert parallelism first, then what `wraps` do to each block (checkpointing, compiling), then FSDP2:
+    every block is a group, the rest (a tied embedding serves the head too) the root. Gradients are summed, not
+    averaged: the loss is already divided by the global count of targets.
+
+    Weights that several ranks divide among them are sharded over `dp`. All others are sharded over dp x tp, whose
+    ranks have different tokens.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     assert ranks.mesh is not None, "several ranks"
-    mesh = ranks.mesh["replicate", "dp"] if ranks.degrees.replicate > 1 else ranks.mesh["dp"]
-    half = None if precision == "float32" else DTYPES[precision]
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
-    layers: Any = decoder.layers
-    for block in layers:
-        if block is not None:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(decoder, mesh=mesh, mp_policy=policy)
+    d = ranks.degrees
+    if d.tp > 1:
+        tensor_parallel(decoder, ranks.mesh["tp"])
+    mesh = _data_mesh(ranks.mesh, "dp", d.replicate)
+    whole_mesh, placement = mesh, None
+    if d.tp > 1 or d.ep > 1:
+        whole_mesh, placement = _divide_experts(decoder, ranks, mesh)
+    for block in blocks(decoder):
+        for wrap in wraps:
+            wrap(block)
+    options: Any = {"mp_policy": policy(precision, next(decoder.parameters()).dtype)}
+    for block in blocks(decoder):
+        fully_shard(block, mesh=mesh, shard_placement_fn=placement, **options)
+    fully_shard(decoder, mesh=whole_mesh, **options)
     for module in decoder.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
+
+
+def _data_mesh(mesh: DeviceMesh, shards: str, copies: int) -> DeviceMesh:
+    return mesh["replicate", shards] if copies > 1 else mesh[shards]
+
+
+def _divide_experts(
+    decoder: Decoder, ranks: Ranks, mesh: DeviceMesh
+) -> tuple[DeviceMesh, Callable[[nn.Parameter], Any]]:
+    """The mesh of dp x tp, and over which mesh FSDP shards a parameter of a block; divides experts where asked."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+    from torch.distributed.tensor import DTensor
+
+    d = ranks.degrees
+
+    def info(mesh: DeviceMesh) -> FSDPMeshInfo:
+        if mesh.ndim == 1:
+            return FSDPMeshInfo(mesh, shard_mesh_dim=0)
+        return HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+
+    whole_mesh = mesh if d.tp == 1 else _data_mesh(ranks.flat(1), "shard", d.replicate)
+    by_mesh = {(): info(whole_mesh), ("tp",): None}
+    if d.ep > 1:
+        flat = ranks.flat(d.ep)
+        expert_parallel(decoder, flat["ep"])
+        by_mesh["ep",] = info(_data_mesh(flat, "shard", d.replicate))
+
+    def placement(p: nn.Parameter) -> ShardPlacementResult | None:
+        divided = p.device_mesh.mesh_dim_names if isinstance(p, DTensor) else ()
+        found = by_mesh[divided or ()]
+        return None if found is None else ShardPlacementResult(None, found)
+
+    return whole_mesh, placement
 
 
 def accumulating(decoder: nn.Module, last: bool) -> None:
