@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.torch.attention import KERNELS, Plan
+from backends.torch.balance import Routed
 from backends.torch.cache import LayerCache
 from backends.torch.modules import Rotation, at_least_float32
 from spec.config import Activation, Attention, Block, MoE, Norm
@@ -33,7 +34,7 @@ class TorchOps(Ops[Tensor, Any, LayerCache]):
 
     plans: the attention plan of each kind of attention (`Attention.kind`). training: whether dropout drops.
     angle_dtype: in which angles, cosines and sines are computed. taps: where intermediates go, by canonical name
-    (`L3.attn.q_rope`).
+    (`L3.attn.q_rope`). routed: what routers are trained for beside the loss.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class TorchOps(Ops[Tensor, Any, LayerCache]):
         training: bool = False,
         angle_dtype: torch.dtype = torch.float32,
         taps: dict[str, Tensor] | None = None,
+        routed: Routed | None = None,
     ) -> None:
         self.plans, self.training, self.angle_dtype, self.taps = plans, training, angle_dtype, taps
+        self.routed = routed
         self.prefix = ""
 
     def embed(self, ids: Tensor, w: Any, offset: int = 0) -> Tensor:
@@ -126,7 +129,14 @@ class TorchOps(Ops[Tensor, Any, LayerCache]):
         weights = scores.gather(-1, chosen)
         if r.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        return chosen, weights * r.scale
+        weights = weights * r.scale
+        if self.routed is not None and w.statistics is not None:
+            weights = self.routed(weights, logits, scores, chosen, w.statistics, self.total)
+        return chosen, weights
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks that have tokens of the same rows."""
+        return x
 
     def experts(self, x: Tensor, routes: tuple[Tensor, Tensor], w: Any, m: MoE) -> Tensor:
         return w(self, x, *routes, m)
