@@ -10,7 +10,7 @@ from rich.table import Table
 from spec import cost
 from spec.load import load as load_spec
 from spec.show import print_targets, short, size
-from train import parallel
+from train import optim, parallel
 from train.config import TrainConfig
 from train.data import corpus
 from train.session import out_folder
@@ -37,8 +37,7 @@ def show(c: TrainConfig, console: Console) -> None:
         "step": f"{c.batch.sequences} sequences of {length} = {per_step:,} tokens, {micro} sequences at a time",
         "run": f"{c.steps} steps = {short(c.steps * per_step)} tokens, "
         f"{short(float(c.steps * per_step) * cost.training_flops(spec, length))}FLOP",
-        "learning rate": f"{c.optimizer.lr:g} after {c.warmup} steps of warm-up, cosine to "
-        f"{c.optimizer.lr * c.schedule.final:g}",
+        "learning rate": optim.describe(c),
         "memory": f"{size(state / world)} weights, gradients, moments + about {size(activations)} activations a rank",
         "device": f"{device}, {world} rank(s)",
         "precision": f"{precision} ({why})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -10,3 +11,14 @@ Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def file_of(kind: str) -> str:
+    """The file of a choice `path/to/file.py:name` of the user's own, or nothing."""
+    file, _, name = kind.rpartition(":")
+    return file if file.endswith(".py") and name.isidentifier() else ""
+
+
+def absolute(path: str) -> str:
+    """A local path from the root, since a run may be resumed from another folder; nothing and `hf:` stay."""
+    return path if not path or path.startswith("hf:") else str(Path(path).expanduser().absolute())

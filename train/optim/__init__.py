@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from train.optim.build import build, clip, gradient_norm, learning_rate
+from train.optim.build import Optimizer, build
+from train.optim.clip import clip, gradient_norm
+from train.optim.schedule import describe, factor
+from train.optim.state import load_state, state, wanted
 
-__all__ = ["build", "clip", "gradient_norm", "learning_rate"]
+__all__ = [
+    "Optimizer",
+    "build",
+    "clip",
+    "describe",
+    "factor",
+    "gradient_norm",
+    "load_state",
+    "state",
+    "wanted",
+]
