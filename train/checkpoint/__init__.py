@@ -1,37 +1,26 @@
-"""A run's folder, and checkpoints that are whole or not there."""
+"""Checkpoints: saved beside the training, whole or not there, and read back on any number of ranks."""
 
 from __future__ import annotations
 
-from train.checkpoint.folder import (
-    CONFIG,
-    STATE,
-    TENSORS,
-    RunFolder,
-    Snapshot,
-    clear,
-    newest,
-    number,
-    occupied,
-    random_state,
-    read,
-    restore_random_state,
-    steps,
-    write,
-)
+from train.checkpoint.files import write
+from train.checkpoint.folder import CONFIG, STATE, TENSORS, RunFolder, clear, newest, number, occupied, steps
+from train.checkpoint.saver import Best, Saver, best_of
+from train.checkpoint.state import read, restore
 
 __all__ = [
     "CONFIG",
     "STATE",
     "TENSORS",
+    "Best",
     "RunFolder",
-    "Snapshot",
+    "Saver",
+    "best_of",
     "clear",
     "newest",
     "number",
     "occupied",
-    "random_state",
     "read",
-    "restore_random_state",
+    "restore",
     "steps",
     "write",
 ]

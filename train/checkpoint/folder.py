@@ -3,49 +3,34 @@
     OUT/spec.yaml model.safetensors tokenizer.json tokenizer_config.json    the newest checkpoint, ready to convert
     OUT/training/                  config.yaml train.jsonl loss.png
     OUT/checkpoints/step-000500/   the same four files, and training/ with all that resuming needs
+    OUT/checkpoints/best           a link to the step whose validation loss is the lowest
 
 A step's folder is written under another name, flushed to the disk and renamed as a whole, so that model and training
-state are always of one step. OUT's own files are then replaced, one rename each; only the weights ever change. Resuming
-reads the newest step folder.
+state are always of one step. OUT's own files are then replaced, one rename each; only the weights ever change, and
+where they are several files the index that names them is what is replaced. Resuming reads the newest step folder.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from backends.torch.checkpoint import WEIGHTS, save_weights
+from backends.torch.checkpoint import INDEX, WEIGHTS
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import dump
+from train.checkpoint.files import flush, write
 
-VERSION = 1
-"""Version of training/state.json."""
-
-STATE, TENSORS, CONFIG = "training/state.json", "training/state.safetensors", "training/config.yaml"
-OURS = ("spec.yaml", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "training", "checkpoints")
-"""What a run owns in its folder."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything of one step, on the CPU."""
-
-    step: int
-    model: Mapping[str, Tensor]
-    tensors: Mapping[str, Tensor]
-    """Optimizer moments and random states by name."""
-    state: Mapping[str, Any]
-    """Counters and the data's place, as JSON holds them."""
+STATE, TENSORS, CONFIG = "training/state.json", "training/tensors", "training/config.yaml"
+SHARDS = "model-step-*-of-*.safetensors"
+"""What OUT calls the weights where they are several files: each step has names of its own."""
+OURS = ("spec.yaml", WEIGHTS, INDEX, "tokenizer.json", "tokenizer_config.json", "training", "checkpoints", "exports")
+"""What a run owns in its folder, beside `SHARDS`."""
 
 
 @dataclass(frozen=True)
@@ -56,66 +41,90 @@ class RunFolder:
     spec: Spec
     tokenizer: Mapping[str, bytes]
 
-    def save(self, snapshot: Snapshot, config: str, keep: int) -> Path:
-        """Write one step's folder, publish its files in OUT, and drop all but the newest `keep` folders.
+    def step(self, number: int) -> Path:
+        """A checkpoint's folder."""
+        return self.path / "checkpoints" / f"step-{number:06d}"
 
-        Raises `UserError` where the disk refuses; every earlier checkpoint is then as it was.
-        """
-        folder = self.path / "checkpoints" / f"step-{snapshot.step:06d}"
-        if not folder.is_dir():
-            partial = folder.with_name(f".{folder.name}.partial")
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                (partial / "training").mkdir(parents=True)
-                self._fill(partial, snapshot, config)
-                partial.rename(folder)
-                flush(folder.parent)
-            except (OSError, UserError) as e:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise UserError(self._refused(snapshot.step, e)) from None
-        try:
-            self.publish(folder)
-        except OSError as e:
-            raise UserError(self._refused(snapshot.step, e)) from None
-        self._prune(keep)
+    def partial(self, number: int) -> Path:
+        """What it is called until it is whole."""
+        return self.path / "checkpoints" / f".step-{number:06d}.partial"
+
+    def begin(self, number: int) -> Path:
+        """An empty folder for a checkpoint to come."""
+        partial = self.partial(number)
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "training").mkdir(parents=True)
+        return partial
+
+    def commit(self, number: int, files: Mapping[str, bytes]) -> Path:
+        """Add the small files, and give the folder its name: all that is in it is on the disk."""
+        partial, folder = self.partial(number), self.step(number)
+        for name, content in {"spec.yaml": dump(self.spec).encode(), **self.tokenizer, **files}.items():
+            write(partial / name, content)
+        for inner in (partial / TENSORS, partial / "training", partial):
+            flush(inner)
+        partial.rename(folder)
+        flush(folder.parent)
         return folder
 
-    def _fill(self, partial: Path, snapshot: Snapshot, config: str) -> None:
-        save_weights(snapshot.model, partial / WEIGHTS)
-        save_weights(snapshot.tensors, partial / TENSORS)
-        state = {"version": VERSION, "step": snapshot.step, **snapshot.state}
-        small = {
-            "spec.yaml": dump(self.spec).encode(),
-            STATE: (json.dumps(state, indent=2) + "\n").encode(),
-            CONFIG: config.encode(),
-            **self.tokenizer,
-        }
-        for name, content in small.items():
-            write(partial / name, content)
-        for name in (WEIGHTS, TENSORS):  # safetensors makes its files readable by their owner alone
-            (partial / name).chmod((partial / STATE).stat().st_mode)
-        flush(partial / "training")
-        flush(partial)
+    def abandon(self, number: int) -> None:
+        """Drop what a failed save left."""
+        shutil.rmtree(self.partial(number), ignore_errors=True)
 
     def publish(self, folder: Path) -> None:
-        """Put a step's files into OUT by hard links (copies where there are none), the weights last."""
-        for name in (*self.tokenizer, "spec.yaml", WEIGHTS):
-            target, partial = self.path / name, self.path / f".{name}.partial"
-            if target.exists() and target.samefile(folder / name):
-                continue
-            partial.unlink(missing_ok=True)
-            try:
-                partial.hardlink_to(folder / name)
-            except OSError as e:
-                if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                    raise
-                shutil.copyfile(folder / name, partial)
-                flush(partial)
-            partial.replace(target)
+        """Put a step's files into OUT by hard links (copies where there are none), what names the weights last."""
+        for name in (*self.tokenizer, "spec.yaml"):
+            self._link(folder / name, self.path / name)
+        if (folder / WEIGHTS).exists():
+            self._link(folder / WEIGHTS, self.path / WEIGHTS)
+            (self.path / INDEX).unlink(missing_ok=True)
+            kept = set()
+        else:
+            table = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            names = {file: file.replace("model-", f"model-{folder.name}-", 1) for file in table["weight_map"].values()}
+            for file, name in names.items():
+                self._link(folder / file, self.path / name)
+            table["weight_map"] = {tensor: names[file] for tensor, file in table["weight_map"].items()}
+            partial = self.path / f".{INDEX}.partial"
+            write(partial, (json.dumps(table, indent=2) + "\n").encode())
+            partial.replace(self.path / INDEX)
+            flush(self.path)
+            (self.path / WEIGHTS).unlink(missing_ok=True)  # readers take it before an index
+            kept = set(names.values())
+        for old in self.path.glob(SHARDS):
+            if old.name not in kept:
+                old.unlink(missing_ok=True)
         flush(self.path)
 
-    def _prune(self, keep: int) -> None:
+    def _link(self, source: Path, target: Path) -> None:
+        partial = target.with_name(f".{target.name}.partial")
+        if target.exists() and target.samefile(source):
+            return
+        partial.unlink(missing_ok=True)
+        try:
+            partial.hardlink_to(source)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            shutil.copyfile(source, partial)
+            flush(partial)
+        partial.replace(target)
+
+    def mark_best(self, number: int) -> None:
+        """Let checkpoints/best be this step. Nothing where the disk has no links; state.json says it too."""
+        link, partial = self.path / "checkpoints" / "best", self.path / "checkpoints" / ".best.partial"
+        with suppress(OSError, NotImplementedError):
+            if link.is_symlink() and link.readlink() == Path(self.step(number).name):
+                return
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(self.step(number).name, target_is_directory=True)
+            partial.replace(link)
+
+    def prune(self, keep: int, held: Collection[int] = ()) -> None:
+        """Drop all but the newest `keep` checkpoints and those of the steps in `held`."""
         for old in steps(self.path)[:-keep]:
+            if number(old) in held:
+                continue
             trash = old.with_name(f".{old.name}.old")  # half a folder must not look like a checkpoint
             try:
                 old.rename(trash)
@@ -123,30 +132,20 @@ class RunFolder:
                 continue
             shutil.rmtree(trash, ignore_errors=True)
 
-    def _refused(self, step: int, error: Exception) -> str:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    def clean(self) -> None:
+        """Drop what a killed process left: checkpoints that were being written or removed."""
+        for left in (self.path / "checkpoints").glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        for left in self.path.glob(".*.partial"):
+            left.unlink(missing_ok=True)
+
+    def refused(self, step: int, why: str) -> UserError:
+        """Why a step could not be saved, and what there is all the same."""
         found = newest(self.path)
         intact = f"the checkpoint of step {number(found)} is intact" if found else "no earlier checkpoint exists"
-        return f"{self.path}: cannot save step {step}: {reason} ({intact}; make room and continue with --resume)"
-
-
-def write(path: Path, content: bytes) -> None:
-    """A small file, on the disk when this returns."""
-    with path.open("wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def flush(path: Path) -> None:
-    """A file or folder to the disk."""
-    if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return UserError(
+            f"{self.path}: cannot save step {step}: {why} ({intact}; make room and continue with --resume)"
+        )
 
 
 def steps(out: Path) -> list[Path]:
@@ -172,45 +171,8 @@ def occupied(out: Path) -> str | None:
 
 def clear(out: Path) -> None:
     """Remove a run, and nothing else that lies in its folder."""
-    for name in OURS:
-        path = out / name
+    for path in [*(out / name for name in OURS), *out.glob(SHARDS)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A checkpoint's counters, and its optimizer moments and random states by name. Raises `UserError`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be resumed: {e}") from None
-    except (ValueError, SafetensorError) as e:
-        raise UserError(f"{folder}: cannot be resumed, the training state is damaged: {e}") from None
-    if state.get("version") != VERSION:
-        raise UserError(f"{folder / STATE}: version {state.get('version')} is not {VERSION} (use its allotrope)")
-    return state, tensors
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's generators, by device type."""
-    out = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        out["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        out["mps"] = torch.mps.get_rng_state()
-    return out
-
-
-def restore_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put the generators back."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    if device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])

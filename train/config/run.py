@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field
 
 from spec.config import Model, Positive
 from train.config.fields import Count, NonNegative, Size
+
+
+def _listed(value: Any) -> Any:
+    return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
 
 
 class Validation(Model):
@@ -25,12 +29,30 @@ class Validation(Model):
 
 
 class Checkpoint(Model):
-    """When the run is saved."""
+    """When the run is saved, and in which other forms."""
 
     every: Size = 100
     """Steps between two checkpoints. The last step is always saved."""
+    minutes: Positive | None = None
+    """A checkpoint also when the last one is this old; none = by steps alone."""
     keep: Size = 2
     """Checkpoints kept, the newest."""
+    best: bool = True
+    """Whether a step whose validation loss is the lowest so far is saved too, and kept as long as it is."""
+    asynchronous: bool | None = None
+    """Whether files are written while training goes on, from a copy in the CPU's memory; none = on accelerators."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of model.safetensors. Resuming reads the training state, which has every bit."""
+    shard_size: Positive = 5.0
+    """Gigabytes of one file of weights; a larger model has several, and an index."""
+    export: Annotated[tuple[str, ...], BeforeValidator(_listed), Parameter(negative="", n_tokens=1)] = ()
+    """What checkpoints are converted to beside the training, target and level: `hf:f32,gguf:q4`, or a list."""
+    export_every: Size | None = None
+    """Steps between two that are converted, saved for it; none = only the last step, which always is."""
+
+    def in_background(self, device: str) -> bool:
+        """Whether files are written while training goes on."""
+        return device != "cpu" if self.asynchronous is None else self.asynchronous
 
 
 class Samples(Model):

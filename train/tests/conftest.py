@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
+from backends.torch.checkpoint import files_of
 from train import config, session
+from train.checkpoint import TENSORS
+from train.checkpoint.tensors import Reader, quiet
 from train.config import TrainConfig
 
 SPEC = """\
@@ -38,6 +42,17 @@ def write_text(folder: Path, files: int = 12, seed: int = 0) -> Path:
         lines = [" ".join(rng.choices(words, k=9)) for _ in range(40)]
         (folder / f"file{n:02d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights as trained and as published, moments, random states."""
+    quiet()
+    reader = Reader(folder / TENSORS)
+    out = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in reader.tensors.items()}
+    reader.load(out)
+    for file in sorted(set(files_of(folder).values())):
+        out |= load_file(file)
+    return out
 
 
 @pytest.fixture(autouse=True)

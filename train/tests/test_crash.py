@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import resource
 import signal
@@ -11,19 +12,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from backends.torch.checkpoint import load_decoder
+from convert.sources import open_source
 from spec.errors import UserError
 from spec.load import load as load_spec
-from train import checkpoint, session
-from train.checkpoint import RunFolder, Snapshot, newest, number
+from spec.params import params
+from train import checkpoint, config, session
+from train.checkpoint import RunFolder, Saver, newest, number
+from train.parallel import Ranks
+from train.tests.conftest import saved_tensors
 from train.watch import history
 
 Options = Callable[..., dict[str, Any]]
@@ -74,9 +81,12 @@ def test_a_signal_saves_and_exits(number_: signal.Signals, code: int, options: O
     load_decoder(tmp_path / "run")
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(options: Options, train: Train, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "asynchronous"])
+def test_a_full_disk_keeps_the_previous_checkpoint(
+    asynchronous: bool, options: Options, train: Train, tmp_path: Path
+) -> None:
     """The limit on a file's size fails the write itself, as a full disk does."""
-    train(options(), stop_after=3)
+    train(options(checkpoint__asynchronous=asynchronous), stop_after=3)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and "training" not in p.parts}
     size = (tmp_path / "run" / "model.safetensors").stat().st_size
     process = start({"out": str(tmp_path / "run")}, tmp_path, "--resume", limit=size // 2)
@@ -91,7 +101,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(options: Options, train: Trai
 
 
 class Crash(BaseException):
-    """Not an Exception: nothing cleans up behind it, as after a power cut."""
+    """What a power cut is: nothing on the disk changes any more."""
 
 
 @pytest.fixture
@@ -100,31 +110,36 @@ def folder(tmp_path: Path, spec_file: Path) -> RunFolder:
     return RunFolder(tmp_path / "run", load_spec(spec_file), {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"})
 
 
-def snap(folder: RunFolder, step: int) -> Snapshot:
-    """A snapshot whose every tensor says which step it is of."""
-    from spec.params import params
-
-    model = {p.name: torch.full(p.shape, float(step)) for p in params(folder.spec)}
-    return Snapshot(step, model, {"optimizer/embed.weight/step": torch.tensor(float(step))}, {"step": step})
+def write_step(folder: RunFolder, step: int, **fields: Any) -> None:
+    """A checkpoint whose every tensor says which step it is of."""
+    c = config.layered({"checkpoint": {"keep": 1, **fields}})
+    saver = Saver(folder, Ranks(0, 1, torch.device("cpu")), c, lambda line: None)
+    tensors = {f"model/{p.name}": torch.full(p.shape, float(step)) for p in params(folder.spec)}
+    tensors["optimizer/embed.weight/step"] = torch.tensor(float(step))
+    saver._write(step, tensors, {"version": 2, "step": step})
 
 
 def assert_of_one_step(path: Path, step: int | None = None) -> int:
     """Everything in a checkpoint's folder is of one step; returns which."""
-    weights = load_file(path / "model.safetensors")
-    [found] = {int(v) for t in weights.values() for v in t.unique().tolist()}
-    load_decoder(path)
+    decoder = load_decoder(path)
+    [found] = {int(v) for p in decoder.parameters() for v in p.unique().tolist()}
     if step is not None:
         assert found == step
-        assert json.loads((path / checkpoint.STATE).read_text())["step"] == step
-        assert int(load_file(path / checkpoint.TENSORS)["optimizer/embed.weight/step"]) == step
+        assert checkpoint.read(path)["step"] == step
+        assert int(saved_tensors(path)["optimizer/embed.weight/step"]) == step
     return found
 
 
+SEVERAL = {"shard_size": 5e-5}
+"""Gigabytes of a file: the weights need more than one."""
+
+
+@pytest.mark.parametrize("fields", [{}, pytest.param(SEVERAL, marks=pytest.mark.slow)], ids=["one-file", "several"])
 def test_a_crash_between_any_two_operations_leaves_whole_checkpoints(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, Any], folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every call that changes the disk, in turn, is the last one."""
-    folder.save(snap(folder, 1), "", keep=1)
+    write_step(folder, 1, **fields)
     countdown = [0]
 
     def crashing(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,16 +151,16 @@ def test_a_crash_between_any_two_operations_leaves_whole_checkpoints(
 
         return call
 
-    for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "link"), (os, "mkdir"), (os, "rmdir")):
-        monkeypatch.setattr(owner, name, crashing(getattr(os, name)))
+    for name in ("fsync", "rename", "replace", "link", "symlink", "mkdir", "rmdir", "unlink"):
+        monkeypatch.setattr(os, name, crashing(getattr(os, name)))
     crashes, step = 0, 1
     for n in range(1000):
         step += 1
         countdown[0] = n
         try:
-            folder.save(snap(folder, step), "", keep=1)
+            write_step(folder, step, **fields)
             break
-        except Crash:
+        except (Crash, UserError):  # DCP catches everything, and what follows may not change the disk either
             crashes += 1
         countdown[0] = 10**9
         found = newest(folder.path)
@@ -153,13 +168,29 @@ def test_a_crash_between_any_two_operations_leaves_whole_checkpoints(
         saved = assert_of_one_step(found, number(found))
         assert saved in (step - 1, step)
         assert assert_of_one_step(folder.path) <= saved
+        folder.clean()
         folder.publish(found)
         assert assert_of_one_step(folder.path) == saved
         step = saved
-    assert crashes > 10
+    assert crashes > 20
     assert assert_of_one_step(folder.path) == step
     assert [number(p) for p in checkpoint.steps(folder.path)] == [step]
-    assert not list(folder.path.glob(".*"))
+    assert not [*folder.path.glob(".*"), *folder.path.glob("checkpoints/.*")]
+    files = [{p.stat().st_ino for p in at.glob("*.safetensors")} for at in (folder.path, folder.step(step))]
+    assert files[0] == files[1] and (len(files[0]) > 1) == bool(fields)
+
+
+def test_other_sizes_of_files_replace_each_other(folder: RunFolder) -> None:
+    folder = replace(folder, tokenizer={})
+    for step, fields in enumerate([{}, SEVERAL, SEVERAL, {"shard_size": 2e-5}, {}, {"dtype": "bfloat16"}], 1):
+        write_step(folder, step, **fields)
+        assert assert_of_one_step(folder.path, None) == step
+        with open_source(folder.path) as source:
+            assert {float(v) for n in source.names() for v in np.unique(source.tensor(n))} == {float(step)}
+        names = {p.name for p in folder.path.glob("*.safetensors*")}
+        assert ("model.safetensors" in names) == (fields not in (SEVERAL, {"shard_size": 2e-5}))
+    assert names == {"model.safetensors"}
+    assert folder.path.joinpath("model.safetensors").stat().st_size < 80_000  # 35 thousand weights
 
 
 def test_a_disk_without_hard_links_gets_copies(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,32 +198,56 @@ def test_a_disk_without_hard_links_gets_copies(folder: RunFolder, monkeypatch: p
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "symlink", refuse)
     for step in (1, 2):
-        folder.save(snap(folder, step), "", keep=2)
+        write_step(folder, step, keep=2)
         assert assert_of_one_step(folder.path) == step
     assert (folder.path / "model.safetensors").stat().st_nlink == 1
 
 
 def test_only_the_newest_checkpoints_are_kept(folder: RunFolder) -> None:
     for step in (5, 10, 15, 1_000_000):
-        folder.save(snap(folder, step), "", keep=2)
+        write_step(folder, step, keep=2)
     assert [number(p) for p in checkpoint.steps(folder.path)] == [15, 1_000_000]
     assert sorted(p.name for p in (folder.path / "checkpoints").iterdir()) == ["step-000015", "step-1000000"]
     modes = {(folder.path / name).stat().st_mode for name in ("spec.yaml", "model.safetensors")}
     assert len(modes) == 1
 
 
-@pytest.mark.parametrize("name", [checkpoint.STATE, checkpoint.TENSORS])
+@pytest.mark.parametrize("name", ["state.json", "tensors/.metadata", "tensors/__0_0.distcp"])
 def test_damaged_training_state_is_one_error(name: str, options: Options, train: Train, tmp_path: Path) -> None:
     train(options(), stop_after=1)
     saved = newest(tmp_path / "run")
     assert saved is not None
-    whole = (saved / name).read_bytes()
-    (saved / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cannot be resumed, the training state is damaged"):
+    file = saved / "training" / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be resumed, the training state is damaged") as found:
         train({"out": str(tmp_path / "run")}, resume=True)
-    (saved / name).unlink()
+    assert len(str(found.value).splitlines()) == 1
+    file.unlink()
     with pytest.raises(UserError, match="cannot be resumed"):
+        train({"out": str(tmp_path / "run")}, resume=True)
+
+
+def test_metadata_that_would_run_something_is_refused(options: Options, train: Train, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    train(options(), stop_after=1)
+    file = (newest(tmp_path / "run") or Path()) / "training" / "tensors" / ".metadata"
+    file.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match=r"mkdir is not part of a checkpoint"):
+        train({"out": str(tmp_path / "run")}, resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_older_checkpoint_is_refused_with_what_to_do(options: Options, train: Train, tmp_path: Path) -> None:
+    train(options(), stop_after=1)
+    file = (newest(tmp_path / "run") or Path()) / checkpoint.STATE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 1}))
+    with pytest.raises(UserError, match=r"version 1 is not 2 .* begin from its weights: --init"):
         train({"out": str(tmp_path / "run")}, resume=True)
 
 
@@ -212,7 +267,7 @@ def test_kills_at_random_points_never_corrupt(options: Options, train: Train, tm
         found = newest(out)
         if found is not None:
             load_decoder(found)
-            assert checkpoint.read(found)[0]["step"] == number(found)
+            assert checkpoint.read(found)["step"] == number(found)
             assert load_decoder(out).spec == load_spec(found)
             assert steps_done(out) - number(found) <= 1  # at most the step that was being saved is lost
     reached = number(newest(out) or Path())

@@ -1,0 +1,173 @@
+"""What a checkpoint holds of a run, and a run that goes on from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from spec.errors import UserError
+from train import optim
+from train.checkpoint.folder import STATE, TENSORS
+from train.checkpoint.tensors import CheckpointException, Reader, quiet, reason
+from train.data.batches import DataState
+from train.watch import Guard
+
+if TYPE_CHECKING:
+    from train.loop import Run
+
+VERSION = 2
+"""Version of training/state.json and of the tensors' names."""
+
+RESEED = 2**32
+"""Seeds of a run that goes on with another number of ranks lie this far apart from step to step."""
+
+
+def tensors(run: Run) -> dict[str, Tensor]:
+    """What this rank has, as it is: its shards of the weights and of the optimizer's state, and its random states."""
+    named = {f"model/{name}": p.detach() for name, p in run.decoder.named_parameters()}
+    named |= {f"optimizer/{name}": t for name, t in _opt_state(run.optimizer, run.decoder).items()}
+    return named | {f"random/{run.ranks.rank}/{k}": t for k, t in random_state(run.ranks.device).items()}
+
+
+def state(run: Run) -> dict[str, Any]:
+    """Counters and the data's place, as JSON holds them."""
+    d = run.ranks.degrees
+    return {
+        "version": VERSION,
+        "step": run.step,
+        "skipped": run.skipped,
+        "skipped_in_a_row": run.skipped_in_a_row,
+        "world": run.ranks.world,
+        "degrees": {"pp": d.pp, "replicate": d.replicate, "dp": d.dp, "tp": d.tp},
+        "torch": torch.__version__,
+        "data": run.batches.state.as_dict(),
+        "watch": run.guard.as_dict(),
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state.json. Raises `UserError`."""
+    try:
+        found = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        version = found.get("version")
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be resumed: {e}") from None
+    except (ValueError, AttributeError) as e:
+        raise _damaged(folder, e) from None
+    if version != VERSION:
+        raise UserError(
+            f"{folder / STATE}: version {version} is not {VERSION} (resume with the allotrope that wrote it, "
+            f"or begin from its weights: --init {folder} --out ANOTHER)"
+        )
+    return found
+
+
+def restore(run: Run, folder: Path) -> dict[str, Any]:
+    """Continue from a checkpoint, on any number of ranks, however sharded; returns its state.json.
+
+    Every rank reads its own part. With as many ranks as wrote it, random states go on too, and all is bit for bit what
+    it was. Raises `UserError` where the data changed, or where the checkpoint is damaged or of another model.
+    """
+    saved = read(folder)
+    try:
+        there = DataState(**saved["data"])
+        world, counters = saved["world"], {k: saved[k] for k in ("step", "skipped", "skipped_in_a_row")}
+    except (KeyError, TypeError) as e:
+        raise _damaged(folder, e) from None
+    ours = run.batches.state.fingerprint
+    if there.fingerprint != ours:
+        raise UserError(
+            f"--resume: the data, the tokenizer or data.length changed since step {saved['step']} "
+            f"(fingerprint {ours[:12]}, and the run began with {there.fingerprint[:12]}); "
+            "restore them, or start anew with --force or another --out"
+        )
+    quiet()
+    try:
+        reader = Reader(folder / TENSORS)
+        parameters = dict(run.decoder.named_parameters())
+        moments = _moments(reader, parameters)
+        random = {k: torch.empty_like(t) for k, t in random_state(run.ranks.device).items()}
+        if world != run.ranks.world:
+            random = {}
+        into = {f"model/{name}": p.detach() for name, p in parameters.items()}
+        into |= {f"optimizer/{name}": t for name, t in moments.items()}
+        into |= {f"random/{run.ranks.rank}/{k}": t for k, t in random.items()}
+        reader.load(into, run.ranks.control)
+    except (Exception, CheckpointException) as e:  # whatever unpickling half a file may raise
+        raise _damaged(folder, e) from None
+    _opt_load(run.optimizer, run.decoder, moments)
+    if random:
+        restore_random_state(random, run.ranks.device)
+    else:
+        torch.manual_seed(run.config.seed + run.ranks.rank + RESEED * saved["step"])
+    run.batches.state = there
+    run.guard = Guard.of(saved.get("watch", {}))
+    for name, value in counters.items():
+        setattr(run, name, value)
+    return saved
+
+
+def _moments(reader: Reader, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Room for the optimizer's state of these parameters: what is shaped like its parameter is sharded like it."""
+    out: dict[str, Tensor] = {}
+    for key, (shape, dtype) in reader.tensors.items():
+        kind, _, name = key.partition("/")
+        p = parameters.get(name.rpartition("/")[0])
+        if kind != "optimizer" or p is None:
+            continue
+        alike = isinstance(p, DTensor) and shape == p.shape
+        out[name] = (
+            torch.empty_like(p.detach(), dtype=dtype) if alike else torch.empty(shape, dtype=dtype, device=p.device)
+        )
+    return out
+
+
+def _damaged(folder: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"{folder}: cannot be resumed, the training state is damaged: {reason(error)} "
+        "(remove this folder to go on from the one before it)"
+    )
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's generators, by device type."""
+    out = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        out["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        out["mps"] = torch.mps.get_rng_state()
+    return out
+
+
+def restore_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the generators back."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
+
+
+def _plain_state(optimizer: Any, decoder: Any) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, p in decoder.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def _plain_load(optimizer: Any, decoder: Any, tensors: Mapping[str, Tensor]) -> None:
+    for name, p in decoder.named_parameters():
+        own = {k.rpartition("/")[2]: t for k, t in tensors.items() if k.rpartition("/")[0] == name}
+        if own:
+            optimizer.state[p] = own
+
+
+_opt_state: Any = getattr(optim, "state", _plain_state)
+_opt_load: Any = getattr(optim, "load_state", _plain_load)

@@ -1,0 +1,70 @@
+"""The weights of a checkpoint as safetensors files, out of its DCP folder, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from backends.safetensors import FileWriter, file_names
+from backends.safetensors import Tensor as Placed
+from backends.torch.checkpoint import INDEX
+from spec.config import Spec
+from spec.params import params
+from train.checkpoint.files import write
+from train.checkpoint.tensors import Reader
+
+STORED = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
+
+
+def shards(spec: Spec, dtype: str, limit: int) -> dict[str, list[Placed]]:
+    """Files and their tensors, in canonical order: as many in a file as `limit` bytes hold, at least one."""
+    groups: list[list[Placed]] = [[]]
+    size = 0
+    for p in params(spec):
+        t = Placed(p.name, STORED[dtype][0], p.shape)
+        if groups[-1] and size + t.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(t)
+        size += t.nbytes
+    return dict(zip(file_names(len(groups)), groups, strict=True))
+
+
+def write_weights(
+    reader: Reader, folder: Path, files: Mapping[str, list[Placed]], mine: Sequence[str], prefix: str = "model/"
+) -> None:
+    """Write the files named in `mine`, each from the tensors called `prefix` + canonical name.
+
+    One tensor is in memory at a time (twice: as stored, and whole). Raises `UserError` where the disk refuses.
+    """
+    for name in mine:
+        out = FileWriter(folder / name, files[name], {"format": "pt"})
+        try:
+            for t in files[name]:
+                out.rows(t.name, 0, _tensor(reader, prefix + t.name, t))
+            out.close()
+        except BaseException:
+            out.abort()
+            raise
+
+
+def _tensor(reader: Reader, name: str, t: Placed) -> NDArray[Any]:
+    """A whole tensor in the dtype of its file, as NumPy sees it."""
+    whole = torch.empty(t.shape, dtype=reader.tensors[name][1])
+    reader.load({name: whole})
+    chosen = whole.to(next(dtype for code, dtype in STORED.values() if code == t.dtype))
+    return (chosen.view(torch.uint16) if chosen.dtype == torch.bfloat16 else chosen).numpy()
+
+
+def write_index(folder: Path, files: Mapping[str, list[Placed]]) -> None:
+    """model.safetensors.index.json, where there are several files."""
+    placed = {t.name: file for file, tensors in files.items() for t in tensors}
+    size = sum(t.nbytes for tensors in files.values() for t in tensors)
+    table = {"metadata": {"total_size": size}, "weight_map": placed}
+    if len(files) > 1:
+        write(folder / INDEX, (json.dumps(table, indent=2) + "\n").encode())
