@@ -12,7 +12,8 @@ from spec.load import load as load_spec
 from spec.show import print_targets, short, size
 from train import optim, parallel
 from train.config import TrainConfig
-from train.data import corpus
+from train.data import prepare
+from train.data.tokens import cache_folder
 from train.session import out_folder
 
 
@@ -27,12 +28,12 @@ def show(c: TrainConfig, console: Console) -> None:
     length = c.data.length or spec.context
     micro = c.batch.micro or max(1, c.batch.sequences // world)
     per_step = c.batch.sequences * length
-    text = corpus.read(c.data.source, c.data.validation)
+    text = prepare.read(c.data, cache_folder(c.data.cache))
     activations = micro * cost.activation_bytes(spec, length, 2 if precision == "bfloat16" else 4)
     state = cost.training_bytes(spec)
     rows: dict[str, Any] = {
         "spec": f"{spec.name}: {short(cost.count(spec).total)} parameters, {spec.depth} layers, width {spec.width}",
-        "data": f"{c.data.source}: {len(text.train)} documents, {len(text.validation)} held out, {size(text.size)}",
+        "data": f"{text.name}: {text.files:,} file(s), {size(text.size)}",
         "tokenizer": c.tokenizer or f"byte-level BPE of {spec.vocab_size} tokens, trained on the data",
         "step": f"{c.batch.sequences} sequences of {length} = {per_step:,} tokens, {micro} sequences at a time",
         "run": f"{c.steps} steps = {short(c.steps * per_step)} tokens, "

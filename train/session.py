@@ -13,19 +13,25 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from backends.torch.checkpoint import empty, load_weights
+from backends.text import Text
 from backends.torch.model import Decoder
+from spec import cost
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import load as load_spec
+from spec.show import short
 from train import checkpoint, config, loop, optim, parallel, watch
 from train.config import TrainConfig
-from train.data import corpus, tokenizer
+from train.data import prepare, tokenizer
 from train.data.batches import Batches, DataState, Sequences
+from train.data.progress import shown
 from train.data.store import TokenData
-from train.data.tokens import cache_folder, prepare
+from train.data.tokens import cache_folder
 from train.engine import Engine, Pipelined, Whole
 from train.parallel import Ranks
+from train.watch import portability, profile
+from train.watch.console import Progressing
+from train.watch.trackers import trackers
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +47,8 @@ class Result:
     """0, or the signal that ended it."""
     metrics: watch.Metrics | None
     """Of the last step, if any was made."""
+    ended: bool = False
+    """Whether it ended early, since the validation no longer improved."""
 
 
 def out_folder(c: TrainConfig, spec: Spec | None = None) -> Path:
@@ -80,30 +88,31 @@ def _first_rank_first(ranks: Ranks) -> Iterator[None]:
 
 
 def text(
-    c: TrainConfig, spec: Spec, say: Callable[[str], None], found_in: Path | None = None
+    c: TrainConfig, spec: Spec, console: Console, found_in: Path | None = None
 ) -> tuple[tokenizer.TextTokenizer, TokenData]:
     """The tokenizer (a resumed run has its own) and the tokens, from the cache where they are in it.
 
     Raises `UserError` for a text or a tokenizer that cannot be used.
     """
-    found = corpus.read(c.data.source, c.data.validation)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     cache = cache_folder(c.data.cache)
-    documents = len(found.train) + len(found.validation)
-    say(f"data: {c.data.source}, {documents:,} documents, {found.size / 1e6:.1f} MB, {len(found.validation)} held out")
-    given = found_in or c.tokenizer
-    if given is None:
-        tok = tokenizer.cached(found.train, found.hash, spec.vocab_size, spec.context, cache)
-    else:
-        tok = tokenizer.load(given)
+    found = prepare.read(c.data, cache)
+    say(f"data: {found.name}, {found.files:,} file(s), {found.size / 1e6:,.1f} MB")
+    tok = prepare.tokenizer_of(found, found_in or c.tokenizer, spec.vocab_size, spec.context, cache)
     if tok.size > spec.vocab_size:
         raise UserError(
             f"spec.vocab_size: {spec.vocab_size} is fewer than the tokenizer's {tok.size} tokens (raise it)"
         )
     if tok.size < spec.vocab_size:
         say(f"tokenizer: {tok.size} tokens; the spec's other {spec.vocab_size - tok.size} rows stay unused")
-    data = prepare(found, tok, cache)
-    counts = [sum(len(s.tokens) for s in splits) for splits in (data.train, data.validation)]
-    say(f"tokens: {counts[0]:,} to train on, {counts[1]:,} held out")
+    with shown(console, "tokenising", found.size) as progress:
+        data = prepare.tokenize(found, tok, cache, c.data.workers, progress)
+    for what, splits in (("to train on", data.train), ("held out", data.validation)):
+        tokens, documents = sum(len(s.tokens) for s in splits), sum(s.documents for s in splits)
+        say(f"tokens: {tokens:,} {what}, {documents:,} document(s)")
     return tok, data
 
 
@@ -126,36 +135,40 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
         if ranks.first:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    found = checkpoint.newest(out_folder(c)) if resume else None
+    found = ranks.agree(checkpoint.newest(out_folder(c))) if resume else None
     spec = load_spec(found if found is not None else c.spec)
     out = out_folder(c, spec)
     taken = checkpoint.occupied(out)
     if taken and not resume and not force:
         raise UserError(f"{out}: {taken} is already there (--resume continues the run, --force replaces it, or --out)")
     length = c.data.length or spec.context
+    parallel.check(spec, ranks.degrees, length)
     shares = ranks.degrees.data
     if c.batch.sequences % (shares * (c.batch.micro or 1)):
         raise UserError(f"batch.sequences: {c.batch.sequences} is no multiple of {shares} ranks times batch.micro")
+    folder = out / "training"
+    chosen = trackers(c.watch, folder)
+    if found is None:
+        portability.tell(spec, c.spec, c.quant, console if ranks.first else None)
     with _first_rank_first(ranks):
-        tok, data = text(c, spec, say, found)
+        tok, data = text(c, spec, console if ranks.first else Console(quiet=True), found)
     precision, why = parallel.choose_precision(c.precision, ranks.device)
     say(f"device: {ranks.device}, {ranks.world} rank(s); {precision} ({why})")
 
     stages = parallel.spans(spec, ranks.degrees.pp)
     parallel.check_passes(c.parallel, c.batch.sequences // shares // (c.batch.micro or c.batch.sequences // shares))
-    decoder = empty(spec, torch.float32, ranks.device, length=length)
+    with torch.device("meta"):  # so that no rank ever has the whole model
+        decoder = Decoder(spec, length=length)
     if len(stages) > 1:
         decoder.keep(stages[ranks.place("pp")])
-    if found is not None:
-        load_weights(decoder, found)
-    else:
-        decoder.init_weights(c.seed)
-    for reason, kernel in decoder.kernels(
-        length, packed=c.data.document_mask, dtype=parallel.DTYPES[precision]
-    ).items():
-        say(f"attention: {kernel} ({reason})")
     if ranks.world > 1:
         parallel.shard(decoder, ranks, precision)
+    decoder.to_empty(device=ranks.device)
+    if found is None:
+        decoder.init_weights(c.seed)
+    kernels = decoder.kernels(length, packed=c.data.document_mask, dtype=parallel.DTYPES[precision])
+    for reason, kernel in kernels.items():
+        say(f"attention: {kernel} ({reason})")
     torch.manual_seed(c.seed + ranks.rank)  # dropout
     fingerprint = f"{data.fingerprint}:{length}"
     cut = (length, data.eos, data.bos, c.data.document_mask)
@@ -168,29 +181,33 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
         Batches(Sequences(data.train[0], *cut), DataState(fingerprint, seed=c.seed)),
         Sequences(data.validation[0], *cut) if data.validation else None,
     )
+    best = None
     if found is not None:
-        loop.restore(run, *checkpoint.read(found))
+        best = checkpoint.best_of(checkpoint.restore(run, found), found)
         say(f"resumed: step {run.step} of {c.steps}, {out}")
-    folder = checkpoint.RunFolder(out, spec, tok.files())
-    journal = None
-    if ranks.first:
-        if force and not resume:
-            checkpoint.clear(out)
-        journal = _begin(folder, c, found, run.step)
+    run.meter = watch.Meter(ranks.device, cost.training_flops(spec, length))
+    run.sampler = _sampler(run, tok, data, say)
+    files = checkpoint.RunFolder(out, spec, tok.files())
     last = min(c.steps, stop_after or c.steps)
     stop = loop.Stop()
-    shown = watch.Watch(console, run.step, last, c.log_every, silent=not ranks.first)
+    shown = Progressing(console, run.step, last, c.log_every, silent=not ranks.first)
+    board = watch.Board(shown, folder if ranks.first else None, c.model_dump(mode="json"), chosen)
+    traced = profile.span(c.profile) if c.profile is not None and ranks.first else range(0)
+    tracer = watch.Profile(traced, folder / "profile", ranks.device, board.say)
     try:
-        with stop.listening():
-            metrics = loop.fit(run, folder, journal, shown, last, stop)
+        say(_intent(spec, c, run, length, sum(len(s.tokens) for s in data.train)))
+        if ranks.first:
+            if force and not resume:
+                checkpoint.clear(out)
+            _begin(files, c, found)
+            board.begin(run.step, run.batches.state.batches, watch.environment(c, ranks, precision, kernels))
+        with stop.listening(), checkpoint.Saver(files, ranks, c, say, best) as saver:
+            metrics = loop.fit(run, saver, board, last, stop, tracer)
     finally:
-        shown.close()
-        if journal is not None:
-            journal.close()
-    if ranks.first:
-        steps = watch.history(out / "training" / "train.jsonl")
-        watch.plot(steps, out / "training" / "loss.png", f"{spec.name}: {run.step} steps, {c.data.source}")
-    return Result(out, run.step, c.steps, stop.signal, metrics)
+        tracer.close()
+        board.close()
+        board.report(picture=True)
+    return Result(out, run.step, c.steps, stop.signal, metrics, run.ended)
 
 
 def _engine(c: TrainConfig, decoder: Decoder, ranks: Ranks, precision: str) -> Engine:
@@ -199,13 +216,39 @@ def _engine(c: TrainConfig, decoder: Decoder, ranks: Ranks, precision: str) -> E
     return Pipelined(decoder, ranks, parallel.Stage(decoder, ranks, c.parallel.schedule, parallel.DTYPES[precision]))
 
 
-def _begin(folder: checkpoint.RunFolder, c: TrainConfig, found: Path | None, step: int) -> watch.Journal:
-    """The run's folder, its configuration and journal."""
+def _intent(spec: Spec, c: TrainConfig, run: loop.Run, length: int, tokens: int) -> str:
+    """What is about to be done, in a line."""
+    step = c.batch.sequences * length
+    passes = f", {step * c.steps / tokens:.2g} times all of the data" if tokens else ""
+    size = short(cost.count(spec).total)
+    return (
+        f"training {spec.name} ({size} parameters) for {c.steps - run.step:,} steps of {c.batch.sequences} x {length} = "
+        f"{step:,} tokens{passes}; Ctrl-C saves and stops"
+    )
+
+
+def _sampler(
+    run: loop.Run, tok: tokenizer.TextTokenizer, data: TokenData, say: Callable[[str], None]
+) -> watch.Sampler | None:
+    """What writes samples, where they are wanted and one rank has a whole layer."""
+    c, d = run.config.samples, run.ranks.degrees
+    if c.every == 0 or not c.prompts:
+        return None
+    if d.pp > 1 or d.tp > 1:
+        say("samples: none, since layers are cut over ranks (parallel.tp, parallel.pp)")
+        return None
+    begin = data.eos if data.bos is None else data.bos
+    autocast = parallel.autocast(run.ranks, run.engine.precision) if isinstance(run.engine, Whole) else None
+    return watch.Sampler(c, run.decoder, run.ranks, Text(tok.fast, tok.config), [begin], autocast)
+
+
+def _begin(folder: checkpoint.RunFolder, c: TrainConfig, found: Path | None) -> None:
+    """The run's folder and its configuration."""
     try:
         (folder.path / "training").mkdir(parents=True, exist_ok=True)
+        folder.clean()
         checkpoint.write(folder.path / checkpoint.CONFIG, config.dump(c).encode())
         if found is not None:
             folder.publish(found)
-        return watch.Journal(folder.path / "training" / "train.jsonl", step)
     except OSError as e:
         raise UserError(f"{folder.path}: cannot be written: {e.strerror}") from None

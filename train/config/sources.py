@@ -15,8 +15,8 @@ from train.config.fields import Size
 if TYPE_CHECKING:
     from train.config.top import TrainConfig
 
-STDLIB, HUB = "stdlib", "hf:"
-"""The embedded corpus; the beginning of a Hugging Face dataset's name."""
+STDLIB, HUB, CHATML = "stdlib", "hf:", "chatml"
+"""The embedded corpus; the beginning of a Hugging Face dataset's name; the template that one asks for by name."""
 
 
 class Source(Model):

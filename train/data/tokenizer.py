@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spec.errors import UserError
-from train.data.corpus import Document
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Fast
@@ -28,7 +26,7 @@ not for the newer patterns' case-insensitive parts."""
 SAMPLE = 64 * 2**20
 """Bytes of text that a tokenizer is trained on at most."""
 
-VERSION = 1
+VERSION = 2
 """Part of the cache's key: raise it when training changes."""
 
 
@@ -51,6 +49,32 @@ class TextTokenizer:
         return fast
 
     @cached_property
+    def marked(self) -> Fast:
+        """The tokenizer that takes special tokens in the text for what they are, as in what a chat template writes."""
+        from tokenizers import Tokenizer as Fast
+
+        fast = Fast.from_str(self.json)
+        fast.no_padding()
+        fast.no_truncation()
+        return fast
+
+    @property
+    def template(self) -> str | None:
+        """The chat template; of several, the one called default."""
+        found = self.config.get("chat_template")
+        if isinstance(found, list):
+            named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+            found = named.get("default", next(iter(named.values()), None))
+        return found if isinstance(found, str) else None
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """Special tokens by their role, as templates know them."""
+        roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+        named = {role: self._content(role) for role in roles}
+        return {role: token for role, token in named.items() if token is not None}
+
+    @cached_property
     def hash(self) -> str:
         """SHA-256 of everything that changes the ids."""
         own = json.dumps([self.json, self.bos, self.eos])
@@ -71,15 +95,21 @@ class TextTokenizer:
 
     @property
     def bos(self) -> int | None:
-        """The id that begins a document, where the tokenizer adds one."""
-        return self._id("bos_token") if self.config.get("add_bos_token") else None
+        """The id that begins a document, where the tokenizer adds one (by its post-processor, or by its settings)."""
+        name = self._content("bos_token")
+        added = name is not None and self.fast.encode("a").tokens[:1] == [name]
+        return self._id("bos_token") if added or self.config.get("add_bos_token") else None
 
-    def _id(self, field: str) -> int | None:
+    def _content(self, field: str) -> str | None:
         token = self.config.get(field)
         token = token.get("content") if isinstance(token, dict) else token
+        return None if token is None else str(token)
+
+    def _id(self, field: str) -> int | None:
+        token = self._content(field)
         if token is None:
             return None
-        found = self.fast.token_to_id(str(token))
+        found = self.fast.token_to_id(token)
         if found is None:
             raise UserError(f"tokenizer_config.json: {field} {token!r} is not in the vocabulary")
         return found
@@ -94,8 +124,8 @@ class TextTokenizer:
         return {"tokenizer.json": self.json.encode(), "tokenizer_config.json": config.encode()}
 
 
-def train(documents: Sequence[Document], vocab_size: int, context: int) -> TextTokenizer:
-    """A byte-level BPE of exactly `vocab_size` tokens: the end of text, 256 bytes, and merges.
+def train(texts: Iterable[str], vocab_size: int, context: int, more: Sequence[str] = ()) -> TextTokenizer:
+    """A byte-level BPE of exactly `vocab_size` tokens: the end of text, `more` special ones, 256 bytes, and merges.
 
     Where the text is too small for so many merges, unused special tokens fill the vocabulary, so that every row of the
     embedding is a token. The result depends on the text alone.
@@ -103,8 +133,9 @@ def train(documents: Sequence[Document], vocab_size: int, context: int) -> TextT
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
     from tokenizers import Tokenizer as Fast
 
-    if vocab_size < 257:
-        raise UserError(f"vocab_size: {vocab_size} is too small for a byte-level tokenizer (at least 257)")
+    least = 257 + len(more)
+    if vocab_size < least:
+        raise UserError(f"vocab_size: {vocab_size} is too small for a byte-level tokenizer (at least {least})")
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -115,11 +146,11 @@ def train(documents: Sequence[Document], vocab_size: int, context: int) -> TextT
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END],
+        special_tokens=[END, *more],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    fast.train_from_iterator(_sample(documents), trainer)
+    fast.train_from_iterator(texts, trainer)
     missing = vocab_size - fast.get_vocab_size()
     fast.add_special_tokens([AddedToken(f"<|unused_{n}|>", special=True, normalized=False) for n in range(missing)])
     end = fast.token_to_id(END)
@@ -144,29 +175,17 @@ def settings(context: int) -> dict[str, Any]:
     }
 
 
-def _sample(documents: Sequence[Document]) -> Iterator[str]:
-    chosen = list(documents)
-    if sum(d.size for d in chosen) > SAMPLE:
-        random.Random(0).shuffle(chosen)
-    taken = 0
-    for d in chosen:
-        if taken >= SAMPLE:
-            return
-        taken += d.size
-        yield d.text()
-
-
 def cached(
-    documents: Sequence[Document], corpus_hash: str, vocab_size: int, context: int, cache: Path
+    texts: Callable[[], Iterable[str]], key: str, vocab_size: int, context: int, cache: Path, more: Sequence[str] = ()
 ) -> TextTokenizer:
-    """`train`, or what it left in the cache for the same text and size."""
-    key = hashlib.sha256(f"{VERSION}:{PATTERN}:{vocab_size}:{corpus_hash}".encode()).hexdigest()[:32]
-    file = cache / f"tokenizer-{key}.json"
+    """`train`, or what it left in the cache for the same `key` of the texts, and size."""
+    every = f"{VERSION}:{PATTERN}:{vocab_size}:{key}:{','.join(more)}"
+    file = cache / f"tokenizer-{hashlib.sha256(every.encode()).hexdigest()[:32]}.json"
     if file.is_file():
         found = TextTokenizer(file.read_text(encoding="utf-8"), settings(context))
         if found.size == vocab_size:
             return found
-    fresh = train(documents, vocab_size, context)
+    fresh = train(texts(), vocab_size, context, more)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         partial.write_text(fresh.json, encoding="utf-8")
@@ -188,16 +207,18 @@ def load(path: str | Path) -> TextTokenizer:
         text = file.read_text(encoding="utf-8")
         side = file.with_name("tokenizer_config.json")
         config = json.loads(side.read_text(encoding="utf-8")) if side.is_file() else None
+        chats = file.with_name("chat_template.jinja")  # counts before the settings, as in transformers
+        template = {"chat_template": chats.read_text(encoding="utf-8")} if chats.is_file() else {}
     except OSError as e:
         raise UserError(f"{file}: {e.strerror} (--tokenizer is a tokenizer.json or a folder with one)") from None
     except ValueError as e:
         raise UserError(f"{file.parent}: not a tokenizer: {e}") from None
-    found = TextTokenizer(text, config if isinstance(config, dict) else {})
+    found = TextTokenizer(text, (config if isinstance(config, dict) else {}) | template)
     try:
         vocab = found.fast.get_vocab(with_added_tokens=True)
     except Exception as e:  # tokenizers raises bare Exception
         raise UserError(f"{file}: not a tokenizer: {e}") from None
     if config is None:
         end = next((t for t in (END, "</s>", "<|end_of_text|>") if t in vocab), None)
-        return TextTokenizer(text, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
+        return TextTokenizer(text, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end} | template)
     return found

@@ -1,26 +1,42 @@
-"""Tokens on disk: tokenised once, memory-mapped."""
+"""Tokenising: parts of a source into shards on disk, by several processes, once.
+
+A shard's content depends on the source, the tokenizer and the options alone, and it gets its name when it is whole.
+So work goes on where it was interrupted, any number of processes makes the same files, and two runs that make the same
+ones at a time don't harm each other.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spec.errors import UserError
-from train.data.corpus import Corpus, Document
-from train.data.order import batched
-from train.data.store import Shards, Split, TokenData
+from train.config.sources import Source
+from train.data import workers
+from train.data.chat import Chats, template_of
+from train.data.corpus import Corpus, read_part
+from train.data.document import Document, Part
+from train.data.long import encode
+from train.data.store import Shards, Split
 from train.data.tokenizer import TextTokenizer
 
-VERSION = 2
-"""Part of the cache's key: raise it when the layout changes."""
+VERSION = 3
+"""Part of the cache's key: raise it when tokens or their layout change."""
+
+SMALLEST, LARGEST, MOST = 4 * 2**20, 256 * 2**20, 256
+"""Bytes of text in a shard at least and at most, and shards of a source where those bounds allow it."""
+TOGETHER = 2**20
+"""Bytes of text that are encoded at a time."""
+
+SPLITS = ("train", "validation")
 
 
 def cache_folder(chosen: str | None) -> Path:
@@ -34,66 +50,225 @@ def cache_folder(chosen: str | None) -> Path:
     return path
 
 
-def prepare(
-    corpus: Corpus, tokenizer: TextTokenizer, cache: Path, progress: Callable[[int], None] = lambda n: None
-) -> TokenData:
-    """The corpus as tokens, from the cache or tokenised now. `progress` receives bytes done.
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to make any of a source's shards."""
 
-    The cache's entry is a folder that gets its name when it is whole. Raises `UserError` where it cannot be written.
+    folder: Path
+    shards: tuple[tuple[Part, ...], ...]
+    source: Source
+    tokenizer: TextTokenizer
+    template: str | None
+    below: int
+    """Documents with a key below this are held out."""
+
+    def record(self, shard: int) -> Path:
+        """What is written last, when a shard is whole."""
+        return self.folder / f"{shard:05d}.json"
+
+    def size(self, shard: int) -> int:
+        """Bytes of text in it, about."""
+        return sum(p.size for p in self.shards[shard])
+
+    @property
+    def shared_end(self) -> bool:
+        """Whether the end of a document is also the beginning of the next one."""
+        return self.template is None and self.tokenizer.bos == self.tokenizer.eos
+
+
+def prepare(
+    corpus: Corpus,
+    tokenizer: TextTokenizer,
+    cache: Path,
+    count: int = 1,
+    progress: Callable[[int], None] = lambda n: None,
+) -> tuple[Split, Split, str]:
+    """A source as tokens, to train on and held out, from the cache or made now by `count` processes; and their hash.
+
+    `progress` receives bytes done. Raises `UserError` for documents that cannot be used, and where the tokens cannot be
+    written.
     """
-    fingerprint = hashlib.sha256(f"{VERSION}:{corpus.hash}:{tokenizer.hash}".encode()).hexdigest()
+    template = template_of(corpus.source, tokenizer) if corpus.source.chat else None
+    how = (template, corpus.source.answers_only) if corpus.source.chat else None
+    fingerprint = hashlib.sha256(f"{VERSION}:{corpus.hash}:{tokenizer.hash}:{how}".encode()).hexdigest()
     folder = cache / f"tokens-{fingerprint[:32]}"
-    if not (folder / "meta.json").is_file():
-        partial = Path(tempfile.mkdtemp(prefix=".tokens-", dir=cache))
+    shards = tuple(_shards(corpus.parts))
+    job = Job(folder, shards, corpus.source, tokenizer, template, corpus.below)
+    try:
+        if not (folder / "meta.json").is_file():
+            folder.mkdir(exist_ok=True)
+            missing = [n for n in range(len(shards)) if not job.record(n).is_file()]
+            progress(sum(job.size(n) for n in range(len(shards))) - sum(job.size(n) for n in missing))
+            workers.run(job, missing, count, progress)
+            _finish(job)
+        train, held = (_open(job, name, corpus.name) for name in SPLITS)
+    except OSError as e:
+        done = sum(job.record(n).is_file() for n in range(len(shards)))
+        kept = f"; {done} of {len(shards)} shards are kept" if done else ""
+        raise UserError(f"{folder}: cannot store the tokens: {e.strerror}{kept} (try --data.cache FOLDER)") from None
+    return train, held, fingerprint
+
+
+def _shards(parts: Sequence[Part]) -> Iterator[tuple[Part, ...]]:
+    """Parts in groups of about equal size, which depends on the source alone."""
+    bound = min(LARGEST, max(SMALLEST, sum(p.size for p in parts) // MOST))
+    group: list[Part] = []
+    size = 0
+    for part in parts:
+        group.append(part)
+        size += part.size
+        if size >= bound:
+            yield tuple(group)
+            group, size = [], 0
+    if group:
+        yield tuple(group)
+
+
+class Stream:
+    """One split of a shard while it is written."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path, self.dtype = path, dtype
+        self.file = path.with_name(f".{path.name}.{os.getpid()}.partial").open("wb")
+        self.lengths: list[int] = []
+        self.masks: list[NDArray[np.bool_]] = []
+        self.bytes = self.tokens = 0
+
+    def write(self, ids: Sequence[int] | NDArray[Any], mask: NDArray[np.bool_] | None = None) -> None:
+        """Tokens, and which of them count."""
+        self.file.write(np.asarray(ids, self.dtype).tobytes())
+        self.tokens += len(ids)
+        if mask is not None:
+            self.masks.append(mask)
+
+    def close(self) -> dict[str, int]:
+        """Everything under its name; what there is of it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        _rename(Path(self.file.name), self.path)
+        _save(self.path.with_suffix(".lengths"), np.array(self.lengths, "<i8"))
+        if self.masks:
+            _save(self.path.with_suffix(".mask"), np.packbits(np.concatenate(self.masks), bitorder="little"))
+        return {"tokens": self.tokens, "documents": len(self.lengths), "bytes": self.bytes, "masked": bool(self.masks)}
+
+
+def make(job: Job, shard: int, progress: Callable[[int], None] = lambda n: None) -> None:
+    """Tokenise one shard. Raises `UserError` for a document that cannot be used, and `OSError`."""
+    tok = job.tokenizer
+    streams = [Stream(job.folder / f"{shard:05d}.{name}.bin", _dtype(tok.size)) for name in SPLITS]
+    try:
+        begin = [] if tok.bos is None or tok.bos == tok.eos else [tok.bos]
+        if shard == 0 and job.shared_end:  # the first document needs a beginning that no other one's end is
+            for stream in streams:
+                stream.write([tok.eos])
+        chats = None if job.template is None else Chats(job.template, tok, job.source.answers_only)
+        for part in job.shards[shard]:
+            for group in _groups(read_part(part, job.source)):
+                for d, ids, mask, size in _encoded(group, tok, chats, begin):
+                    stream = streams[d.key < job.below]
+                    stream.write(ids, mask)
+                    stream.lengths.append(len(ids))
+                    stream.bytes += size
+            progress(part.size)
+        record = {name: stream.close() for name, stream in zip(SPLITS, streams, strict=True)}
+        partial = job.folder / f".{shard:05d}.json.{os.getpid()}.partial"
+        partial.write_text(json.dumps(record), encoding="utf-8")
+        _rename(partial, job.record(shard))
+    finally:
+        for stream in streams:
+            stream.file.close()
+            Path(stream.file.name).unlink(missing_ok=True)
+
+
+def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    size = 0
+    for d in documents:
+        group.append(d)
+        size += d.bytes
+        if size >= TOGETHER:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _encoded(
+    group: Sequence[Document], tok: TextTokenizer, chats: Chats | None, begin: list[int]
+) -> Iterator[tuple[Document, Sequence[int] | NDArray[Any], NDArray[np.bool_] | None, int]]:
+    """Each document's tokens, from its beginning to its end, their mask, and the bytes of its text."""
+    if chats is None:
+        texts = [d.content for d in group]
+        for d, ids in zip(group, encode(tok, [t for t in texts if isinstance(t, str)]), strict=True):
+            yield d, np.concatenate([begin, ids, [tok.eos]]) if begin else np.append(ids, tok.eos), None, d.bytes
+        return
+    for d in group:
+        assert not isinstance(d.content, str)
         try:
-            meta = {
-                name: _write(partial / f"{name}.bin", documents, tokenizer, progress)
-                for name, documents in (("train", corpus.train), ("validation", corpus.validation))
-            }
-            (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            try:
-                partial.rename(folder)
-            except OSError:
-                if not (folder / "meta.json").is_file():  # otherwise another process was faster
-                    raise
-        except OSError as e:
-            raise UserError(f"{folder}: cannot store the tokens: {e.strerror} (try --data.cache FOLDER)") from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    overlap = int(tokenizer.bos == tokenizer.eos)
-    splits = {name: _open(folder / name, tokenizer.size, overlap, corpus.source, meta[name]) for name in meta}
-    held = (splits["validation"],) if splits["validation"].documents else ()
-    return TokenData((splits["train"],), held, (1.0,), tokenizer.eos, tokenizer.bos, fingerprint)
+            text, ids, mask = chats.encode(d.content)
+        except UserError:
+            raise
+        except ValueError as e:
+            raise UserError(f"{d.where}: {e}") from None
+        yield d, ids, mask, len(text.encode())
 
 
 def _dtype(vocab: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab <= 2**16 else "<u4")
 
 
-def _write(
-    path: Path, documents: Sequence[Document], tokenizer: TextTokenizer, progress: Callable[[int], None]
-) -> dict[str, int]:
-    eos, bos, dtype = tokenizer.eos, tokenizer.bos, _dtype(tokenizer.size)
-    begin = [] if bos is None or bos == eos else [bos]
-    size, offsets = 0, [0]
-    with path.open("wb") as f:
-        if bos == eos:  # what ends one document begins the next, so the first needs one more
-            f.write(np.array([eos], dtype).tobytes())
-        for group in batched(documents, 64):
-            for document, ids in zip(group, tokenizer.encode([d.text() for d in group]), strict=True):
-                f.write(np.array([*begin, *ids, eos], dtype).tobytes())
-                offsets.append(offsets[-1] + len(begin) + len(ids) + 1)
-                size += document.size
-                progress(document.size)
-        f.flush()
-        os.fsync(f.fileno())
-    np.array(offsets, np.int64).tofile(path.with_suffix(".offsets"))
-    return {"bytes": size}
+def _save(path: Path, values: NDArray[Any]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as f:
+            f.write(values.tobytes())
+            f.flush()
+            os.fsync(f.fileno())
+        _rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _open(path: Path, size: int, overlap: int, source: str, meta: dict[str, int]) -> Split:
-    offsets = np.fromfile(path.with_suffix(".offsets"), np.int64)
-    dtype = _dtype(size)
-    tokens = Shards((path.with_suffix(".bin"),), (int(offsets[-1]) + overlap,), dtype.str)
-    return Split(tokens, offsets, meta["bytes"], overlap, None, source)
+def _rename(partial: Path, path: Path) -> None:
+    partial.replace(path)
+
+
+def _finish(job: Job) -> None:
+    """The offsets of all documents, and the record of the whole."""
+    records = [json.loads(job.record(n).read_text(encoding="utf-8")) for n in range(len(job.shards))]
+    for name in SPLITS:
+        path = job.folder / f"{name}.offsets"
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        with partial.open("wb") as f:
+            base = np.zeros(1, "<i8")
+            f.write(base.tobytes())
+            for n in range(len(job.shards)):
+                lengths = np.fromfile(job.folder / f"{n:05d}.{name}.lengths", "<i8")
+                if len(lengths):
+                    offsets = base + np.cumsum(lengths)
+                    f.write(offsets.tobytes())
+                    base = offsets[-1:]
+            f.flush()
+            os.fsync(f.fileno())
+        _rename(partial, path)
+    meta = job.folder / "meta.json"
+    partial = meta.with_name(f".{meta.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps({name: [r[name] for r in records] for name in SPLITS}), encoding="utf-8")
+    _rename(partial, meta)
+
+
+def _open(job: Job, name: str, source: str) -> Split:
+    meta = json.loads((job.folder / "meta.json").read_text(encoding="utf-8"))[name]
+    there = [(job.folder / f"{n:05d}.{name}.bin", r["tokens"]) for n, r in enumerate(meta) if r["tokens"]]
+    dtype = _dtype(job.tokenizer.size)
+    paths, counts = [p for p, _ in there], [c for _, c in there]
+    for path, tokens in there:
+        if not path.is_file() or path.stat().st_size != tokens * dtype.itemsize:
+            raise UserError(f"{path}: the cached tokens are damaged (remove {job.folder}, they are made anew)")
+    ends = tuple(int(e) for e in np.cumsum(counts))
+    offsets = np.memmap(job.folder / f"{name}.offsets", "<i8", mode="r")
+    masked = any(r["masked"] for r in meta)
+    mask = Shards(tuple(p.with_suffix(".mask") for p in paths), ends, "bits") if masked else None
+    tokens = Shards(tuple(paths), ends, dtype.str)
+    return Split(tokens, offsets, sum(r["bytes"] for r in meta), int(job.shared_end), mask, source)
