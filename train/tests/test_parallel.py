@@ -1,0 +1,235 @@
+"""Divided layers against one process, on gloo: gradients, losses and decoding in float64, and whole runs in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from backends.torch.model import Decoder
+from parity_tests.cases import FEATURES, random_ids, random_weights
+from spec import Spec, SpecError, UserError, parse
+from train import parallel
+from train.config import Parallel
+from train.parallel.mesh import DIMENSIONS, Degrees, Ranks
+
+BOUND = 1e-9
+"""Of a float64 gradient's error, in shares of its norm (and of the largest norm, since some gradients are zero)."""
+
+TENSOR = (
+    *("sinks", "alibi", "qk_norm_head", "qk_norm_width", "qk_layernorm", "norm_sandwich", "olmo2", "parallel_shared"),
+    *("all_bias", "mlp_plain_bias", "window_pattern", "clamped_swiglu", "gpt2", "gemma2", "moe_shared_gate"),
+    *("embed_norm", "clip", "learned_offset"),
+)
+MIXTURES = ("moe_sigmoid", "moe_sinks", "moe_plain_scores")
+FOUR = {
+    Degrees(dp=2, tp=2): ("gemma2", "qk_norm_width", "all_bias", "moe_sinks", "uneven"),
+    Degrees(dp=4): ("gemma2", "moe_sigmoid"),
+    Degrees(replicate=2, dp=2): ("gemma2", "moe_sigmoid"),
+    Degrees(replicate=2, tp=2): ("olmo2", "moe_shared_gate"),
+    Degrees(dp=2, tp=2, ep=2): MIXTURES,
+    Degrees(dp=4, ep=2): MIXTURES,
+    Degrees(dp=2, tp=2, ep=4): ("moe_sinks",),
+    Degrees(replicate=2, dp=2, ep=2): ("moe_sigmoid",),
+}
+
+
+def _spec(name: str) -> Spec:
+    if name != "uneven":
+        return FEATURES[name]
+    sizes = {"vocab_size": 97, "width": 30, "depth": 1, "context": 48}  # 5 rows of an MLP on each of 2 ranks
+    bias = {"gate": True, "up": True, "down": True}
+    block = {"attention": {"heads": 2, "head_dim": 6, "bias": True}, "mlp": {"hidden": 10, "bias": bias}}
+    return parse({**sizes, "block": block})
+
+
+def _ranks(d: Degrees) -> Ranks:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = tuple(getattr(d, name) for name in DIMENSIONS)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS)
+    return Ranks(dist.get_rank(), d.world, torch.device("cpu"), d, mesh)
+
+
+def _whole(spec: Spec) -> Decoder:
+    model = Decoder(spec).double()
+    model.load_state_dict({name: torch.from_numpy(w) for name, w in random_weights(spec).items()})
+    return model
+
+
+def _divided(spec: Spec, ranks: Ranks, *wraps: Any) -> Decoder:
+    with torch.device("meta"):
+        model = Decoder(spec).double()
+    parallel.shard(model, ranks, "float32", wraps)
+    model.to_empty(device="cpu")
+    weights = {name: torch.from_numpy(w).double() for name, w in random_weights(spec).items()}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(parallel.like(weights[name], p))
+    return model
+
+
+def _check_gradients(spec: Spec, ranks: Ranks, *wraps: Any) -> None:
+    """Those of the summed loss over four rows, in two accumulated passes."""
+    whole, model = _whole(spec), _divided(spec, ranks, *wraps)
+    ids = torch.from_numpy(random_ids(spec, batch=8))
+    targets = ids.roll(-1, 1).masked_fill(ids % 5 == 0, -100)
+    segments = (ids % 7 == 0).cumsum(1)
+    exact = whole(ids, targets, segments=segments)
+    exact.backward()
+    loss = torch.zeros((), dtype=torch.float64)
+    shares = [torch.arange(8).view(2, ranks.degrees.data, -1)[n, ranks.data] for n in (0, 1)]
+    for n, mine in enumerate(shares):
+        parallel.accumulating(model, last=n == 1)
+        part = model(ids[mine], targets[mine], segments=segments[mine])
+        part.backward()
+        loss += part.detach()
+    dist.all_reduce(loss)
+    assert abs(loss.item() / exact.item() - 1) < 1e-12
+    largest = max(float(p.grad.norm()) for p in whole.parameters() if p.grad is not None)
+    for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(parallel.whole(p), q), name
+        if q.grad is None:
+            assert p.grad is None, name
+            continue
+        assert p.grad is not None, name
+        error = float((parallel.whole(p.grad) - q.grad).norm())
+        assert error < BOUND * max(float(q.grad.norm()), 1e-6 * largest), name
+
+
+def _check_decoding(spec: Spec, ranks: Ranks) -> None:
+    """Whatever the number of tokens: all of them, an odd number, one at a time."""
+    whole, model = _whole(spec).eval(), _divided(spec, ranks).eval()
+    ids = torch.from_numpy(random_ids(spec))
+    with torch.no_grad():
+        exact, cache = whole(ids), model.new_cache(2)
+        torch.testing.assert_close(model(ids), exact, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model(ids[:, :23]), exact[:, :23], rtol=0, atol=1e-10)
+        steps = torch.cat([model.step(chunk, cache) for chunk in ids.split([9, *[1] * 15], 1)], 1)
+        torch.testing.assert_close(steps, exact, rtol=0, atol=1e-10)
+
+
+def _check_traffic(ranks: Ranks) -> None:
+    """A layer gathers its tokens twice each way, and scatters its sums twice each way: q, k and v share one gather."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    spec = FEATURES["llama"]
+    model, ids = _divided(spec, ranks), torch.from_numpy(random_ids(spec))
+    with CommDebugMode() as forward:
+        loss = model(ids, ids)
+    with CommDebugMode() as backward:
+        loss.backward()
+    ops: Any = torch.ops.c10d_functional
+    for comms in (forward, backward):
+        counts = comms.get_comm_counts()
+        assert counts[ops.all_gather_into_tensor] == counts[ops.reduce_scatter_tensor] == 2 * spec.depth
+
+
+def _check_memory(spec: Spec, ranks: Ranks) -> None:
+    """Nobody has more than a share of the weights."""
+    model = _divided(spec, ranks)
+    own: int = sum(p.to_local().numel() for p in model.parameters())  # type: ignore[attr-defined]
+    total = sum(p.numel() for p in model.parameters())
+    assert own < 1.1 * total / ranks.world + 64
+
+
+def _tensor_ranks(rank: int, folder: str) -> None:
+    _begin(rank, 2, folder)
+    ranks = _ranks(Degrees(tp=2))
+    for name in TENSOR:
+        _check_gradients(_spec(name), ranks)
+    for name in ("sinks", "qk_norm_width", "learned_offset", "window_pattern", "moe_sinks"):
+        _check_decoding(_spec(name), ranks)
+    _check_traffic(ranks)
+    experts = _ranks(Degrees(tp=2, ep=2))
+    for name in MIXTURES:
+        _check_gradients(_spec(name), experts)
+    _check_decoding(_spec("moe_sinks"), experts)
+    dist.destroy_process_group()
+
+
+def _four_ranks(rank: int, folder: str) -> None:
+    _begin(rank, 4, folder)
+    for d, names in FOUR.items():
+        ranks = _ranks(d)
+        for name in names:
+            _check_gradients(_spec(name), ranks)
+    _check_memory(_spec("llama"), _ranks(Degrees(dp=2, tp=2)))
+    _check_memory(_spec("moe_plain_scores"), _ranks(Degrees(dp=2, tp=2, ep=2)))
+    dist.destroy_process_group()
+
+
+def _compiled_ranks(rank: int, folder: str) -> None:
+    _begin(rank, 2, folder)
+
+    def compile_(block: Any) -> None:
+        block.compile(fullgraph=True, backend="aot_eager")
+
+    ranks = _ranks(Degrees(tp=2))
+    for name in ("sinks", "qk_norm_width", "alibi", "mlp_plain_bias", "moe_sigmoid"):
+        torch._dynamo.reset()  # type: ignore[attr-defined]
+        _check_gradients(_spec(name), ranks, compile_)
+    dist.destroy_process_group()
+
+
+def _begin(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+
+
+def _spawn(ranks: Any, world: int, folder: Path) -> None:
+    mp.spawn(ranks, (str(folder),), nprocs=world)  # type: ignore[attr-defined]
+
+
+def test_two_ranks_that_share_layers_or_experts_compute_what_one_does(tmp_path: Path) -> None:
+    _spawn(_tensor_ranks, 2, tmp_path)
+
+
+def test_four_ranks_in_every_layout_compute_what_one_does(tmp_path: Path) -> None:
+    _spawn(_four_ranks, 4, tmp_path)
+
+
+@pytest.mark.slow
+def test_shared_layers_compile_into_one_graph(tmp_path: Path) -> None:
+    _spawn(_compiled_ranks, 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "d", "length", "message"),
+    [
+        ("llama", Degrees(tp=4), 48, "parallel.tp: 4 does not divide attention.kv_heads=2 (try 2)"),
+        ("odd_heads", Degrees(tp=2), 48, "parallel.tp: 2 does not divide attention.kv_heads=3 (use parallel.tp 1, or"),
+        ("llama", Degrees(tp=2), 47, "parallel.tp: 2 does not divide sequences of data.length=47"),
+        ("mha", Degrees(tp=3), 48, "parallel.tp: 3 does not divide attention.heads=4 (try 2 or 4)"),
+        ("moe_sigmoid", Degrees(tp=4), 48, "parallel.tp: 4 does not divide attention.kv_heads=2"),
+        ("moe_sigmoid", Degrees(dp=4, ep=4), 48, "parallel.ep: 4 does not divide mlp.experts=6 (try 2)"),
+        ("llama", Degrees(dp=2, ep=2), 48, "parallel.ep: 2 divides experts, and the spec has none"),
+    ],
+)
+def test_what_a_degree_cannot_divide_is_named(name: str, d: Degrees, length: int, message: str) -> None:
+    with pytest.raises(SpecError) as e:
+        parallel.check(FEATURES[name], d, length)
+    assert message in str(e.value)
+    assert len(set(str(e.value).splitlines())) == len(str(e.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("fields", "world", "message"),
+    [
+        ({"dp": 4, "tp": 2}, 4, "dp 4 x tp 2 x pp 1 = 8 rank(s), and there are 4 (parallel.dp 2, or torchrun"),
+        ({"tp": 3}, 4, "= 3 rank(s), and there are 4 (torchrun --nproc-per-node 3)"),
+        ({"tp": 2}, 1, "= 2 rank(s), and there are 1 (torchrun --nproc-per-node 2)"),
+        ({"tp": 2, "ep": 3}, 4, "parallel.ep: 3 does not divide dp x tp = 2 x 2 (try 2 or 4)"),
+    ],
+)
+def test_a_product_of_degrees_that_is_not_the_number_of_ranks_is_named(
+    fields: dict[str, int], world: int, message: str
+) -> None:
+    with pytest.raises(UserError) as e:
+        parallel.degrees(Parallel(**fields), world)
+    assert message in str(e.value)
