@@ -6,18 +6,24 @@ Shapes: A accumulation steps, B sequences of one forward pass, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from backends.torch.loss import Criterion, cross_entropy_sum
 from backends.torch.model import Decoder
 from train import parallel
 from train.data.batches import Rows
+from train.losses.objective import Objective
 from train.parallel import Ranks
 from train.parallel.pipeline import Stage
+
+
+def scaled_by(decoder: Decoder, scale: float) -> None:
+    """Let the routers' own losses be multiplied by what the loss is multiplied by."""
+    if decoder.balance is not None:
+        decoder.balance.scale.fill_(scale)
 
 
 class Engine(Protocol):
@@ -40,10 +46,11 @@ class Whole:
     decoder: Decoder
     ranks: Ranks
     precision: str
-    criterion: Criterion = cross_entropy_sum
+    criterion: Objective = field(default_factory=Objective)
 
     def backward(self, micro_batches: Sequence[Rows], scale: float) -> Tensor:
         """Forward and backward over A passes; the losses' sum times `scale`."""
+        scaled_by(self.decoder, scale)
         total = torch.zeros((), device=self.ranks.device)
         for n, rows in enumerate(micro_batches, 1):
             parallel.accumulating(self.decoder, last=n == len(micro_batches))
@@ -55,14 +62,15 @@ class Whole:
     @torch.no_grad()
     def score(self, rows: Rows) -> Tensor:
         """The summed cross-entropy of one forward pass, whatever is trained on."""
-        loss = self._loss(rows, cross_entropy_sum)
+        loss = self._loss(rows, Objective())
         parallel.settle(self.decoder)
         return loss
 
-    def _loss(self, rows: Rows, criterion: Criterion) -> Tensor:
+    def _loss(self, rows: Rows, criterion: Objective) -> Tensor:
         ids, targets, segments = rows.tensors(self.ranks.device)
         with parallel.autocast(self.ranks, self.precision):
-            return self.decoder(ids, targets, segments=segments, criterion=criterion)
+            extras = criterion.extras(ids, segments)
+            return self.decoder(ids, targets, segments=segments, criterion=criterion, extras=extras)
 
 
 @dataclass
@@ -72,14 +80,18 @@ class Pipelined:
     decoder: Decoder
     ranks: Ranks
     stage: Stage
-    criterion: Criterion = cross_entropy_sum
+    criterion: Objective = field(default_factory=Objective)
 
     def backward(self, micro_batches: Sequence[Rows], scale: float) -> Tensor:
         """Forward and backward over A passes; the losses' sum times `scale`."""
+        scaled_by(self.decoder, scale)
         parts = [rows.tensors(self.ranks.device) for rows in micro_batches]
         ids, targets, segments = (None if t[0] is None else torch.cat(t) for t in zip(*parts, strict=True))
         assert ids is not None
-        more = {"targets": targets, "segments": segments}
+        more: dict[str, Any] = {"targets": targets, "segments": segments}
+        if self.decoder.ends:
+            extras = [self.criterion.extras(i, s) for i, _, s in parts]
+            more["extras"] = [torch.cat(e) for e in zip(*extras, strict=True)]
         return self.stage.train(len(parts), ids, scale, criterion=self.criterion, **more)
 
     @torch.no_grad()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from spec.config import Model, Positive, Probability
 from spec.errors import Problem, nearest
-from train.config.fields import NonNegative
+from train.config.fields import NonNegative, absolute, file_of
 
 if TYPE_CHECKING:
     from train.config.top import TrainConfig
@@ -18,22 +17,11 @@ KINDS = ("cross_entropy", "distillation")
 """Losses by name; any other is a function in a file of the user's."""
 
 
-def _file_of(kind: str) -> str:
-    """The file of `path/to/file.py:function`, or nothing."""
-    file, _, name = kind.rpartition(":")
-    return file if file.endswith(".py") and name.isidentifier() else ""
-
-
 def _kind(kind: str) -> str:
-    file = _file_of(kind)
+    file = file_of(kind)
     if kind not in KINDS and not file:
         raise ValueError(f"is no loss ({nearest(kind, KINDS)} or path/to/file.py:function, one of yours)")
-    return _absolute(file) + kind[len(file) :]
-
-
-def _absolute(path: str) -> str:
-    """A run may be resumed from another folder."""
-    return path if not path or path.startswith("hf:") else str(Path(path).expanduser().absolute())
+    return absolute(file) + kind[len(file) :]
 
 
 class Loss(Model):
@@ -44,8 +32,8 @@ class Loss(Model):
     label_smoothing: Probability = 0.0
     """Share of the target's probability that is spread over the vocabulary (Szegedy et al. 2016)."""
     z: NonNegative = 0.0
-    """Weight of log(Z)^2, Z the softmax's denominator, which keeps logits near 0 (PaLM, Chowdhery et al. 2022: 1e-4)."""
-    teacher: Annotated[str | None, Field(min_length=1), AfterValidator(lambda p: p and _absolute(p))] = None
+    """Weight of log(Z)^2, Z the softmax's denominator: keeps logits near 0 (PaLM, Chowdhery et al. 2022: 1e-4)."""
+    teacher: Annotated[str | None, Field(min_length=1), AfterValidator(lambda p: p and absolute(p))] = None
     """Distillation: a checkpoint folder of ours, a Hugging Face folder, a GGUF file, or hf:owner/name, with the run's
     own tokenizer."""
     temperature: Positive = 1.0

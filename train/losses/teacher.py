@@ -1,0 +1,79 @@
+"""The model that a distillation learns from."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+
+from backends.torch.model import Decoder
+from spec.config import Spec
+from spec.errors import UserError
+from train import parallel
+from train.data.tokenizer import TextTokenizer
+from train.parallel import Ranks
+
+if TYPE_CHECKING:
+    from convert.sources import Source
+
+PROBE = 'def größe(x):\n    return {"α": x[0] + 1}  # naïve 3.14\n\n\tIt\'s  "quoted"; they\'ll go 東京 🙂.'
+"""Text in which tokenizers differ."""
+
+
+def load(path: str, spec: Spec, tokenizer: TextTokenizer, length: int, dtype: torch.dtype, ranks: Ranks) -> Decoder:
+    """A frozen decoder from a checkpoint of ours, a Hugging Face folder, a GGUF file, or hf:owner/name.
+
+    Its layers are sharded over `dp`, as those of a trained model are; what is around them every rank has whole, since
+    the loss projects with the head chunk by chunk. Raises `UserError` where it cannot be read, has other tokens than
+    the run, or a shorter context than `length`.
+    """
+    from convert.sources import open_source
+
+    with open_source(path) as source:
+        _same_tokens(source, spec, tokenizer)
+        if source.spec.context < length:
+            raise UserError(f"loss.teacher: {path} has a context of {source.spec.context} tokens, and sequences have "
+                            f"{length} (data.length {source.spec.context})")  # fmt: skip
+        with torch.device("meta"):
+            decoder = Decoder(source.spec, length=length).to(dtype).requires_grad_(False)
+        if ranks.degrees.dp > 1:
+            _shard(decoder, ranks)
+        decoder.to_empty(device=ranks.device)
+        _fill(decoder, source)
+    return decoder.eval()
+
+
+def _shard(decoder: Decoder, ranks: Ranks) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    assert ranks.mesh is not None, "several ranks"
+    for block in decoder.layers:
+        fully_shard(block, mesh=ranks.mesh["dp"], reshard_after_forward=True)
+
+
+@torch.no_grad()
+def _fill(decoder: Decoder, source: Source) -> None:
+    for name, p in decoder.named_parameters():
+        p.copy_(parallel.like(torch.from_numpy(source.tensor(name)).to(p.dtype), p))
+
+
+def _same_tokens(source: Source, spec: Spec, tokenizer: TextTokenizer) -> None:
+    from tokenizers import Tokenizer as Fast
+
+    where, own = f"loss.teacher: {source.path}", source.spec.vocab_size
+    if own != spec.vocab_size:
+        raise UserError(f"{where} has {own} logits, and the spec has vocab_size {spec.vocab_size} (set it to {own})")
+    if source.tokenizer is None:
+        raise UserError(f"{where} has no tokenizer to compare with the run's (put its tokenizer.json there)")
+    theirs = Fast.from_str(json.dumps(source.tokenizer.json))
+    theirs.encode_special_tokens = True
+    vocabularies = [dict(t.get_vocab(with_added_tokens=True)) for t in (theirs, tokenizer.fast)]
+    fix = f"give the run the teacher's: --tokenizer {source.path}"
+    if vocabularies[0] != vocabularies[1]:
+        differing = sorted({t for t, _ in vocabularies[0].items() ^ vocabularies[1].items()})
+        shown = ", ".join(repr(t) for t in differing[:3])
+        raise UserError(f"{where} has other tokens than the run's tokenizer: {len(differing)} differ ({shown}); {fix}")
+    ids = [t.encode(PROBE, add_special_tokens=False).ids for t in (theirs, tokenizer.fast)]
+    if ids[0] != ids[1]:
+        raise UserError(f"{where} cuts text into tokens otherwise than the run's tokenizer; {fix}")
