@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from pydantic import Field
 
 from spec.config import Model
-from train.config.fields import Size
+from train.config.fields import Count, Size
 from train.config.sources import Mixed, Source
 
 
@@ -22,8 +22,13 @@ class Data(Source):
     """A source of its own for validation, with the columns of `source`; nothing is held out of the others then."""
     length: Annotated[Size | None, Parameter(name="--data.length")] = None
     """Tokens in a sequence; none = the spec's context."""
+    packing: Annotated[Literal["stream", "documents", "pad"], Parameter(name="--data.packing")] = "stream"
+    """`stream`: documents one behind the other, cut at every `length` tokens. `documents`: whole documents, as many in
+    a sequence as fit, hidden from each other. `pad`: one document a sequence. The last two cut only what is longer."""
     document_mask: Annotated[bool, Parameter(name="--data.document_mask")] = False
-    """Whether documents packed into one sequence are hidden from each other, positions beginning anew in each."""
+    """Whether documents in one sequence of a `stream` are hidden from each other, positions beginning anew in each."""
+    prefetch: Annotated[Count, Parameter(name="--data.prefetch")] = 2
+    """Batches made ahead of their use, in the background; 0 = none."""
     validation: Annotated[Annotated[float, Field(ge=0, lt=1)], Parameter(name="--data.validation")] = 0.05
     """Share of the documents held out for validation, chosen by their hashes."""
     cache: Annotated[str | None, Parameter(name="--data.cache")] = None

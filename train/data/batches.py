@@ -1,139 +1,227 @@
-"""The order of tokens: cut into sequences, shuffled globally, resumable at any of them.
+"""Global batches in one deterministic order, from one source or several, resumable at any of them.
 
-Shapes: A accumulation steps, B sequences of one forward pass, T tokens.
+The order depends on the seed, the data and how it is packed; not on ranks, accumulation, prefetching or how many
+sequences a batch has. Shapes: A accumulation steps, B sequences of one forward pass, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
+from spec.errors import UserError
+from train.data.ahead import Ahead
 from train.data.order import batched
-from train.data.store import Split
-
-Ids = NDArray[np.int64]
-
-IGNORE = -100
-"""Targets that count nowhere."""
+from train.data.packing import IGNORE, Row, Rows, Sequences, gathered
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Sequences for one forward pass, [B, T] each; `segments` only where documents are masked."""
+class Place:
+    """Where one source stands: at row `row` of window `window` of pass `epoch`; what it gave so far."""
 
-    ids: Ids
-    targets: Ids
-    segments: Ids | None
-
-    @property
-    def valid(self) -> int:
-        """Targets that count."""
-        return int((self.targets != IGNORE).sum())
-
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """ids, targets and segments on a device."""
-        ids, targets, segments = (
-            None if a is None else torch.from_numpy(a).to(device, non_blocking=True)
-            for a in (self.ids, self.targets, self.segments)
-        )
-        assert ids is not None and targets is not None
-        return ids, targets, segments
+    epoch: int = 0
+    window: int = 0
+    row: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    """Inputs, without padding."""
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """A stream cut into sequences of `length` tokens: row i predicts tokens i * length + 1 and on."""
-
-    split: Split
-    length: int
-    eos: int
-    bos: int | None
-    document_mask: bool
-
-    @property
-    def count(self) -> int:
-        """Whole sequences; one padded sequence where the stream is shorter than that."""
-        return max(1, (len(self.split.tokens) - 1) // self.length)
-
-    def rows(self, indices: Sequence[int]) -> Rows:
-        """The sequences of these numbers; a negative number is a row without targets, to fill a batch."""
-        window = np.full((len(indices), self.length + 1), self.eos, np.int64)
-        targets = np.full((len(indices), self.length), IGNORE, np.int64)
-        for row, i in enumerate(indices):
-            if i < 0:
-                continue
-            tokens = self.split.tokens[i * self.length : (i + 1) * self.length + 1]
-            window[row, : len(tokens)] = tokens
-            targets[row, : len(tokens) - 1] = tokens[1:]
-        segments = self._segments(window) if self.document_mask else None
-        if segments is not None:
-            # An end that also begins the next document still belongs to the one it ends.
-            crossing = (segments[:, 1:] != segments[:, :-1]) & (window[:, 1:] != self.eos)
-            targets[crossing] = IGNORE
-            segments = segments[:, :-1]
-        return Rows(window[:, :-1], targets, segments)
-
-    def _segments(self, window: Ids) -> Ids:
-        if self.bos is not None:
-            return np.cumsum(window == self.bos, axis=1)
-        ends = np.cumsum(window == self.eos, axis=1)
-        return np.concatenate([np.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
-
-
-@dataclass
 class DataState:
-    """Where the data stands. The order depends on the seed and `sequences` alone, not on the number of ranks."""
+    """Where the data stands, as JSON holds it; the same on every rank, whatever their number."""
 
-    fingerprint: str
+    fingerprint: Mapping[str, Any]
+    """What the order depends on, by the names that people know it by."""
     batches: int = 0
     sequences: int = 0
     tokens: int = 0
+    """Targets that counted."""
     seed: int = 0
-    epoch: int = 0
+    sources: tuple[Place, ...] = (Place(),)
+
+    @property
+    def epoch(self) -> int:
+        """Passes that every source has made."""
+        return min(p.epoch for p in self.sources)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        return {**asdict(self), "sources": [asdict(p) for p in self.sources]}
+
+    @staticmethod
+    def of(saved: Mapping[str, Any]) -> DataState:
+        """`as_dict`, read again. Raises `KeyError` or `TypeError` for anything else."""
+        return DataState(**{**saved, "sources": tuple(Place(**p) for p in saved["sources"])})
 
 
-@lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+@dataclass(frozen=True)
+class Source:
+    """The rows of one source, epoch after epoch, each in an order of its own."""
+
+    sequences: Sequences
+    seed: tuple[int, int]
+    """The run's, and the source's number."""
+    _window: Callable[[int, int], list[Row]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        window = lru_cache(maxsize=2)(lambda epoch, n: self.sequences.window(n, *self.seed, epoch))
+        object.__setattr__(self, "_window", window)
+
+    def next(self, at: Place) -> tuple[Row, Place]:
+        """The row there, and the place behind it."""
+        rows = self._window(at.epoch, at.window)
+        row = rows[at.row]
+        epoch, window, n = at.epoch, at.window, at.row + 1
+        if n == len(rows):
+            window, n = window + 1, 0
+        if window == self.sequences.windows:
+            epoch, window = epoch + 1, 0
+        return row, Place(epoch, window, n, at.sequences + 1, at.tokens + sum(size for _, size in row))
+
+
+def due(places: Sequence[Place], weights: Sequence[float], length: int) -> int:
+    """The source of the next row: the one that lacks most tokens of its share.
+
+    `weights` sum to 1. A source is then never a row's tokens ahead of its share of all tokens, nor as many rows behind
+    it as there are others: shares are exact in the long run, and no chance is involved.
+    """
+    total = sum(p.tokens for p in places) + length
+    lacking = [w * total - p.tokens for w, p in zip(weights, places, strict=True)]
+    return lacking.index(max(lacking))
+
+
+@dataclass(frozen=True)
+class _Made:
+    mine: list[Rows]
+    valid: int
+    """Targets that count: of this share, or of all where nobody adds the shares up."""
 
 
 class Batches:
-    """Global batches in a deterministic order: every epoch is one permutation of all sequences."""
+    """Global batches from sources with weights.
 
-    def __init__(self, sequences: Sequences, state: DataState) -> None:
-        self.sequences, self.state = sequences, state
+    `count` adds a number up over the shares of a batch: each rank then reads and counts its own rows only. `prefetch`
+    batches are made ahead by a thread, in memory pinned for `device` if that is a CUDA device. `waited` is how many
+    seconds the last batch took to arrive.
+    """
 
-    def next(self, total: int, micro: int, rank: int = 0, world: int = 1) -> tuple[list[Rows], int]:
-        """This rank's share of the next `total` sequences as A forward passes of `micro` rows, and the number of valid
-        targets in the whole batch, over all ranks."""
-        count, state = self.sequences.count, self.state
-        places = range(state.sequences, state.sequences + total)
-        indices = [int(_order(count, state.seed, p // count)[p % count]) for p in places]
-        groups = list(batched(indices, micro))
-        mine = [self.sequences.rows(g) for g in groups[rank::world]]
-        valid = sum(r.valid for r in mine) if world == 1 else sum(self.sequences.rows(g).valid for g in groups)
-        state.batches += 1
-        state.sequences += total
-        state.tokens += valid
-        state.epoch = state.sequences // count
-        return mine, valid
+    def __init__(
+        self,
+        sequences: Sequence[Sequences],
+        state: DataState,
+        weights: Sequence[float] = (1.0,),
+        count: Callable[[int], int] | None = None,
+        prefetch: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        assert len(sequences) == len(weights), "a weight for every source"
+        for s in sequences:
+            if not s.pieces:
+                raise UserError(
+                    f"data: {s.split.name or 'source'}: nothing to train on (a document has 2 tokens or more)"
+                )
+        self.weights = tuple(w / sum(weights) for w in weights)
+        self.sources = [Source(s, (state.seed, n)) for n, s in enumerate(sequences)]
+        self.state = (
+            state if len(state.sources) == len(sequences) else replace(state, sources=(Place(),) * len(sequences))
+        )
+        self.waited = 0.0
+        self._count = count
+        self._pin = device if device is not None and device.type == "cuda" else None
+        self._ahead = Ahead(self._make, prefetch, self._pin)
+
+    @property
+    def masked(self) -> bool:
+        """Whether documents that share a row are hidden from each other."""
+        return self.sources[0].sequences.masked
+
+    def next(self, total: int, micro: int, share: int = 0, shares: int = 1) -> tuple[list[Rows], int]:
+        """This share of the next `total` sequences as A forward passes of `micro` rows, and the number of valid targets
+        in the whole batch, over all shares. `state` is then that behind this batch, whatever was made ahead."""
+        began = time.perf_counter()
+        made, places = self._ahead.take(self.state.sources, (total, micro, share, shares))
+        self.waited = time.perf_counter() - began
+        valid = made.valid if self._count is None else self._count(made.valid)
+        s = self.state
+        self.state = replace(
+            s, batches=s.batches + 1, sequences=s.sequences + total, tokens=s.tokens + valid, sources=places
+        )
+        return made.mine, valid
+
+    def _make(self, places: tuple[Place, ...], kind: tuple[int, int, int, int]) -> tuple[_Made, tuple[Place, ...]]:
+        total, micro, share, shares = kind
+        at = list(places)
+        length = self.sources[0].sequences.length
+        chosen: list[tuple[Sequences, Row]] = []
+        for _ in range(total):
+            n = due(at, self.weights, length)
+            row, at[n] = self.sources[n].next(at[n])
+            chosen.append((self.sources[n].sequences, row))
+        groups = list(batched(chosen, micro))
+        mine = [gathered(g) for g in groups[share::shares]]
+        valid = sum(r.valid for r in mine)
+        if self._count is None and shares > 1:
+            valid = sum(gathered(g).valid for g in groups)
+        if self._pin is not None:
+            mine = [r.pinned() for r in mine]
+        return _Made(mine, valid), tuple(at)
+
+    def resumed(self, saved: Mapping[str, Any], step: int) -> DataState:
+        """The state that a run saved at a step. Raises `UserError` where what the order depends on has changed since,
+        and `KeyError` or `TypeError` for what is no state."""
+        there, ours = DataState.of(saved), self.state
+        then, now = ({**s.fingerprint, "seed": s.seed} for s in (there, ours))
+        changed = [_change(name, then.get(name), now.get(name)) for name in {**then, **now}]
+        if what := ", ".join(c for c in changed if c):
+            raise UserError(
+                f"--resume: {what} changed since step {step}; restore it, or start anew with --force or another --out"
+            )
+        return there
+
+    def close(self) -> None:
+        """Stop prefetching."""
+        self._ahead.close()
 
 
-def validation_rows(sequences: Sequences, tokens: int, micro: int, rank: int = 0, world: int = 1) -> Iterator[Rows]:
-    """This rank's share of about `tokens` tokens spread evenly over the stream; equally many passes on every rank."""
-    wanted = min(sequences.count, max(1, tokens // sequences.length))
-    indices = [int(i) for i in np.linspace(0, sequences.count - 1, wanted).round()]
-    indices += [-1] * (-len(indices) % (micro * world))
-    for group in list(batched(indices, micro))[rank::world]:
-        yield sequences.rows(group)
+def _change(name: str, then: Any, now: Any) -> str:
+    if then == now:
+        return ""
+    if isinstance(then, str) and isinstance(now, str) and len(then) > 32:  # hashes tell people nothing
+        return f"{name} ({then[:12]} -> {now[:12]})"
+    return f"{name} ({then} -> {now})"
+
+
+def validation_rows(
+    held_out: Sequence[Sequences], tokens: int, micro: int, share: int = 0, shares: int = 1
+) -> Iterator[Rows]:
+    """This share of about `tokens` tokens spread evenly over what is held out; equally many passes on every share."""
+    chosen: list[tuple[Sequences, Row]] = []
+    whole = sum(s.inputs for s in held_out)
+    for s in held_out:
+        wanted = round(s.pieces * min(1.0, tokens / whole))
+        wanted = min(s.pieces, max(1, wanted))
+        numbers = np.linspace(0, s.pieces - 1, wanted).round().astype(np.int64)
+        chosen += [(s, row) for row in s.pack(numbers)]
+    chosen += [(held_out[0], ())] * (-len(chosen) % (micro * shares))
+    for group in list(batched(chosen, micro))[share::shares]:
+        yield gathered(group)
+
+
+__all__ = [
+    "IGNORE",
+    "Batches",
+    "DataState",
+    "Place",
+    "Rows",
+    "Sequences",
+    "Source",
+    "due",
+    "validation_rows",
+]
