@@ -298,8 +298,11 @@ def print_presets() -> None:
     _console().print(t)
 
 
-def print_targets(source: str, found: Sequence[Carried], *, every: bool = False) -> None:
-    """`python -m spec targets`. Unless `every`, levels that differ only in how they mix types share a line."""
+def print_targets(
+    source: str, found: Sequence[Carried], *, every: bool = False, brief: bool = False, console: Console | None = None
+) -> None:
+    """`python -m spec targets`. Unless `every`, levels that differ only in how they mix types share a line; `brief`
+    leaves out notes, which say nothing of what is carried."""
     t = _table(f"Targets of {source}", "backend", "carried by", "levels", "how, or why not")
     groups: dict[tuple[str, ...], list[Carried]] = {}
     for n, row in enumerate(found):
@@ -307,7 +310,7 @@ def print_targets(source: str, found: Sequence[Carried], *, every: bool = False)
         groups.setdefault((row.backend, str(n) if every else "", *same), []).append(row)
     for rows in groups.values():
         first = rows[0]
-        notes = [note for note in first.notes if all(note in r.notes for r in rows)]
+        notes = [] if brief else [note for note in first.notes if all(note in r.notes for r in rows)]
         refusals = [r if len(rows) == 1 else _without_level(r) for r in first.refusals]
         t.add_row(
             first.backend,
@@ -315,9 +318,9 @@ def print_targets(source: str, found: Sequence[Carried], *, every: bool = False)
             " ".join(level for r in rows for level in r.levels),
             "\n".join([*refusals, *first.folds, *notes]) or "as it is",
         )
-    console = _console()
+    console = console or _console()
     console.print(t)
-    if not every:
+    if not (every or brief):
         console.print(f"python -m spec targets {source} --quant LEVEL says more about one level.")
 
 

@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
-from train.watch.report import Journal, Metrics, Watch, history, plot
+from train.watch.board import Board
+from train.watch.environment import environment
+from train.watch.guard import Guard, Verdict
+from train.watch.journal import Journal, history
+from train.watch.metrics import TIMING, Meter, Metrics
+from train.watch.png import plot
+from train.watch.profile import Profile
+from train.watch.samples import Sampler
 
-__all__ = ["Journal", "Metrics", "Watch", "history", "plot"]
+__all__ = [
+    "TIMING",
+    "Board",
+    "Guard",
+    "Journal",
+    "Meter",
+    "Metrics",
+    "Profile",
+    "Sampler",
+    "Verdict",
+    "environment",
+    "history",
+    "plot",
+]

@@ -1,161 +1,261 @@
-"""What a run tells: a progress line, train.jsonl, the loss curve, and what to type next."""
+"""OUT/training/report.html and loss.png, from what lies in the run's folder alone."""
 
 from __future__ import annotations
 
 import json
-import logging
-import math
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from spec import cost
+from spec.config import Spec
+from spec.errors import UserError
+from spec.load import dump
+from spec.load import load as load_spec
+from spec.show import short, size
+from train import config
+from train.config import TrainConfig
+from train.watch.board import ENVIRONMENT
+from train.watch.charts import Series, chart
+from train.watch.console import clock
+from train.watch.journal import EVENTS, SAMPLES, STEPS, entries, history
+from train.watch.metrics import perplexity
+from train.watch.png import plot, smooth
+from train.watch.portability import crippled
 
-log = logging.getLogger(__name__)
+HTML, PNG = "report.html", "loss.png"
+SHOWN = 60
+"""Samples in a report, the newest."""
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """One optimizer step."""
+class Record:
+    """What a run has written about itself."""
 
-    step: int
-    loss: float
-    """Nats a token."""
-    lr: float
-    grad_norm: float
-    """Before clipping."""
-    tokens_per_second: float
-    tokens: int
-    """Valid targets since the run began."""
-    skipped: int
-    """Steps skipped since the run began, because something was not finite."""
-    val_loss: float | None = None
-    """Nats a token."""
-    val_bits_per_byte: float | None = None
+    out: Path
+    config: TrainConfig
+    spec: Spec | None
+    steps: Sequence[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
+    environment: Mapping[str, Any]
 
+    @classmethod
+    def read(cls, out: Path) -> Record:
+        """Raises `UserError` where there is no run."""
+        folder = out / "training"
+        file = folder / "config.yaml"
+        if not file.is_file():
+            raise UserError(f"{out}: no run (a run's folder has training/config.yaml)")
+        c = config.parse(config.read(file), str(file))
+        events = list(entries(folder / EVENTS))
+        samples = list(entries(folder / SAMPLES))[-SHOWN:]
+        return cls(out, c, _spec(out, c), history(folder / STEPS), samples, events, _environment(folder))
 
-class Journal:
-    """train.jsonl: one JSON object a step. Resuming drops what came after the checkpoint."""
+    @property
+    def step(self) -> int:
+        """The last step."""
+        return self.steps[-1]["step"] if self.steps else 0
 
-    def __init__(self, path: Path, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [m for m in history(path) if m["step"] <= step]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8")
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+    @cached_property
+    def scored(self) -> list[tuple[float, float]]:
+        """(step, validation loss)."""
+        start = [(0, e["val_loss"]) for e in self.events if e.get("event") == "start" and e.get("val_loss") is not None]
+        return start[-1:] + self.points("val_loss")
 
-    def write(self, m: Metrics) -> None:
-        """Append a step. A number that is not finite becomes null, which every JSON reader takes."""
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(m).items()}
-        self._file.write(json.dumps({k: v for k, v in plain.items() if v is not None or k == "loss"}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """(step, figure), where there is one."""
+        return [(m["step"], m[name]) for m in self.steps if m.get(name) is not None]
 
 
-def history(path: Path) -> list[dict[str, Any]]:
-    """The steps in a journal; a last line cut by a crash is left out."""
-    out: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                out.append(json.loads(line))
-            except ValueError:
-                break
-    return out
-
-
-def clock(seconds: float) -> str:
-    """1:02:03, or 2:03."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
-
-
-class Watch:
-    """Progress for people: a live bar on a terminal, a plain line now and then in a log."""
-
-    def __init__(self, console: Console, start: int, stop: int, every: int, *, silent: bool = False) -> None:
-        self._console, self._start, self._stop, self._every, self._silent = console, start, stop, every, silent
-        self._began = time.monotonic()
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        if console.is_terminal and not silent:
-            columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("", total=stop, completed=start)
-            self._bar.start()
-
-    def step(self, m: Metrics) -> None:
-        """Show a step."""
-        if self._silent:
-            return
-        left = (time.monotonic() - self._began) / (m.step - self._start) * (self._stop - m.step)
-        skipped = f"  skipped {m.skipped}" if m.skipped else ""
-        text = f"loss {m.loss:.4f}  lr {m.lr:.1e}  norm {m.grad_norm:.2f}  {m.tokens_per_second:,.0f} tokens/s{skipped}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=m.step, description=f"{text}  ETA {clock(left)}")
-        elif m.step % self._every == 0 or m.step in (self._start + 1, self._stop):
-            self.say(f"step {m.step}/{self._stop}  {text}  ETA {clock(left)}")
-        if m.val_loss is not None:
-            bits = "" if m.val_bits_per_byte is None else f" = {m.val_bits_per_byte:.3f} bits/byte"
-            self.say(f"step {m.step}/{self._stop}  validation loss {m.val_loss:.4f}{bits}")
-
-    def say(self, text: str) -> None:
-        """A line of its own."""
-        if not self._silent:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Leave the bar where it is."""
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def plot(steps: Sequence[dict[str, Any]], path: Path, title: str) -> bool:
-    """The loss curve and the learning rate as a PNG. False where matplotlib is not installed or nothing was trained."""
-    steps = [m for m in steps if m.get("loss") is not None]
-    if not steps:
-        return False
-    os.environ.setdefault("MPLBACKEND", "Agg")
+def _spec(out: Path, c: TrainConfig) -> Spec | None:
+    """The run's own, or that which it was begun with where nothing was saved yet."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.warning("no loss curve: matplotlib is not installed (pip install 'allotrope[train]')")
-        return False
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    x = [m["step"] for m in steps]
-    loss.plot(x, [m["loss"] for m in steps], color="tab:blue", alpha=0.3, linewidth=1)
-    loss.plot(x, _smooth([m["loss"] for m in steps]), color="tab:blue", label="training, smoothed")
-    scored = [m for m in steps if m.get("val_loss") is not None]
-    if scored:
-        loss.plot([m["step"] for m in scored], [m["val_loss"] for m in scored], "o-", color="tab:orange",
-                  markersize=4, label="validation")  # fmt: skip
-    loss.set(ylabel="loss (nats/token)", title=title)
-    loss.legend()
-    loss.grid(alpha=0.3)
-    rate.plot(x, [m["lr"] for m in steps], color="tab:green")
-    rate.set(xlabel="step", ylabel="learning rate")
-    rate.grid(alpha=0.3)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
-    return True
+        return load_spec(out if (out / "spec.yaml").is_file() else c.spec)
+    except UserError:
+        return None
 
 
-def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average with its start corrected, as in Adam."""
-    out: list[float] = []
-    mean = 0.0
-    for n, v in enumerate(values, 1):
-        mean = weight * mean + (1 - weight) * v
-        out.append(mean / (1 - weight**n))
+def _environment(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write(out: Path, *, picture: bool = True) -> Path:
+    """Write report.html, and with `picture` loss.png; each appears whole. Raises `UserError` where there is no run."""
+    r = Record.read(out)
+    folder = out / "training"
+    name = r.spec.name if r.spec is not None else out.name
+    partial = folder / f".{HTML}.partial"
+    partial.write_text(page(r), encoding="utf-8")
+    os.replace(partial, folder / HTML)
+    if picture:
+        marks = [e["step"] for e in r.events if e.get("event") in ("skip", "rollback", "stop")]
+        plot(r.steps, folder / PNG, f"{name}: {r.step} steps, {r.config.data.source}", marks)
+    return folder / HTML
+
+
+def page(r: Record) -> str:
+    """The report. Everything from the run is escaped; nothing is loaded from anywhere."""
+    from importlib import resources
+
+    from jinja2 import Environment, StrictUndefined
+
+    text = (resources.files("train.watch") / "report.html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+    name = r.spec.name if r.spec is not None else r.out.name
+    files = [("config.yaml", config.dump(r.config))]
+    files += [] if r.spec is None else [("spec.yaml", dump(r.spec))]
+    return template.render(
+        title=f"{name}: training",
+        status=_status(r),
+        tiles=_tiles(r),
+        charts=_charts(r),
+        events=[_event(e) for e in r.events if e.get("event") != "start"],
+        samples=r.samples[::-1],
+        tables=_tables(r),
+        targets=_targets(r),
+        crippled=[] if r.spec is None else crippled(r.spec, r.config.quant),
+        following=following(r.out),
+        files=files,
+    )
+
+
+def following(out: Path) -> list[str]:
+    """What to type next."""
+    return [
+        f"python -m backends generate {out} --prompt 'def main('",
+        f"convert {out} --to gguf --quant q4 --out {out.name}.gguf",
+        f"python -m evals {out.name}.gguf --reference {out}",
+    ]
+
+
+def _status(r: Record) -> str:
+    c = r.config
+    done = f"step {r.step:,} of {c.steps:,}" if r.step < c.steps else f"all {c.steps:,} steps"
+    return f"{done}, trained on {c.data.source}, in {r.out}"
+
+
+def _tiles(r: Record) -> list[tuple[str, str]]:
+    if not r.steps:
+        return []
+    last = r.steps[-1]
+    spent = sum(m.get("seconds") or 0.0 for m in r.steps)
+    tokens = sum((m.get("seconds") or 0.0) * (m.get("tokens_per_second") or 0.0) for m in r.steps)
+    losses = [m["loss"] for m in r.steps if m.get("loss") is not None]
+    tiles: list[tuple[str, str]] = []
+    if losses:
+        tiles.append(("training loss, smoothed (nats/token)", f"{smooth(losses)[-1]:.4f}"))
+    if r.scored:
+        step, loss = r.scored[-1]
+        best_step, best = min(r.scored, key=lambda p: p[1])
+        tiles += [("validation loss", f"{loss:.4f}"), ("validation perplexity", f"{perplexity(loss):.2f}")]
+        if best_step != step:
+            tiles.append((f"best validation loss, step {best_step:.0f}", f"{best:.4f}"))
+    if bits := r.points("val_bits_per_byte"):
+        tiles.append(("validation bits/byte", f"{bits[-1][1]:.3f}"))
+    tiles.append(("tokens seen", short(last["tokens"])))
+    if spent:
+        tiles += [("tokens/s", f"{tokens / spent:,.0f}"), ("time in steps", clock(spent))]
+        waited = sum(m.get("data_wait") or 0.0 for m in r.steps)
+        tiles.append(("of it waiting for data", f"{waited / spent:.1%}"))
+    if mfu := r.points("mfu"):
+        tiles.append(("MFU", f"{mfu[-1][1]:.1%}"))
+    if memory := r.points("memory"):
+        tiles.append(("memory of rank 0, peak", size(max(y for _, y in memory))))
+    tiles.append(("steps skipped", str(last.get("skipped", 0))))
+    if last.get("rollbacks"):
+        tiles.append(("rollbacks", str(last["rollbacks"])))
+    return tiles
+
+
+def _charts(r: Record) -> list[dict[str, Any]]:
+    from markupsafe import Markup
+
+    bad = [(e["step"], f"step {e['step']}: {_event(e)['what']}, {e.get('reason', '')}") for e in r.events
+           if e.get("event") in ("skip", "rollback", "stop")]  # fmt: skip
+    loss = r.points("loss")
+    curve = list(zip([x for x, _ in loss], smooth([y for _, y in loss]), strict=True))
+    apart = [Series(f"validation of {name}", r.points(f"val_loss/{name}"), 4, "dots") for name in _sources(r)]
+    plain = r.points("cross_entropy")
+    parts = [Series("its cross-entropy, smoothed",
+                    list(zip([x for x, _ in plain], smooth([y for _, y in plain]), strict=True)), 3)]  # fmt: skip
+    losses = [Series("training", loss, 1, "faint"), Series("training, smoothed", curve, 1), *parts,
+              Series("validation", r.scored, 2, "dots"), *apart]  # fmt: skip
+    norms = r.points("grad_norm")
+    steep = bool(norms) and max(y for _, y in norms) > 50 * max(min(y for _, y in norms), 1e-30)
+    wait = [(m["step"], 100 * m["data_wait"] / m["seconds"]) for m in r.steps if m.get("data_wait") and m.get("seconds")]
+    plots: list[tuple[str, list[Series], dict[str, Any]]] = [
+        ("loss (nats/token)", losses, {"marks": bad}),
+        ("learning rate", [Series("", r.points("lr"), 3)], {}),
+        ("gradient norm, before clipping", [Series("", norms, 4)], {"log": steep, "marks": bad}),
+        ("tokens/s", [Series("step", r.points("tokens_per_second"), 1, "faint"),
+                      Series("smoothed", r.points("tokens_per_second_smooth"), 1)], {}),
+        ("waiting for data (% of the step)", [Series("", wait, 2)], {}),
+        ("memory of rank 0 (bytes)", [Series("", r.points("memory"), 3)], {}),
+        ("MFU", [Series("", r.points("mfu"), 2)], {}),
+    ]  # fmt: skip
+    known = {"loss", "cross_entropy", "step", "lr", "grad_norm", "tokens", "skipped", "rollbacks", "perplexity"}
+    timing = {"seconds", "data_wait", "tokens_per_second", "tokens_per_second_smooth", "mfu", "memory"}
+    names = dict.fromkeys(k for m in r.steps for k in m if not k.startswith("val_"))
+    plots += [(name, [Series("", r.points(name), 1)], {}) for name in names if name not in known | timing]
+    out: list[dict[str, Any]] = []
+    for title, series, how in plots:
+        if svg := chart(series, **how):
+            legend = [(s.colour, s.name) for s in series if s.points and s.name]
+            if how.get("marks"):
+                legend.append(("bad", "skipped, rolled back, or stopped"))
+            out.append({"title": title, "legend": legend, "svg": Markup(svg)})  # noqa: S704  (charts escape)
     return out
+
+
+def _sources(r: Record) -> list[str]:
+    found = dict.fromkeys(k for m in r.steps for k in m if k.startswith("val_loss/"))
+    return [name.removeprefix("val_loss/") for name in found]
+
+
+def _event(e: Mapping[str, Any]) -> dict[str, Any]:
+    what = {"skip": "step skipped", "stop": "stopped", "end": "ended early"}.get(e["event"], e["event"])
+    if e["event"] == "rollback":
+        what = f"rolled back to step {e.get('to')}, on behind the batch"
+    return {"step": e["step"], "what": what, "reason": e.get("reason", "")}
+
+
+def _tables(r: Record) -> list[tuple[str, list[tuple[str, str]]]]:
+    out: list[tuple[str, list[tuple[str, str]]]] = []
+    if r.spec is not None:
+        s, length = r.spec, r.config.data.length or r.spec.context
+        n = cost.count(s)
+        weights = ", ".join(f"{level} {size(cost.weight_bytes(s, level))}" for level in ("f16", "q8", "q4"))
+        rows = [("parameters", f"{n.total:,}"), ("layers", f"{s.depth} of width {s.width:,}"),
+                ("vocabulary", f"{s.vocab_size:,}"), ("context", f"{s.context:,} tokens, trained at {length:,}"),
+                ("arithmetic", f"{short(cost.training_flops(s, length))}FLOP a token of training"),
+                ("weights", f"{weights} at most"), ("hash", s.hash[:16])]  # fmt: skip
+        if (active := cost.active(s)) != n.total:
+            rows.insert(1, ("used by a token", f"{active:,}"))
+        out.append(("Model", rows))
+    if r.environment:
+        rows = []
+        for key, value in r.environment.items():
+            text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+            if value not in (None, "", {}):
+                rows.append((key, text))
+        out.append(("Where it ran", rows))
+    return out
+
+
+def _targets(r: Record) -> list[Any]:
+    from backends.targets import targets
+
+    if r.spec is None or not r.config.quant:
+        return []
+    try:
+        return targets(r.spec, levels=r.config.quant)
+    except UserError:
+        return []

@@ -1,0 +1,128 @@
+"""Line charts as inline SVG: text and lines take their colours from the page's style sheet, light and dark alike."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Points = Sequence[tuple[float, float]]
+
+WIDTH, HEIGHT = 720, 250
+LEFT, RIGHT, TOP, BOTTOM = 58, 708, 10, 222
+BUCKETS = 400
+"""Points of a curve, about: what is finer than that is drawn by bucket."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve."""
+
+    name: str
+    points: Points
+    colour: int
+    """1 to 4, of the page's style sheet."""
+    kind: Literal["line", "faint", "dots"] = "line"
+    """A curve (bucket means), a pale one behind it (bucket extremes), or dots with their values (never thinned)."""
+
+
+def thin(points: Points, *, extremes: bool = False) -> list[tuple[float, float]]:
+    """At most about `BUCKETS` points: the mean of each bucket, or its least and greatest value."""
+    if len(points) <= 2 * BUCKETS:
+        return list(points)
+    size = -(-len(points) // BUCKETS)
+    out: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        part = points[start : start + size]
+        if extremes:
+            found = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+            out += sorted(found)
+        else:
+            out.append((sum(p[0] for p in part) / len(part), sum(p[1] for p in part) / len(part)))
+    return out
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers within low..high, about `count` of them, 1, 2 or 5 times a power of ten apart."""
+    span = high - low
+    if not (math.isfinite(span) and span > 0):
+        return [low]
+    raw = span / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def number(v: float) -> str:
+    """A tick's label: 0.15, 1200, 35k, 1.2M, 3e-05."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(v) >= 10 * size or (unit != "k" and abs(v) >= size):
+            return f"{v / size:.4g}{unit}"
+    return f"{v:.4g}"
+
+
+def chart(series: Iterable[Series], *, marks: Iterable[tuple[float, str]] = (), log: bool = False) -> str:
+    """An SVG element. `marks` are steps with a reason, drawn as lines across; `log` is a logarithmic axis.
+
+    The vertical axis holds the curves and dots; what of a pale curve lies beyond them is cut off.
+    """
+    drawn = [s for s in series if s.points]
+    if not drawn:
+        return ""
+    firm = [s for s in drawn if s.kind != "faint"] or drawn
+    values = [y for s in firm for _, y in s.points if y > 0 or not log]
+    xs = [x for s in drawn for x, _ in s.points]
+    if not values:
+        return ""
+    scale = math.log10 if log else float
+    low, high = scale(min(values)), scale(max(values))
+    room = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-12)
+    positive = min(values) >= 0 and not log
+    low, high = (max(0.0, low - room) if positive else low - room), high + room
+    left, right = min(xs), max(max(xs), min(xs) + 1)
+
+    def x_of(x: float) -> float:
+        return LEFT + (x - left) / (right - left) * (RIGHT - LEFT)
+
+    def y_of(y: float) -> float:
+        v = scale(y) if y > 0 or not log else low
+        return BOTTOM - (min(max(v, low), high) - low) / (high - low) * (BOTTOM - TOP)
+
+    body = _axes(low, high, left, right, x_of, log)
+    for at, reason in marks:
+        if left <= at <= right:
+            line = f'<line class="mark" x1="{x_of(at):.1f}" x2="{x_of(at):.1f}" y1="{TOP}" y2="{BOTTOM}"/>'
+            body.append(f"<g><title>{html.escape(reason)}</title>{line}</g>")
+    for s in drawn:
+        if s.kind == "dots":
+            where = [(x_of(x), y_of(y), x, y) for x, y in s.points]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in where)
+            body.append(f'<polyline class="line c{s.colour}" points="{path}"/>')
+            body += [
+                f'<circle class="dot c{s.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
+                f"<title>step {step:g}: {value:.4f}</title></circle>"
+                for x, y, step, value in where
+            ]
+        else:
+            faint = s.kind == "faint"
+            path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in thin(s.points, extremes=faint))
+            body.append(f'<polyline class="{s.kind} c{s.colour}" points="{path}"/>')
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(body)}</svg>'
+
+
+def _axes(low: float, high: float, left: float, right: float, x_of: object, log: bool) -> list[str]:
+    out: list[str] = []
+    for v in ticks(low, high):
+        if log and v != round(v) and high - low >= 1:
+            continue
+        y = BOTTOM - (v - low) / (high - low) * (BOTTOM - TOP)
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(10**v if log else v)}</text>')
+    assert callable(x_of)
+    for v in ticks(left, right, 8):
+        out.append(f'<text x="{x_of(v):.1f}" y="{BOTTOM + 18}" text-anchor="middle">{number(v)}</text>')
+    out.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
+    return out

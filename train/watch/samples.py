@@ -1,0 +1,108 @@
+"""Texts that the model writes while it learns.
+
+T tokens, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from backends.generate import generate
+from backends.session import Session
+from backends.text import Text
+from backends.torch.cache import Cache
+from backends.torch.model import Decoder
+from spec.errors import UserError
+from train.config import Samples
+from train.parallel import Ranks
+
+
+class Writing(Session):
+    """A decoder in training as a `backends.base.Runtime`. All ranks call it alike, since each has a shard of the
+    weights; rank 0's logits count everywhere, so that all choose the same tokens."""
+
+    def __init__(self, decoder: Decoder, ranks: Ranks, text: Text, autocast: AbstractContextManager[Any]) -> None:
+        super().__init__("the model in training", text, decoder.spec.vocab_size, decoder.length)
+        self._decoder, self._ranks, self._autocast = decoder, ranks, autocast
+        self._cache: Cache | None = None
+
+    def prefill(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Start a new sequence: [T] -> [V] logits after the last token."""
+        self._cache = self._decoder.new_cache(1, self._length)
+        return self._forward(self.checked(ids, 1))[-1]
+
+    def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Continue it: [T] -> [T, V]."""
+        assert self._cache is not None, "prefill comes first"
+        return self._forward(self.checked(ids, 1, self._cache.length))
+
+    def sized(self, tokens: int) -> None:
+        """How long the next sequence gets at most, which is what its cache holds."""
+        self._length = min(tokens, self.context)
+
+    def _forward(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        with self._autocast:
+            logits = self._decoder.step(torch.from_numpy(ids)[None].to(self._ranks.device), self._cache, last=True)
+        shared: Tensor = logits[0].float().contiguous()
+        if self._ranks.world > 1:
+            dist.broadcast(shared, 0)
+        return shared.cpu().numpy()
+
+    def info(self) -> dict[str, Any]:
+        """Nothing that a report would need."""
+        return {"backend": "torch"}
+
+    def close(self) -> None:
+        """Let go of the cache."""
+        self._cache = None
+
+
+class Sampler:
+    """Continues the run's prompts."""
+
+    def __init__(
+        self,
+        c: Samples,
+        decoder: Decoder,
+        ranks: Ranks,
+        tokenizer: Text,
+        begin: Sequence[int],
+        autocast: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        """`begin`: the ids with which a document begins, where a prompt is empty. Raises `UserError` for a prompt that
+        leaves no room in the context."""
+        self._c, self._decoder = c, decoder
+        self._runtime = Writing(decoder, ranks, tokenizer, autocast or nullcontext())
+        self._prompts = [(p, tokenizer.encode(p) if p else list(begin)) for p in c.prompts]
+        for n, (prompt, ids) in enumerate(self._prompts):
+            if not ids:
+                raise UserError(f"samples.prompts[{n}]: {prompt!r} has no tokens (write a few words)")
+            if len(ids) >= decoder.length:
+                raise UserError(f"samples.prompts[{n}]: {len(ids)} tokens leave no room in {decoder.length}")
+
+    def write(self) -> list[tuple[str, str]]:
+        """Each prompt with what the model writes after it. All ranks take part; torch's generators stay untouched."""
+        was = self._decoder.training
+        self._decoder.eval()
+        try:
+            return [(prompt, self._continue(ids, n)) for n, (prompt, ids) in enumerate(self._prompts)]
+        finally:
+            self._decoder.train(was)
+            self._runtime.close()
+
+    def _continue(self, ids: list[int], n: int) -> str:
+        c = self._c
+        self._runtime.sized(len(ids) + c.tokens)
+        pieces = generate(self._runtime, ids, max_tokens=c.tokens, temperature=c.temperature, seed=c.seed + n)
+        try:
+            return "".join(pieces)
+        except ArithmeticError:
+            return "(no text: the model's logits are not numbers)"
