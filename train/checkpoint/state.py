@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from spec.errors import UserError
 from train import optim
 from train.checkpoint.folder import STATE, TENSORS
 from train.checkpoint.tensors import CheckpointException, Reader, quiet, reason
-from train.data.batches import DataState
 from train.watch import Guard
 
 if TYPE_CHECKING:
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
 VERSION = 2
 """Version of training/state.json and of the tensors' names."""
 
+OPTIMIZER = "optimizer/"
+
 RESEED = 2**32
 """Seeds of a run that goes on with another number of ranks lie this far apart from step to step."""
 
@@ -31,7 +31,7 @@ RESEED = 2**32
 def tensors(run: Run) -> dict[str, Tensor]:
     """What this rank has, as it is: its shards of the weights and of the optimizer's state, and its random states."""
     named = {f"model/{name}": p.detach() for name, p in run.decoder.named_parameters()}
-    named |= {f"optimizer/{name}": t for name, t in _opt_state(run.optimizer, run.decoder).items()}
+    named |= {f"{OPTIMIZER}{name}": t for name, t in optim.state(run.optimizer, run.decoder).items()}
     return named | {f"random/{run.ranks.rank}/{k}": t for k, t in random_state(run.ranks.device).items()}
 
 
@@ -48,6 +48,7 @@ def state(run: Run) -> dict[str, Any]:
         "torch": torch.__version__,
         "data": run.batches.state.as_dict(),
         "watch": run.guard.as_dict(),
+        "scaler": None if run.scaler is None else run.scaler.state(),
     }
 
 
@@ -76,56 +77,37 @@ def restore(run: Run, folder: Path) -> dict[str, Any]:
     """
     saved = read(folder)
     try:
-        there = DataState(**saved["data"])
+        there = run.batches.resumed(saved["data"], saved["step"])
         world, counters = saved["world"], {k: saved[k] for k in ("step", "skipped", "skipped_in_a_row")}
     except (KeyError, TypeError) as e:
         raise _damaged(folder, e) from None
-    ours = run.batches.state.fingerprint
-    if there.fingerprint != ours:
-        raise UserError(
-            f"--resume: the data, the tokenizer or data.length changed since step {saved['step']} "
-            f"(fingerprint {ours[:12]}, and the run began with {there.fingerprint[:12]}); "
-            "restore them, or start anew with --force or another --out"
-        )
     quiet()
     try:
         reader = Reader(folder / TENSORS)
-        parameters = dict(run.decoder.named_parameters())
-        moments = _moments(reader, parameters)
-        random = {k: torch.empty_like(t) for k, t in random_state(run.ranks.device).items()}
-        if world != run.ranks.world:
-            random = {}
-        into = {f"model/{name}": p.detach() for name, p in parameters.items()}
-        into |= {f"optimizer/{name}": t for name, t in moments.items()}
+        shapes = {name: shape for name, (shape, _) in reader.tensors.items()}
+        kept = {n.removeprefix(OPTIMIZER): shape for n, shape in shapes.items() if n.startswith(OPTIMIZER)}
+        moments = optim.wanted(run.optimizer, run.decoder, kept)
+        random = random_state(run.ranks.device) if world == run.ranks.world else {}
+        into = {f"model/{name}": p.detach() for name, p in run.decoder.named_parameters()}
+        into |= {f"{OPTIMIZER}{name}": t for name, t in moments.items()}
         into |= {f"random/{run.ranks.rank}/{k}": t for k, t in random.items()}
         reader.load(into, run.ranks.control)
+    except UserError:
+        raise
     except (Exception, CheckpointException) as e:  # whatever unpickling half a file may raise
         raise _damaged(folder, e) from None
-    _opt_load(run.optimizer, run.decoder, moments)
+    optim.load_state(run.optimizer, run.decoder, moments)
     if random:
         restore_random_state(random, run.ranks.device)
     else:
         torch.manual_seed(run.config.seed + run.ranks.rank + RESEED * saved["step"])
     run.batches.state = there
     run.guard = Guard.of(saved.get("watch", {}))
+    if run.scaler is not None and saved.get("scaler"):
+        run.scaler.load_state(saved["scaler"])
     for name, value in counters.items():
         setattr(run, name, value)
     return saved
-
-
-def _moments(reader: Reader, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Room for the optimizer's state of these parameters: what is shaped like its parameter is sharded like it."""
-    out: dict[str, Tensor] = {}
-    for key, (shape, dtype) in reader.tensors.items():
-        kind, _, name = key.partition("/")
-        p = parameters.get(name.rpartition("/")[0])
-        if kind != "optimizer" or p is None:
-            continue
-        alike = isinstance(p, DTensor) and shape == p.shape
-        out[name] = (
-            torch.empty_like(p.detach(), dtype=dtype) if alike else torch.empty(shape, dtype=dtype, device=p.device)
-        )
-    return out
 
 
 def _damaged(folder: Path, error: BaseException) -> UserError:
@@ -152,22 +134,3 @@ def restore_random_state(states: Mapping[str, Tensor], device: torch.device) -> 
         torch.cuda.set_rng_state(states["cuda"], device)
     if device.type == "mps" and "mps" in states:
         torch.mps.set_rng_state(states["mps"])
-
-
-def _plain_state(optimizer: Any, decoder: Any) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value
-        for name, p in decoder.named_parameters()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-
-
-def _plain_load(optimizer: Any, decoder: Any, tensors: Mapping[str, Tensor]) -> None:
-    for name, p in decoder.named_parameters():
-        own = {k.rpartition("/")[2]: t for k, t in tensors.items() if k.rpartition("/")[0] == name}
-        if own:
-            optimizer.state[p] = own
-
-
-_opt_state: Any = getattr(optim, "state", _plain_state)
-_opt_load: Any = getattr(optim, "load_state", _plain_load)

@@ -118,6 +118,11 @@ class Reader(FileSystemReader):
         found = self._metadata.state_dict_metadata
         return {n: (m.size, m.properties.dtype) for n, m in found.items() if isinstance(m, TensorStorageMetadata)}
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        found: Any = self._metadata.state_dict_metadata[name]
+        return found.properties.dtype
+
     def load(self, into: Mapping[str, Tensor], group: Any = None) -> None:
         """Fill these tensors in place; of distributed ones, this rank's shards. All ranks of `group` must take part.
 

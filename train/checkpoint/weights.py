@@ -35,18 +35,18 @@ def shards(spec: Spec, dtype: str, limit: int) -> dict[str, list[Placed]]:
     return dict(zip(file_names(len(groups)), groups, strict=True))
 
 
-def write_weights(
-    reader: Reader, folder: Path, files: Mapping[str, list[Placed]], mine: Sequence[str], prefix: str = "model/"
-) -> None:
-    """Write the files named in `mine`, each from the tensors called `prefix` + canonical name.
+def write_weights(reader: Reader, folder: Path, files: Mapping[str, list[Placed]], mine: Sequence[str]) -> None:
+    """Write the files named in `mine`: of each weight its average over the steps, where there is one.
 
     One tensor is in memory at a time (twice: as stored, and whole). Raises `UserError` where the disk refuses.
     """
+    stored = reader.tensors
     for name in mine:
         out = FileWriter(folder / name, files[name], {"format": "pt"})
         try:
             for t in files[name]:
-                out.rows(t.name, 0, _tensor(reader, prefix + t.name, t))
+                average = f"optimizer/{t.name}/ema"
+                out.rows(t.name, 0, _tensor(reader, average if average in stored else f"model/{t.name}", t))
             out.close()
         except BaseException:
             out.abort()
@@ -55,7 +55,7 @@ def write_weights(
 
 def _tensor(reader: Reader, name: str, t: Placed) -> NDArray[Any]:
     """A whole tensor in the dtype of its file, as NumPy sees it."""
-    whole = torch.empty(t.shape, dtype=reader.tensors[name][1])
+    whole = torch.empty(t.shape, dtype=reader.dtype(name))
     reader.load({name: whole})
     chosen = whole.to(next(dtype for code, dtype in STORED.values() if code == t.dtype))
     return (chosen.view(torch.uint16) if chosen.dtype == torch.bfloat16 else chosen).numpy()
