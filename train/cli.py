@@ -26,6 +26,7 @@ EXAMPLES = """Examples:
   python -m train --config run.yaml --optimizer.lr 3e-4 --batch.sequences 64 --batch.micro 8
   python -m train --out runs/tiny --resume
   python -m train --spec my.yaml --check
+  python -m train prepare --spec nano --data ~/texts
   torchrun --nproc-per-node 2 -m train --batch.sequences 16
 
 Ctrl-C and SIGTERM save a checkpoint and exit with 130 and 143; a second one ends at once.
@@ -58,6 +59,7 @@ def train(
     *,
     config: Annotated[Path | None, Parameter(name="--config")] = None,
     resume: Annotated[bool, Flag] = False,
+    go_on: Annotated[bool, Parameter(name="--continue", negative="")] = False,
     force: Annotated[bool, Flag] = False,
     stop_after: int | None = None,
     check: Annotated[bool, Flag] = False,
@@ -71,6 +73,9 @@ def train(
         A YAML file with the fields below (`optimizer: {lr: 3e-4}`); the command line wins.
     resume
         Go on from the newest checkpoint in --out, with the run's own configuration.
+    go_on
+        The same where there is a checkpoint, and begin the run where there is none: one command for a job that the
+        scheduler starts again and again. What torchrun starts again does it by itself.
     force
         Replace the run in --out.
     stop_after
@@ -83,8 +88,9 @@ def train(
     chosen = [read(config)] if config is not None else []
     chosen.append({} if options is None else options.model_dump(exclude_unset=True))
     settings = layered(*chosen)
-    if resume and force:
-        raise UserError("--resume and --force contradict each other (continue the run, or replace it)")
+    if force and (resume or go_on):
+        given = "--resume" if resume else "--continue"
+        raise UserError(f"{given} and --force contradict each other (continue the run, or replace it)")
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after: {stop_after} must be at least 1")
     _need_torch()
@@ -99,6 +105,8 @@ def train(
         return 0
     from train import session
 
+    if not resume and (go_on or session.restarted()):
+        resume, force = session.going_on(settings)
     if resume:
         from spec.config import merge
 
@@ -112,6 +120,44 @@ def train(
     return 128 + result.signal if result.signal else 0
 
 
+@app.command
+def prepare(
+    *,
+    config: Annotated[Path | None, Parameter(name="--config")] = None,
+    json: Annotated[bool, Flag] = False,
+    options: Annotated[TrainConfig | None, Parameter(name="*")] = None,
+) -> int:
+    """Train the tokenizer and tokenise the data ahead of a run, which finds both in the cache.
+
+    Takes a run's configuration and flags (--data, --spec, --tokenizer ...). What was interrupted goes on.
+
+    Parameters
+    ----------
+    config
+        The YAML file of the run.
+    json
+        Print what there is as JSON, for programs.
+    """
+    from rich.console import Console
+
+    from train.config import layered, read
+    from train.data.prepare import ahead
+
+    settings = layered(
+        {} if config is None else read(config), {} if options is None else options.model_dump(exclude_unset=True)
+    )
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    console = Console(stderr=json)
+    made = ahead(settings, console)
+    if json:
+        from json import dumps
+
+        print(dumps(made, indent=2))
+    else:
+        console.print(f"cached in {made['cache']}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
 def summary(result: Any) -> list[str]:
     """How the run ended, and what to type next."""
     import os
@@ -119,21 +165,36 @@ def summary(result: Any) -> list[str]:
     if os.environ.get("RANK", "0") != "0":
         return []
     m, out = result.metrics, Path(result.out)
-    if result.step < result.steps:
+    if result.step < result.steps and not result.ended:
         resume = f"python -m train --out {out} --resume"
         return ["", f"stopped and saved at step {result.step} of {result.steps}; continue with", f"  {resume}"]
     loss = "" if m is None or m.val_loss is None else f", validation loss {m.val_loss:.4f} nats/token"
     bits = "" if m is None or m.val_bits_per_byte is None else f" = {m.val_bits_per_byte:.3f} bits/byte"
-    name = out.name
+    from train.watch.report import following
+
     return [
         "",
         f"trained {result.step} steps{loss}{bits}",
-        f"checkpoint {out}, curve {out / 'training' / 'loss.png'}, metrics {out / 'training' / 'train.jsonl'}",
+        f"checkpoint {out}, report {out / 'training' / 'report.html'}, metrics {out / 'training' / 'train.jsonl'}",
         "next:",
-        f"  python -m backends generate {out} --prompt 'def main('",
-        f"  convert {out} --to gguf --quant q4 --out {name}.gguf",
-        f"  python -m evals {name}.gguf --reference {out}",
+        *(f"  {line}" for line in following(out)),
     ]
+
+
+@app.command
+def report(out: Path, /) -> int:
+    """Write a run's report (training/report.html and loss.png) again, from its folder alone.
+
+    Parameters
+    ----------
+    out
+        The run's folder.
+    """
+    _need_torch()
+    from train.watch.report import write
+
+    print(write(out))
+    return 0
 
 
 def _need_torch() -> None:

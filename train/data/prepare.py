@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+
+from spec.config import Spec
 from spec.errors import UserError
-from train.config import Data
+from spec.load import load as load_spec
+from train.config import Data, TrainConfig
 from train.config.sources import CHATML, Source
 from train.data import corpus, tokenizer, tokens
 from train.data.chat import CHATML_TOKENS, plain, template_of
 from train.data.corpus import Corpus, read_part
-from train.data.store import TokenData
+from train.data.progress import shown
+from train.data.store import Shards, Split, TokenData
 from train.data.tokenizer import TextTokenizer
 from train.data.workers import cores
 
@@ -23,8 +30,8 @@ SAMPLE = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Text:
-    """The sources of a run."""
+class Sources:
+    """The text of a run."""
 
     train: tuple[Corpus, ...]
     weights: tuple[float, ...]
@@ -52,7 +59,7 @@ class Text:
         return " + ".join(c.name for c in self.train)
 
 
-def read(data: Data, cache: Path) -> Text:
+def read(data: Data, cache: Path) -> Sources:
     """The sources that a configuration names. Raises `UserError` for what is not there, or not text."""
     apart = data.validation_source
     sources = data.sources
@@ -61,10 +68,10 @@ def read(data: Data, cache: Path) -> Text:
     if apart is not None:
         own = Source(**{name: getattr(data, name) for name in Source.model_fields})
         held = corpus.read(own.model_copy(update={"source": apart}), held="all", cache=cache)
-    return Text(tuple(found), tuple(s.weight for s in sources), held)
+    return Sources(tuple(found), tuple(s.weight for s in sources), held)
 
 
-def tokenizer_of(text: Text, given: str | Path | None, vocab_size: int, context: int, cache: Path) -> TextTokenizer:
+def tokenizer_of(text: Sources, given: str | Path | None, vocab_size: int, context: int, cache: Path) -> TextTokenizer:
     """The tokenizer that was given, or one trained on what is not held out. With `data.template: chatml` its settings
     say so, and a trained one has ChatML's tokens. Raises `UserError`."""
     chatml = any(c.source.template == CHATML for c in text.train)
@@ -80,7 +87,7 @@ def tokenizer_of(text: Text, given: str | Path | None, vocab_size: int, context:
     return TextTokenizer(tok.json, {**tok.config, "chat_template": template_of(own, tok)})
 
 
-def _sample(text: Text) -> Iterator[str]:
+def _sample(text: Sources) -> Iterator[str]:
     """What a tokenizer is trained on: all, or of a large text parts by chance, of each source by its weight."""
     everything = sum(c.size for c in text.train) <= SAMPLE
     for c, weight in zip(text.train, text.weights, strict=True):
@@ -96,7 +103,7 @@ def _sample(text: Text) -> Iterator[str]:
 
 
 def tokenize(
-    text: Text,
+    text: Sources,
     tok: TextTokenizer,
     cache: Path,
     workers: int | None = None,
@@ -111,3 +118,55 @@ def tokenize(
             raise UserError(f"{c.name}: nothing in it to train on")
     every = hashlib.sha256("\n".join(fingerprint for *_, fingerprint in made).encode())
     return TokenData(train, held, text.weights, tok.eos, tok.bos, every.hexdigest())
+
+
+def text(
+    c: TrainConfig, spec: Spec, console: Console, given: str | Path | None = None
+) -> tuple[TextTokenizer, TokenData]:
+    """The tokenizer (`given` to a run that is resumed: its own) and the tokens of a run, from the cache where they are
+    in it. Raises `UserError` for a text or a tokenizer that cannot be used."""
+    cache = tokens.cache_folder(c.data.cache)
+    found = read(c.data, cache)
+    say(console, f"data: {found.name}, {found.files:,} file(s), {found.size / 1e6:,.1f} MB")
+    tok = tokenizer_of(found, given or c.tokenizer, spec.vocab_size, spec.context, cache)
+    if tok.size > spec.vocab_size:
+        raise UserError(
+            f"spec.vocab_size: {spec.vocab_size} is fewer than the tokenizer's {tok.size} tokens (raise it)"
+        )
+    if tok.size < spec.vocab_size:
+        say(console, f"tokenizer: {tok.size} tokens; the spec's other {spec.vocab_size - tok.size} rows stay unused")
+    with shown(console, "tokenising", found.size) as progress:
+        data = tokenize(found, tok, cache, c.data.workers, progress)
+    for what, splits in (("to train on", data.train), ("held out", data.validation)):
+        count, documents = sum(len(s.tokens) for s in splits), sum(s.documents for s in splits)
+        say(console, f"tokens: {count:,} {what}, {documents:,} document(s)")
+    return tok, data
+
+
+def say(console: Console, line: str) -> None:
+    """A line for people."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def ahead(c: TrainConfig, console: Console) -> dict[str, Any]:
+    """Everything that a run with this configuration needs of the cache, and what there is then, as plain data."""
+    began = time.perf_counter()
+    spec, given = load_spec(c.spec), None
+    if c.init is not None:
+        from train.checkpoint import init
+
+        spec, given = init.spec_of(c), init.tokenizer_of(c)
+    tok, data = text(c, spec, console, given)
+    return {
+        "cache": str(tokens.cache_folder(c.data.cache)),
+        "fingerprint": data.fingerprint,
+        "tokenizer": {"tokens": tok.size, "hash": tok.hash, "chat_template": tok.template is not None},
+        "train": [_told(s) for s in data.train],
+        "validation": [_told(s) for s in data.validation],
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def _told(s: Split) -> dict[str, Any]:
+    folder = str(s.tokens.paths[0].parent) if isinstance(s.tokens, Shards) else None
+    return {"source": s.name, "tokens": len(s.tokens), "documents": s.documents, "bytes": s.bytes, "folder": folder}
