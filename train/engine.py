@@ -16,7 +16,7 @@ from backends.torch.model import Decoder
 from train import parallel
 from train.data.batches import Rows
 from train.losses.objective import Objective
-from train.parallel import Ranks
+from train.parallel import Ranks, Shapes
 from train.parallel.pipeline import Stage
 
 
@@ -47,6 +47,7 @@ class Whole:
     ranks: Ranks
     precision: str
     criterion: Objective = field(default_factory=Objective)
+    shapes: Shapes = field(default_factory=Shapes)
 
     def backward(self, micro_batches: Sequence[Rows], scale: float) -> Tensor:
         """Forward and backward over A passes; the losses' sum times `scale`."""
@@ -68,7 +69,8 @@ class Whole:
 
     def _loss(self, rows: Rows, criterion: Objective) -> Tensor:
         ids, targets, segments = rows.tensors(self.ranks.device)
-        with parallel.autocast(self.ranks, self.precision):
+        compiled = self.shapes.stance(*ids.shape, segments is None, self.decoder.training)
+        with compiled, parallel.autocast(self.ranks, self.precision):
             extras = criterion.extras(ids, segments)
             return self.decoder(ids, targets, segments=segments, criterion=criterion, extras=extras)
 

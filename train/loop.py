@@ -10,21 +10,21 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from backends.torch.model import Decoder
 from spec.errors import UserError
-from train import checkpoint, config, optim, parallel
-from train.checkpoint import RunFolder, Snapshot
-from train.data.batches import Batches, DataState, Sequences, validation_rows
+from train import checkpoint, config, optim
+from train.checkpoint import Saver
+from train.data.batches import Batches, Sequences, validation_rows
 from train.engine import Engine
-from train.parallel import Ranks
-from train.watch import Journal, Metrics, Watch
+from train.losses import Losses
+from train.parallel import Ranks, Scaler
+from train.watch import Board, Guard, Meter, Metrics, Profile, Sampler, Verdict
 
 
 @dataclass
@@ -35,12 +35,24 @@ class Run:
     ranks: Ranks
     decoder: Decoder
     engine: Engine
-    optimizer: torch.optim.Optimizer
+    optimizer: optim.Optimizer
     batches: Batches
-    held_out: Sequences | None
+    held_out: tuple[Sequences, ...]
+    losses: Losses = field(default_factory=Losses)
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """What the last step's loss was made of."""
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    guard: Guard = field(default_factory=Guard)
+    meter: Meter = field(default_factory=Meter)
+    sampler: Sampler | None = None
+    scaler: Scaler | None = None
+    """Keeps float16's gradients in range."""
+    verdict: Verdict | None = None
+    """Of the last step, where its update was not applied."""
+    ended: bool = False
+    """Whether it ended before its last step, since the validation no longer improved."""
 
     @property
     def micro(self) -> int:
@@ -50,20 +62,25 @@ class Run:
 
 @dataclass
 class Stop:
-    """Ctrl-C or SIGTERM: the step under way is finished and saved. A second one ends the process at once."""
+    """Ctrl-C, SIGTERM, or the SIGUSR1 that Slurm is asked for: the step under way is finished and saved. Another one
+    later ends the process at once; within a second it is the same one, from the terminal and from torchrun."""
 
     signal: int = 0
+    at: float = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Catch the signals inside the block."""
-        chosen = (signal.SIGINT, signal.SIGTERM)
+        chosen = [s for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (s := getattr(signal, name, None)) is not None]
         before = {s: signal.getsignal(s) for s in chosen}
 
         def note(number: int, frame: FrameType | None) -> None:
-            self.signal = number
-            for s, handler in before.items():
-                signal.signal(s, handler)
+            if not self.signal:
+                self.signal, self.at = number, time.monotonic()
+            elif time.monotonic() > self.at + 1:
+                for s, handler in before.items():
+                    signal.signal(s, handler)
+                signal.raise_signal(number)
 
         for s in chosen:
             signal.signal(s, note)
@@ -80,135 +97,171 @@ def gradients(run: Run) -> tuple[float, Tensor, int]:
     Divided by the valid targets of the whole batch, counted beforehand, gradients depend neither on accumulation nor
     on the number of ranks nor on how masked targets fall.
     """
-    ranks = run.ranks
+    ranks, began = run.ranks, time.perf_counter()
     micro_batches, valid = run.batches.next(run.config.batch.sequences, run.micro, ranks.data, ranks.degrees.data)
-    loss = run.engine.backward(micro_batches, 1 / max(1, valid))
-    [loss_value] = ranks.sum(float(loss))
-    return loss_value, optim.gradient_norm(run.decoder.parameters()), valid
+    run.meter.wait(began)
+    factor = 1.0 if run.scaler is None else run.scaler.scale
+    loss = run.engine.backward(micro_batches, factor / max(1, valid)) / factor
+    if run.scaler is not None:
+        run.scaler.unscale(run.decoder.parameters())
+    detailed = run.step % run.config.log_every == 0
+    loss_value, run.parts = run.losses.report(ranks, loss, valid, detailed)
+    return loss_value, optim.gradient_norm(run.decoder.parameters(), ranks), valid
 
 
 def train_step(run: Run) -> Metrics:
-    """One optimizer step. A loss or gradient that is not finite skips it, before the optimizer has seen it."""
-    c, began = run.config, time.perf_counter()
+    """One optimizer step. Where `run.guard` finds the loss or the gradients wrong, the optimizer does not see them."""
+    c = run.config
+    run.meter.begin()
     run.step += 1
-    lr = optim.learning_rate(run.step, c.steps, c.warmup, c.optimizer.lr, c.schedule.final)
     loss, norm, valid = gradients(run)
-    if math.isfinite(loss) and math.isfinite(float(norm)):
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        if c.optimizer.clip is not None:
-            optim.clip(run.decoder.parameters(), c.optimizer.clip, norm)
+    share = optim.factor(c, run.step, run.batches.state.tokens)  # of the peak learning rates
+    overflowed = run.scaler is not None and run.scaler.overflowed(loss, float(norm))
+    run.verdict = None if overflowed else judge(run, loss, float(norm))
+    if overflowed:
+        pass  # the loss of the next step is scaled by less
+    elif run.verdict is None:
+        run.losses.correct()
+        run.optimizer.scale(share)
+        optim.clip(run.decoder.parameters(), c.optimizer, norm)
         run.optimizer.step()
+        run.guard.applied(c.watch, loss, float(norm))
         run.skipped_in_a_row = 0
     else:
         run.skipped += 1
         run.skipped_in_a_row += 1
     run.optimizer.zero_grad(set_to_none=True)
-    speed = valid / (time.perf_counter() - began)
-    return Metrics(run.step, loss, lr, float(norm), speed, run.batches.state.tokens, run.skipped)
+    counts = {"tokens": run.batches.state.tokens, "skipped": run.skipped, "rollbacks": run.guard.rollbacks}
+    return Metrics(
+        run.step, loss, c.optimizer.peak * share, float(norm), parts=run.parts, **counts, **run.meter.end(valid)
+    )
+
+
+def judge(run: Run, loss: float, norm: float) -> Verdict | None:
+    """Whether a step is kept from the optimizer, and what then; on all ranks alike."""
+    found = run.guard.judge(run.config.watch, loss, norm, warm=run.step > run.config.warmup)
+    if not run.ranks.sum(float(found is not None))[0]:
+        return None
+    return next(v for v in run.ranks.gather(found) if v is not None)
+
+
+def react(run: Run, saver: Saver, board: Board, metrics: Metrics) -> None:
+    """Skip, roll back or stop, as the last step's verdict says. Raises `UserError` where the run ends."""
+    verdict, c, step = run.verdict, run.config, run.step
+    assert verdict is not None
+    place = step, run.batches.state.batches
+    if verdict.action == "stop":
+        board.event("stop", *place, verdict.reason)
+        saver.save(run)
+        saver.wait()
+        raise UserError(f"step {step}: {verdict.reason}; saved without this step (go on behind it with --resume)")
+    if verdict.action == "rollback":
+        rollback(run, saver)
+        board.event("rollback", *place, verdict.reason, to=run.step, loss=metrics.loss)
+        board.rewind(run.step)
+        return
+    board.event("skip", *place, verdict.reason)
+    if run.skipped_in_a_row >= c.optimizer.max_skipped:
+        found = checkpoint.newest(saver.folder.path)
+        kept = f"the checkpoint of step {checkpoint.number(found)} is whole" if found else "nothing was saved yet"
+        raise UserError(
+            f"step {step}: {'spikes' if verdict.finite else 'loss or gradients were not finite'} for "
+            f"{run.skipped_in_a_row} steps in a row (optimizer.max_skipped); lower optimizer.lr={c.optimizer.peak:g} "
+            f"or raise schedule.warmup; {kept}"
+        )
+
+
+def rollback(run: Run, saver: Saver) -> None:
+    """Go back to the newest checkpoint, and on with the data behind the batch that went wrong."""
+    saver.wait()
+    data, rollbacks = run.batches.state, run.guard.rollbacks + 1
+    checkpoint.restore(run, run.ranks.agree(checkpoint.newest(saver.folder.path)))
+    run.batches.state, run.guard.rollbacks = data, rollbacks
 
 
 @torch.no_grad()
 def validate(run: Run) -> tuple[float, float] | None:
     """Loss of the held-out documents in nats a token and bits a byte; none where nothing is held out."""
-    if run.held_out is None:
+    if not run.held_out:
         return None
     run.decoder.eval()
     loss = torch.zeros((), dtype=torch.float32, device=run.ranks.device)
     valid = 0
     share = run.ranks.data, run.ranks.degrees.data
-    for rows in validation_rows(run.held_out, run.config.validation.tokens, run.micro, *share):
-        loss += run.engine.score(rows)
-        valid += rows.valid
+    with run.optimizer.averaged():
+        for rows in validation_rows(run.held_out, run.config.validation.tokens, run.micro, *share):
+            loss += run.engine.score(rows)
+            valid += rows.valid
     run.decoder.train()
     total, count = run.ranks.sum(float(loss), valid)
-    mean = total / max(1.0, count)
-    split = run.held_out.split
-    return mean, mean / math.log(2) * len(split.tokens) / max(1, split.bytes)
+    mean = total / max(1.0, count / run.ranks.degrees.readers)
+    tokens, size = (sum(of(s.split) for s in run.held_out) for of in (lambda s: len(s.tokens), lambda s: s.bytes))
+    return mean, mean / math.log(2) * tokens / max(1, size)
 
 
-def snapshot(run: Run) -> Snapshot:
-    """All that resuming needs, gathered on every rank."""
-    tensors: dict[str, Tensor] = {}
-    for name, p in run.decoder.named_parameters():
-        for key, value in run.optimizer.state.get(p, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = parallel.whole(value)
-    for rank, states in enumerate(run.ranks.gather(checkpoint.random_state(run.ranks.device))):
-        tensors |= {f"random/{rank}/{kind}": t for kind, t in states.items()}
-    model = {name: parallel.whole(p) for name, p in run.decoder.named_parameters()}
-    counters = {"skipped": run.skipped, "skipped_in_a_row": run.skipped_in_a_row}
-    state = {**counters, "world": run.ranks.world, "data": run.batches.state.as_dict()}
-    return Snapshot(run.step, model, tensors, state)
-
-
-def restore(run: Run, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Continue from a checkpoint; the decoder has its weights already. Raises `UserError` where the data changed."""
-    saved = DataState(**state["data"])
-    ours = run.batches.state.fingerprint
-    if saved.fingerprint != ours:
-        raise UserError(
-            f"--resume: the data, the tokenizer or data.length changed since step {state['step']} "
-            f"(fingerprint {ours[:12]}, and the run began with {saved.fingerprint[:12]}); "
-            "restore them, or start anew with --force or another --out"
-        )
-    for name, p in run.decoder.named_parameters():
-        own = {k.rpartition("/")[2]: t for k, t in tensors.items() if k.startswith(f"optimizer/{name}/")}
-        if own:  # a count of steps is a scalar and never sharded
-            run.optimizer.state[p] = {
-                k: parallel.like(t, p) if t.dim() else t.to(p.device, copy=True) for k, t in own.items()
-            }
-    rank = run.ranks.rank if state["world"] == run.ranks.world else 0
-    states = {k.rpartition("/")[2]: t for k, t in tensors.items() if k.startswith(f"random/{rank}/")}
-    checkpoint.restore_random_state(states, run.ranks.device)
-    run.batches.state = saved
-    run.step, run.skipped, run.skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
-
-
-def save(run: Run, folder: RunFolder) -> None:
-    """Write a checkpoint; every rank takes part, and every rank learns if it failed."""
-    snap = snapshot(run)
-    problem: str | None = None
-    if run.ranks.first:
-        try:
-            folder.save(snap, config.dump(run.config), run.config.checkpoint.keep)
-        except UserError as e:
-            problem = str(e)
-    problem = run.ranks.gather(problem)[0]
-    if problem is not None:
-        raise UserError(problem)
-
-
-def fit(run: Run, folder: RunFolder, journal: Journal | None, watch: Watch, last: int, stop: Stop) -> Metrics | None:
+def fit(run: Run, saver: Saver, board: Board, last: int, stop: Stop, profile: Profile | None = None) -> Metrics | None:
     """Train up to step `last`, or until a signal comes; what was reached is saved. Returns the last step's metrics.
 
-    Raises `UserError` where a checkpoint cannot be written, or too many steps in a row were skipped.
+    Raises `UserError` where a checkpoint cannot be written, or where too much went wrong (`react`).
     """
     c = run.config
     run.decoder.train()
     metrics: Metrics | None = None
+    if run.step == 0:
+        begin(run, saver, board)
     while run.step < last:
+        if profile is not None:
+            profile.before(run.step + 1)
         metrics = train_step(run)
-        if run.skipped_in_a_row >= c.optimizer.max_skipped:
-            found = checkpoint.newest(folder.path)
-            kept = f"the checkpoint of step {checkpoint.number(found)} is whole" if found else "nothing was saved yet"
-            raise UserError(
-                f"step {run.step}: loss or gradients were not finite for {run.skipped_in_a_row} steps in a row "
-                f"(optimizer.max_skipped); lower optimizer.lr={c.optimizer.lr:g} or raise schedule.warmup; {kept}"
-            )
-        stopping = run.ranks.sum(float(stop.signal))[0] > 0
+        if profile is not None:
+            profile.after(run.step)
+        if run.verdict is not None:
+            react(run, saver, board, metrics)
+            if run.verdict.action == "rollback":
+                continue
+        stopping, late, failed = (any_ > 0 for any_ in run.ranks.sum(stop.signal, saver.late, saver.failed))
+        if failed:
+            saver.wait()
         ending = run.step == last or stopping
-        if not stopping and (run.step % c.validate_every == 0 or run.step == c.steps):
-            scored = validate(run)
-            if scored is not None:
-                metrics = replace(metrics, val_loss=scored[0], val_bits_per_byte=scored[1])
-        if journal is not None:
-            journal.write(metrics)
-        watch.step(metrics)
-        if ending or run.step % c.checkpoint.every == 0:
-            save(run, folder)
-        if stopping:
+        due = not stopping and (run.step % c.validate_every == 0 or run.step == c.steps)
+        if due:
+            metrics = scored(run, metrics)
+        board.step(metrics)
+        if run.sampler is not None and not stopping and (c.sampled(run.step) if c.samples.every else due):
+            with run.optimizer.averaged():
+                texts = list(run.sampler.write())
+            for prompt, text in texts:
+                board.text(run.step, prompt, text)
+        if c.validation.patience is not None and run.guard.stale >= c.validation.patience:
+            best = f"{run.guard.best:.4f}, {run.guard.stale} validations ago (validation.patience)"
+            board.event("end", run.step, run.batches.state.batches, f"the best validation loss was {best}")
+            run.ended = ending = True
+        if ending or late or saver.due(run.step) or saver.improves(metrics.val_loss):
+            saver.save(run, metrics.val_loss)
+            board.saved()
+        if stopping or run.ended:
             break
+    saver.close(interrupted=stop.signal > 0)
     return metrics
 
 
-__all__ = ["Run", "Stop", "fit", "restore", "save", "snapshot", "train_step", "validate"]
+def begin(run: Run, saver: Saver, board: Board) -> None:
+    """What comes before the first step."""
+    w = run.config.watch
+    if "rollback" in (w.nonfinite, w.spike):
+        saver.save(run)
+    if run.config.validation.at_start and (found := validate(run)) is not None:
+        board.say(f"step 0  validation loss {found[0]:.4f} = {found[1]:.3f} bits/byte")
+        board.event("start", 0, 0, "validation", val_loss=found[0], val_bits_per_byte=found[1])
+
+
+def scored(run: Run, metrics: Metrics) -> Metrics:
+    """With the loss of the held-out documents, where there are any."""
+    found = validate(run)
+    if found is None:
+        return metrics
+    run.guard.scored(found[0])
+    return replace(metrics, val_loss=found[0], val_bits_per_byte=found[1])
+
+
+__all__ = ["Run", "Stop", "fit", "train_step", "validate"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
@@ -18,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backends.torch.cache import visible
 from spec.config import Alibi, Attention
@@ -26,8 +28,9 @@ from spec.ops import Step
 
 log = logging.getLogger(__name__)
 
-Kernel = Literal["sdpa", "flex", "varlen", "math"]
-Setting = Literal["auto", "sdpa", "flex", "varlen", "math"]
+Kernel = Literal["sdpa", "flash", "efficient", "cudnn", "flex", "varlen", "math"]
+"""`sdpa` lets torch's scaled_dot_product_attention choose; `flash`, `efficient` and `cudnn` are its kernels by name."""
+Setting = Literal["auto", "sdpa", "flash", "efficient", "cudnn", "flex", "varlen", "math"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Request:
     """Whether a backward pass may follow."""
     keys: Keys | None = None
     """Where a cache's keys are not simply slots 0 and on, the same in every row."""
+    strict: bool = False
+    """Whether falling back to the reference mathematics on a GPU is an error."""
 
     @property
     def tokens(self) -> int:
@@ -65,6 +70,11 @@ class Request:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.step.slots.device
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability of a CUDA device; (0, 0) elsewhere."""
+        return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -103,40 +113,71 @@ def features(a: Attention, r: Request) -> tuple[str, ...]:
     return tuple(name for name, here in present.items() if here)
 
 
+MASKED = ("documents", "window", "alibi")
+"""Features that become a mask or a bias."""
+
 UNSERVED: dict[Kernel, tuple[str, ...]] = {
     "sdpa": ("softcap", "sinks"),
+    "flash": (*MASKED, "softcap", "sinks"),
+    "efficient": ("softcap", "sinks"),
+    "cudnn": (*MASKED, "softcap", "sinks"),  # with a mask its gradients can be NaN (pytorch#196678)
     "flex": ("dropout",),
     "varlen": ("cache", "softcap", "sinks", "alibi", "dropout"),
     "math": (),
 }
 """Features that a kernel has no exact way to serve."""
 
+FUSED: dict[Kernel, tuple[tuple[int, int], int]] = {
+    "flash": ((8, 0), 256),
+    "varlen": ((8, 0), 256),
+    "cudnn": ((8, 0), 128),
+}
+"""Kernels of 16-bit floats alone: the least compute capability, and the largest head_dim."""
+
 
 def obstacle(kernel: Kernel, a: Attention, r: Request) -> str | None:
     """Why a kernel cannot run this, or none."""
-    for feature in features(a, r):
+    return lacking(kernel, features(a, r), r.device.type, r.dtype, r.capability, a.head_dim or 0, r.grad)
+
+
+def lacking(
+    kernel: Kernel,
+    present: tuple[str, ...],
+    kind: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    head_dim: int,
+    grad: bool,
+) -> str | None:
+    """Why a kernel cannot serve these features on a device of this type and capability, or none."""
+    for feature in present:
         if feature in UNSERVED[kernel]:
             return f"it has no {feature}"
-    kind, half = r.device.type, r.dtype in (torch.float16, torch.bfloat16)
-    if kernel == "varlen" and not (kind == "cuda" and half):
-        return f"it needs 16-bit floats on a CUDA device, not {_name(r.dtype)} on {kind}"
-    if kernel == "varlen" and a.head_dim is not None and (a.head_dim % 8 or a.head_dim > 256):
-        return f"it needs a head_dim that is a multiple of 8 up to 256, not {a.head_dim}"
-    if kernel == "flex" and kind != "cuda" and r.grad:
+    half = dtype in (torch.float16, torch.bfloat16)
+    if kernel in FUSED:
+        least, widest = FUSED[kernel]
+        if not (kind == "cuda" and half):
+            return f"it needs 16-bit floats on a CUDA device, not {_name(dtype)} on {kind}"
+        if capability < least:
+            return f"it needs compute capability {least[0]}.{least[1]}, not {capability[0]}.{capability[1]}"
+        if head_dim % 8 or head_dim > widest:
+            return f"it needs a head_dim that is a multiple of 8 up to {widest}, not {head_dim}"
+    if kernel == "efficient" and kind != "cuda":
+        return f"it needs a CUDA device, not {kind}"
+    if kernel == "flex" and kind != "cuda" and grad:
         return f"torch has no backward pass for it on {kind}"
-    if kernel == "flex" and kind == "cuda" and r.dtype == torch.float64:
+    if kernel in ("flex", "efficient") and kind == "cuda" and dtype == torch.float64:
         return "it has no float64 on CUDA"
     return None
 
 
-def preference(a: Attention, r: Request) -> tuple[Kernel, ...]:
-    """Kernels from the fastest down for this device and these features."""
-    present = features(a, r)
-    if r.device.type != "cuda" or "cache" in present:  # decoding: a flex kernel would recompile as the cache grows
+def preference(present: tuple[str, ...], kind: str) -> tuple[Kernel, ...]:
+    """Kernels from the fastest down for these features on a device of this type."""
+    if kind != "cuda" or "cache" in present:  # decoding: a flex kernel would recompile as the cache grows
         return "sdpa", "math"
-    if "documents" in present or "window" in present:  # these skip whole blocks; a mask in SDPA does not
-        return "varlen", "flex", "sdpa", "math"
-    return ("sdpa", "math") if present == () else ("sdpa", "flex", "math")
+    if "documents" in present or "window" in present:  # the first two skip whole blocks; a mask does not
+        return "varlen", "flex", "efficient", "math"
+    return "flash", "efficient", "flex", "math"
 
 
 def choose(a: Attention, setting: str, r: Request) -> tuple[Kernel, str]:
@@ -146,15 +187,23 @@ def choose(a: Attention, setting: str, r: Request) -> tuple[Kernel, str]:
     """
     if setting not in get_args(Setting):
         raise UserError(f"attention={setting!r}: no such kernel ({nearest(setting, get_args(Setting))})")
-    wanted = " with " + ", ".join(f for f in features(a, r)) if features(a, r) else ""
+    present = features(a, r)
+    wanted = " with " + ", ".join(present) if present else ""
+    if setting in ("flash", "efficient", "cudnn") and "cache" in present:
+        setting = "auto"  # decoding needs masks; torch takes these kernels where it can
     if setting != "auto":
         why = obstacle(setting, a, r)  # type: ignore[arg-type]
         if why:
             raise UserError(f"attention={setting!r} cannot run causal attention{wanted}: {why} (use 'auto' or 'math')")
         return setting, f"causal attention{wanted}: asked for"  # type: ignore[return-value]
     passed: list[str] = []
-    for kernel in preference(a, r):
+    for kernel in preference(present, r.device.type):
         why = obstacle(kernel, a, r)
+        if why is None and kernel == "math" and r.strict and r.device.type == "cuda" and "cache" not in present:
+            raise UserError(
+                f"attention: no fast kernel serves causal attention{wanted} in {_name(r.dtype)} ({'; '.join(passed)}); "
+                "--attention.kernel math takes the reference, --attention.allow-fallback wherever nothing else serves"
+            )
         if why is None:
             rest = f" ({'; '.join(passed)})" if passed else ""
             return kernel, f"causal attention{wanted} in {_name(r.dtype)} on {r.device.type}{rest}"
@@ -171,13 +220,13 @@ def plan(a: Attention, setting: str, r: Request) -> Plan:
     present = features(a, r)
     alibi = "alibi" in present
     if kernel == "varlen":
-        cumulative, longest = documents(r.step)
+        cumulative, longest = rounded(*documents(r.step))
         return Plan(kernel, cumulative=cumulative, longest=longest)
     keys, key_segments = _keys(a, r)
     if kernel == "flex":
         return Plan(kernel, block_mask=_block_mask(a, r, keys, key_segments), query_slots=r.step.slots, key_slots=keys)
     whole = r.step.layout == "causal" or (r.step.layout == "cached" and r.start == 0 and r.keys is None)
-    if whole and kernel == "sdpa" and not alibi and "window" not in present:
+    if whole and kernel in PINNED and not alibi and "window" not in present:
         return Plan(kernel, causal=True, dropout=dropout)
     if r.step.layout == "cached" and r.tokens == 1 and not alibi and r.keys is None:
         return Plan(kernel, dropout=dropout)  # the cache hands out exactly what one token sees
@@ -226,6 +275,14 @@ def documents(step: Step[Tensor]) -> tuple[Tensor, int]:
     return starts.to(torch.int32), int(starts.diff().max())
 
 
+def rounded(cumulative: Tensor, longest: int) -> tuple[Tensor, int]:
+    """With empty documents up to a power of two, and the longest one's bound a power of two: compiled layers are made
+    for a few sizes, not for each number of documents."""
+    count = 1 << (len(cumulative) - 2).bit_length()
+    padding = cumulative[-1:].expand(count + 1 - len(cumulative))
+    return torch.cat([cumulative, padding]), 1 << (longest - 1).bit_length()
+
+
 # The kernels: (q [B, H, T, K], k and v [B, G, S, K], plan, setting, weights) -> [B, H, T, K]
 
 
@@ -252,17 +309,32 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, p: Plan, a: Attention, w: An
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, p: Plan, a: Attention, w: Any) -> Tensor:
-    """torch's fused kernels: flash where nothing but causality masks, else the memory-efficient one with a mask."""
+    """torch's fused kernels: the plan's own, or torch's choice. One that cannot run raises, rather than another one
+    running in its place."""
     mask = p.mask
     if p.distance is not None:
         assert mask is not None
         bias = -w.slopes[:, None, None].to(q.dtype) * p.distance.to(q.dtype)
         mask = bias.masked_fill(~mask, -torch.inf)
-    if mask is not None or not p.causal:  # only the flash kernel groups heads by itself
+    if mask is not None or not p.causal or p.kernel == "efficient":  # not every kernel groups heads by itself
         k, v = _repeat(k, q), _repeat(v, q)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, p.dropout, is_causal=p.causal, scale=a.scale, enable_gqa=k.shape[1] != q.shape[1]
-    )
+    with _pinned(p.kernel):
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, p.dropout, is_causal=p.causal, scale=a.scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
+
+
+PINNED: dict[Kernel, SDPBackend | None] = {
+    "sdpa": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def _pinned(kernel: Kernel) -> Any:
+    backend = PINNED[kernel]
+    return nullcontext() if backend is None else sdpa_kernel(backend)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, p: Plan, a: Attention, w: Any) -> Tensor:
@@ -322,6 +394,9 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, p: Plan, a: Attention, w: An
 KERNELS: dict[Kernel, Callable[[Tensor, Tensor, Tensor, Plan, Attention, Any], Tensor]] = {
     "math": math_attention,
     "sdpa": sdpa_attention,
+    "flash": sdpa_attention,
+    "efficient": sdpa_attention,
+    "cudnn": sdpa_attention,
     "varlen": varlen_attention,
     "flex": flex_attention,
 }

@@ -65,9 +65,9 @@ class Decoder(nn.Module):
     """A decoder transformer.
 
     `length` is the longest sequence it will see, in tokens (default: the spec's context); the length-dependent rotary
-    scalings choose their tables by it. `attention` names the kernel (`auto`, `sdpa`, `flex`, `varlen`, `math`); the
-    choice and its reason are logged. Parameters have the names of `spec.params`; they are uninitialised until
-    `init_weights` or a checkpoint fills them.
+    scalings choose their tables by it. `attention` names the kernel (`attention.Setting`); the choice and its reason
+    are logged. Parameters have the names of `spec.params`; they are uninitialised until `init_weights` or a checkpoint
+    fills them.
     """
 
     embed: nn.Embedding
@@ -80,6 +80,8 @@ class Decoder(nn.Module):
         self.spec, self.length, self.attention = spec, length or spec.context, attention
         self.kinds = assemble(self, spec, self.length)
         self.span = range(spec.depth)
+        self.strict = False
+        """Whether attention on a GPU must not fall back to the reference mathematics."""
         self.share: Any = None
         """This rank's part (`sharing.Share`), where several ranks compute each layer together."""
         self.balance: Balance | None = None
@@ -134,7 +136,8 @@ class Decoder(nn.Module):
         """
         step, start = self._step(self._tokens(ids), positions, segments, cache)
         weight = self.embed.weight if self.begins else ids
-        request = Request(step, start, computed_in(weight, ids.device), self.training, torch.is_grad_enabled())
+        dtype = computed_in(weight, ids.device)
+        request = Request(step, start, dtype, self.training, torch.is_grad_enabled(), strict=self.strict)
         plans = [plan(a, self.attention, request) for a in self.kinds]
         routed = None
         if self.balance is not None and targets is not None and self.training:
@@ -224,7 +227,7 @@ class Decoder(nn.Module):
         weight = next(self.parameters())
         slots = torch.arange(tokens, device=weight.device)[None]
         step = Step("packed" if packed else "causal", slots, slots, slots * 0 if packed else None)
-        request = Request(step, 0, dtype or weight.dtype, self.training, True)
+        request = Request(step, 0, dtype or weight.dtype, self.training, True, strict=self.strict)
         return {reason: kernel for kernel, reason in (choose(a, self.attention, request) for a in self.kinds)}
 
     @torch.no_grad()

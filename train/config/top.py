@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, ValidationError
@@ -16,9 +16,11 @@ from train.config.fields import Count, Size
 from train.config.loss import Experts, Loss
 from train.config.loss import problems as loss_problems
 from train.config.optim import Optimizer, Schedule
+from train.config.optim import problems as optimizer_problems
 from train.config.run import Checkpoint, Levels, Samples, Steps, Validation, Watch
 from train.config.sources import problems as source_problems
-from train.config.system import Memory, Parallel
+from train.config.system import Kernels, Memory, Parallel, Precision, Switch
+from train.config.system import problems as system_problems
 
 
 def _source(value: Any) -> Any:
@@ -31,6 +33,9 @@ class TrainConfig(Model):
     spec: str = "tiny"
     """A preset, a YAML file, or a folder with a spec.yaml."""
     data: Annotated[Data, BeforeValidator(_source), Parameter(name="*")] = Data()
+    init: str | None = None
+    """Weights to begin with: a checkpoint, a Hugging Face folder, a GGUF file or hf:owner/name. The spec and the
+    tokenizer are then theirs. none = random ones."""
     tokenizer: str | None = None
     """A tokenizer.json or a folder that holds one; none = train a byte-level BPE on the text."""
     out: str | None = None
@@ -39,11 +44,13 @@ class TrainConfig(Model):
     """Optimizer steps of the whole run; the schedule spans them."""
     seed: Count = 0
     """Seeds initialisation, the order of the data and dropout."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
+    """`auto` (the first that is there of CUDA, XPU, MPS, CPU), `cpu`, `cuda`, `cuda:1`, `xpu` or `mps`."""
+    precision: Precision = "auto"
     """Arithmetic of the forward and backward pass; weights, gradients and moments stay float32. `auto` is bfloat16 on
-    CUDA devices that have it, float32 elsewhere."""
+    GPUs that have it, float32 elsewhere. `float16` scales its loss; `fp8` is bfloat16 with 8-bit products (torchao)."""
+    compile: Switch = "auto"
+    """Whether layers are compiled (`true`, `false`); `auto` compiles on GPUs, and on CPUs never by itself."""
     log_every: Size = 10
     """Steps between two lines of progress in a log file; train.jsonl has every step."""
     batch: Batch = Batch()
@@ -53,6 +60,7 @@ class TrainConfig(Model):
     experts: Experts = Experts()
     parallel: Parallel = Parallel()
     memory: Memory = Memory()
+    attention: Kernels = Kernels()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     samples: Samples = Samples()
@@ -72,6 +80,11 @@ class TrainConfig(Model):
         """Steps between two validations."""
         return self.validation.every or max(20, self.steps // 5)
 
+    def sampled(self, step: int) -> bool:
+        """Whether samples are due by their own interval."""
+        every = self.samples.every
+        return bool(every) and (step % every == 0 or step == self.steps)
+
 
 def _contradictions(c: TrainConfig) -> list[Problem]:
     """What no single field shows. Asked of the whole configuration only: a layer of it may be half a truth."""
@@ -81,10 +94,7 @@ def _contradictions(c: TrainConfig) -> list[Problem]:
         best = min(near, key=lambda n: abs(n - (c.batch.micro or 0)))
         rule = f"does not divide batch.sequences={c.batch.sequences}"
         out.append(Problem("batch.micro", c.batch.micro, rule, f"try {best}"))
-    if c.schedule.warmup is not None and c.schedule.warmup >= c.steps:
-        rule = f"leaves no step of steps={c.steps} after the warm-up"
-        out.append(Problem("schedule.warmup", c.schedule.warmup, rule, "lower it, or raise steps"))
-    return out + loss_problems(c) + source_problems(c)
+    return out + optimizer_problems(c) + loss_problems(c) + source_problems(c) + system_problems(c)
 
 
 def parse(data: Mapping[str, Any], source: str = "") -> TrainConfig:

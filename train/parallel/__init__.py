@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from train.parallel.compiling import Shapes, choose_compile, compile_layer
+from train.parallel.device import choose_device, describe
 from train.parallel.limits import check
-from train.parallel.mesh import Degrees, Ranks, choose_device, degrees, ranks, world_size
+from train.parallel.mesh import Degrees, Ranks, degrees, ranks, world_size
+from train.parallel.peak import peak_flops
 from train.parallel.pipeline import Stage, check_passes, spans
-from train.parallel.precision import DTYPES, autocast, choose_precision
-from train.parallel.shard import accumulating, like, settle, shard, whole
+from train.parallel.precision import DTYPES, Scaler, autocast, choose_precision, convert_to_fp8, prepare, scaler
+from train.parallel.recompute import recomputing
+from train.parallel.shard import accumulating, allocate, like, settle, shard, whole
 
 __all__ = [
     "DTYPES",
     "Degrees",
     "Ranks",
+    "Scaler",
+    "Shapes",
     "Stage",
     "accumulating",
+    "allocate",
     "autocast",
     "check",
     "check_passes",
+    "choose_compile",
     "choose_device",
     "choose_precision",
+    "compile_layer",
+    "convert_to_fp8",
     "degrees",
+    "describe",
     "like",
+    "peak_flops",
+    "prepare",
     "ranks",
+    "recomputing",
+    "scaler",
     "settle",
     "shard",
     "spans",

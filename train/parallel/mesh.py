@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from spec.errors import UserError
 from train.config import Parallel
+from train.parallel.device import BACKENDS, choose_device
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -130,36 +131,29 @@ class Ranks:
         return self.gather(value if self.first else None)[0]
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then the CPU. Raises `UserError` for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: {name} is not there (torch sees {torch.cuda.device_count()} CUDA devices)")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device: mps is not there (use cpu)")
-    return device
-
-
 def world_size() -> int:
     """Ranks that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
-def ranks(device: str, parallel: Parallel) -> Iterator[Ranks]:
-    """The process group of a torchrun launch (NCCL on CUDA, gloo elsewhere), or this process alone."""
+def ranks(device: str, parallel: Parallel, *, grouped: bool = False) -> Iterator[Ranks]:
+    """The process group of a torchrun launch (NCCL on CUDA, gloo elsewhere), or this process alone; `grouped` makes a
+    group of one rank, too."""
     world = world_size()
     found = degrees(parallel, world)
-    if world == 1:
-        yield Ranks(0, 1, choose_device(device))
-        return
     chosen = choose_device(device)
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if world == 1 and not grouped:
+        yield Ranks(0, 1, chosen)
+        return
+    if chosen.type in BACKENDS:
+        chosen = torch.device(chosen.type, int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
+        torch.accelerator.set_device_index(chosen.index)
+    backend = f"cpu:gloo,{chosen.type}:{BACKENDS[chosen.type]}" if chosen.type in BACKENDS else "gloo"
+    if world > 1:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     from torch.distributed.device_mesh import init_device_mesh
 
     shape = tuple(getattr(found, d) for d in DIMENSIONS)

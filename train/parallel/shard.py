@@ -23,12 +23,20 @@ def policy(precision: str, stored: torch.dtype) -> MixedPrecisionPolicy:
     """In which numbers FSDP gathers weights and reduces gradients."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    half = None if precision == "float32" else DTYPES[precision]
+    half = None if DTYPES[precision] == torch.float32 else DTYPES[precision]
     return MixedPrecisionPolicy(half, reduce_dtype=stored if stored == torch.float64 else torch.float32)
 
 
-def shard(decoder: Decoder, ranks: Ranks, precision: str, wraps: Iterable[Callable[[Block], None]] = ()) -> None:
+def shard(
+    decoder: Decoder,
+    ranks: Ranks,
+    precision: str,
+    wraps: Iterable[Callable[[Block], None]] = (),
+    *,
+    offload: bool = False,
+) -> None:
     """Divide a decoder, or a pipeline's stage of one, among the ranks; on the meta device no rank ever has it whole.
+    A process without a group has it whole.
 
     Tensor and expert parallelism first, then what `wraps` do to each block (checkpointing, compiling), then FSDP2:
     every block is a group, the rest (a tied embedding serves the head too) the root. Gradients are summed, not
@@ -37,9 +45,13 @@ def shard(decoder: Decoder, ranks: Ranks, precision: str, wraps: Iterable[Callab
     Weights that several ranks divide among them are sharded over `dp`. All others are sharded over dp x tp, whose
     ranks have different tokens.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
-    assert ranks.mesh is not None, "several ranks"
+    if ranks.mesh is None:
+        for block in blocks(decoder):
+            for wrap in wraps:
+                wrap(block)
+        return
     d = ranks.degrees
     if d.tp > 1:
         tensor_parallel(decoder, ranks.mesh["tp"])
@@ -51,6 +63,8 @@ def shard(decoder: Decoder, ranks: Ranks, precision: str, wraps: Iterable[Callab
         for wrap in wraps:
             wrap(block)
     options: Any = {"mp_policy": policy(precision, next(decoder.parameters()).dtype)}
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type != "cpu")
     for block in blocks(decoder):
         fully_shard(block, mesh=mesh, shard_placement_fn=placement, **options)
     fully_shard(decoder, mesh=whole_mesh, **options)
@@ -91,6 +105,15 @@ def _divide_experts(
         return None if found is None else ShardPlacementResult(None, found)
 
     return whole_mesh, placement
+
+
+def allocate(decoder: nn.Module, device: torch.device, *, offload: bool = False) -> None:
+    """Memory for a decoder that was built on the meta device: on `device`, with `offload` only what is no parameter."""
+    decoder.to_empty(device="cpu" if offload else device)
+    if offload:
+        for module in decoder.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def accumulating(decoder: nn.Module, last: bool) -> None:
