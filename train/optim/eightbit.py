@@ -1,8 +1,9 @@
 """torchao's AdamW with moments of 8 bits, in blocks that lie within rows.
 
 torchao cuts a shard's flattened numbers into blocks of 256, so that how a tensor is sharded decides which numbers share
-a scale, and a checkpoint of four ranks can't be read by two. Here a block is a part of one row, of 256 numbers or of
-the largest power of two below that divides the row: rows go where they like, and take their scales with them.
+a scale, and a checkpoint of four ranks can't be read by two. Here a block is a part of one row, and of an eighth of it:
+the largest power of two up to 256 that divides the eighth. Rows go where they like and take their scales with them, and
+up to eight ranks may share a row.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def block(p: Tensor) -> int:
     same on all ranks, and so is the answer.
     """
     whole: torch.Size = getattr(p, "whole", p.shape)
-    if len(whole) != 2 or whole.numel() < SMALLEST:
+    if len(whole) != 2 or whole.numel() < SMALLEST or whole[1] % 8:
         return 0
-    found = math.gcd(getattr(p, "columns", whole[1]), 256)
-    return found if found >= 32 else 0
+    found = math.gcd(whole[1] // 8, 256)
+    return found if found >= 16 and getattr(p, "columns", whole[1]) % found == 0 else 0
 
 
 class AdamW8bit(_AdamW8bit):

@@ -107,9 +107,9 @@ class Local:
         assert t.shape[0] == here.shape[0] and (not columns or t.shape[1] * columns == here.shape[1]), self.name
         return shard(t, p, (p.shape[0], p.shape[1] // columns) if columns else p.shape)
 
-    def parts(self, t: Tensor) -> Sequence[Tensor]:
-        """The pieces' tensors of an entry, which may also be whole on every rank."""
-        return t.unbind() if self.experts > 1 else [like_shard(t, self.parameter)]
+    def parts(self, t: Tensor, count: int) -> Sequence[Tensor]:
+        """The `count` tensors of an entry, which may also be whole on every rank."""
+        return t.unbind() if count > 1 else [like_shard(t, self.parameter)]
 
     def _columns(self) -> int:
         """The width of a rank's part of a row; 1 where the ranks' differ."""
@@ -188,9 +188,9 @@ class Owned(Local):
         """A state tensor of the pieces as checkpoints have it: whole, on its owner alone."""
         return torch.stack(tuple(values)) if len(values) > 1 else values[0]
 
-    def parts(self, t: Tensor) -> Sequence[Tensor]:
-        """The pieces' tensors of an entry."""
-        return t.unbind() if self.experts > 1 else [whole(t)]
+    def parts(self, t: Tensor, count: int) -> Sequence[Tensor]:
+        """The `count` tensors of an entry."""
+        return t.unbind() if count > 1 else [t]
 
 
 def owners(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:

@@ -124,7 +124,7 @@ def load_state(optimizer: Optimizer, decoder: nn.Module, tensors: Mapping[str, T
             continue
         counted.add((id(part), index))
         for path, leaves in found.items():
-            values = share.parts(tensors[f"{share.name}/{path}"])
+            values = share.parts(tensors[f"{share.name}/{path}"], len(leaves))
             for leaf, value in zip(leaves, values, strict=True):
                 leaf.put(value)
     for part in optimizer.parts:
@@ -152,15 +152,10 @@ def _begin(optimizer: Optimizer) -> None:
 
 def _compare(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> None:
     """Each parameter has all of its entries or none, of the same shapes."""
-    names = {k.partition("/")[0] for k in ours}
-    mine, saved = ({n: {} for n in names} for _ in range(2))
-    for source, out in ((ours, mine), (theirs, saved)):
-        for key, shape in source.items():
-            name, _, path = key.partition("/")
-            if name in names and path not in ("ema", "updates"):
-                out[name][path] = shape
-    for name, shapes in saved.items():
-        if shapes and shapes.keys() != mine[name].keys():
+    mine, saved = (_by_name(t) for t in (ours, theirs))
+    for name in mine.keys() & saved.keys():
+        shapes = saved[name]
+        if shapes.keys() != mine[name].keys():
             has, needs = sorted(shapes), sorted(mine[name])
             raise UserError(
                 f"{name}: the checkpoint has the optimizer state {has}, and optimizer.kind needs {needs} "
@@ -172,3 +167,13 @@ def _compare(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int
                     f"{name}/{path}: {shape} in the checkpoint, and this run needs {mine[name][path]} (go on with the "
                     "optimizer.options and parallel.tp that the run began with)"
                 )
+
+
+def _by_name(entries: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Each parameter's state, without the average."""
+    out: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for key, shape in entries.items():
+        name, _, path = key.partition("/")
+        if path != "ema" and name != "ema":
+            out[name][path] = shape
+    return out
