@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from train.checkpoint.files import write
-from train.checkpoint.folder import CONFIG, STATE, TENSORS, RunFolder, clear, newest, number, occupied, steps
+from train.checkpoint.folder import CONFIG, STATE, TENSORS, RunFolder, clear, newest, number, occupied, steps, unsaved
 from train.checkpoint.saver import Best, Saver, best_of
 from train.checkpoint.state import read, restore
 
@@ -22,5 +22,6 @@ __all__ = [
     "read",
     "restore",
     "steps",
+    "unsaved",
     "write",
 ]

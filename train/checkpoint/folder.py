@@ -29,6 +29,7 @@ from train.checkpoint.files import flush, write
 STATE, TENSORS, CONFIG = "training/state.json", "training/tensors", "training/config.yaml"
 SHARDS = "model-step-*-of-*.safetensors"
 """What OUT calls the weights where they are several files: each step has names of its own."""
+UNSAVED = {"training", "checkpoints", "exports"}
 OURS = ("spec.yaml", WEIGHTS, INDEX, "tokenizer.json", "tokenizer_config.json", "training", "checkpoints", "exports")
 """What a run owns in its folder, beside `SHARDS`."""
 
@@ -167,6 +168,11 @@ def number(folder: Path) -> int:
 def occupied(out: Path) -> str | None:
     """The first thing in `out` that a new run would overwrite."""
     return next((name for name in OURS if (out / name).exists()), None)
+
+
+def unsaved(out: Path) -> bool:
+    """Whether a run was begun there that ended before its first checkpoint: no weights are lost with it."""
+    return (out / CONFIG).is_file() and newest(out) is None and {n for n in OURS if (out / n).exists()} <= UNSAVED
 
 
 def clear(out: Path) -> None:

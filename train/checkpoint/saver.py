@@ -162,7 +162,7 @@ class Saver:
 
     def _exported(self, step: int) -> bool:
         c = self.config
-        return bool(c.export) and (step == self._last or ((c.export_every or 0) and step % c.export_every == 0))
+        return bool(c.export) and (step == self._last or (c.export_every is not None and step % c.export_every == 0))
 
     def _first(self, *actions: Callable[[], Any]) -> None:
         """Do it on the first rank."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -79,7 +79,7 @@ def save(tensors: Mapping[str, Tensor], folder: Path, group: Any) -> None:
     group: of all ranks; none for a single process. A tensor that several ranks have whole is written once. Raises
     `CheckpointException` on every rank where one fails.
     """
-    dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group, no_dist=group is None)
+    state_dict_saver.save(dict(tensors), storage_writer=_Writer(folder), process_group=group, no_dist=group is None)
 
 
 class _Records(pickle.Unpickler):
@@ -128,7 +128,7 @@ class Reader(FileSystemReader):
 
         Raises `CheckpointException` where something is missing, has another shape or is damaged.
         """
-        dcp.load(dict(into), storage_reader=self, process_group=group, no_dist=group is None)
+        state_dict_loader.load(dict(into), storage_reader=self, process_group=group, no_dist=group is None)
 
 
 __all__ = ["CheckpointException", "Reader", "Stager", "quiet", "reason", "save"]
