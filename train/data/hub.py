@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 NAME = re.compile(r"(?P<path>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<revision>.+))?")
 ROWS, BYTES = 50_000, 128 * 2**20
 """Rows and bytes of text, about, in a file at most."""
-DONE = "done.json"
+DONE, ROWS_FOLDER = "done.json", "rows"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def fetch(source: Source, cache: Path) -> Path:
     folder = cache / f"hf-{hashlib.sha256(repr(wanted).encode()).hexdigest()[:32]}"
     if not (folder / DONE).is_file():
         try:
-            folder.mkdir(exist_ok=True)
+            (folder / ROWS_FOLDER).mkdir(parents=True, exist_ok=True)
             _stream(dataset, revision, source, folder)
         except UserError:
             raise
@@ -74,7 +74,7 @@ def fetch(source: Source, cache: Path) -> Path:
                 told = f"cannot store the dataset: {e.strerror}; what is fetched is kept (try --data.cache FOLDER)"
                 raise UserError(f"{folder}: {told}") from None
             raise _failed(source, e) from None
-    return folder
+    return folder / ROWS_FOLDER
 
 
 def _state(folder: Path) -> list[tuple[str, int, int]]:
@@ -95,7 +95,7 @@ def _stream(dataset: Dataset, revision: str | None, source: Source, folder: Path
         rows.load_state_dict(at["stream"])
     log.warning("%s: fetching%s", source.source, f" from row {at['rows']:,} on" if at["rows"] else "")
     for group in _groups(rows, source, at["rows"]):
-        path = folder / f"{at['files']:05d}.parquet"
+        path = folder / ROWS_FOLDER / f"{at['files']:05d}.parquet"
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             pq.write_table(pa.Table.from_pylist(group), partial, compression="zstd")

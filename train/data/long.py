@@ -25,23 +25,13 @@ SAFE = re.compile(r"[^\W\d_](?= [^\W\d_])")
 
 def encode(tok: TextTokenizer, texts: Sequence[str]) -> Iterator[NDArray[np.int64]]:
     """Ids of each text, without special tokens."""
-    skip = None
-    if any(len(t) > 2 * PIECE for t in texts):
-        skip = _skipped(tok)
-    short = [t for t in texts if skip is None or len(t) <= 2 * PIECE]
-    ids = iter(tok.encode(short))
-    for t in texts:
-        if skip is None or len(t) <= 2 * PIECE:
+    whole = [len(t) <= 2 * PIECE or tok.seam is None for t in texts]
+    ids = iter(tok.encode([t for t, w in zip(texts, whole, strict=True) if w]))
+    for t, w in zip(texts, whole, strict=True):
+        if w:
             yield np.array(next(ids), np.int64)
         else:
-            pieces = [np.array(tok.encode([p])[0], np.int64) for p in _cut(t, skip)]
-            yield np.concatenate(pieces)
-
-
-def _skipped(tok: TextTokenizer) -> int | None:
-    """Spaces that a piece leaves out at its beginning, since the tokenizer puts one there; none = it can't be cut."""
-    whole, first, kept, left = tok.encode(["before after", "before", " after", "after"])
-    return 0 if whole == first + kept else 1 if whole == first + left else None
+            yield np.concatenate([np.array(tok.encode([p])[0], np.int64) for p in _cut(t, tok.seam or 0)])
 
 
 def _cut(text: str, skip: int) -> Iterator[str]:

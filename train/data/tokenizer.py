@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,9 @@ not for the newer patterns' case-insensitive parts."""
 
 SAMPLE = 64 * 2**20
 """Bytes of text that a tokenizer is trained on at most."""
+
+ACROSS = re.compile(r"[^\W_▁Ġ][▁Ġ ]")
+"""A letter, and a space as tokenizers write it: a token that begins in one word and ends in another."""
 
 VERSION = 2
 """Part of the cache's key: raise it when training changes."""
@@ -113,6 +117,15 @@ class TextTokenizer:
         if found is None:
             raise UserError(f"tokenizer_config.json: {field} {token!r} is not in the vocabulary")
         return found
+
+    @cached_property
+    def seam(self) -> int | None:
+        """How a text goes on behind a cut before a space between letters, so that its tokens stay the same: with the
+        space (0), or without it (1) where the tokenizer puts one before a text; none = it can't be cut there."""
+        if any(ACROSS.search(token) for token in self.fast.get_vocab()):
+            return None
+        whole, first, kept, left = self.encode(["before after", "before", " after", "after"])
+        return 0 if whole == first + kept else 1 if whole == first + left else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of whole texts, without special tokens."""

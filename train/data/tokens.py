@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,8 @@ def make(job: Job, shard: int, progress: Callable[[int], None] = lambda n: None)
         _rename(partial, job.record(shard))
     finally:
         for stream in streams:
-            stream.file.close()
+            with suppress(OSError):  # what could not be written still can't
+                stream.file.close()
             Path(stream.file.name).unlink(missing_ok=True)
 
 
@@ -231,7 +233,12 @@ def _save(path: Path, values: NDArray[Any]) -> None:
 
 
 def _rename(partial: Path, path: Path) -> None:
-    partial.replace(path)
+    """Give a file its name. Whoever finished the folder meanwhile has the same file, and swept up ours."""
+    try:
+        partial.replace(path)
+    except FileNotFoundError:
+        if not path.is_file():
+            raise
 
 
 def _finish(job: Job) -> None:
@@ -256,6 +263,8 @@ def _finish(job: Job) -> None:
     partial = meta.with_name(f".{meta.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps({name: [r[name] for r in records] for name in SPLITS}), encoding="utf-8")
     _rename(partial, meta)
+    for left in job.folder.glob(".*.partial"):  # by processes that were killed
+        left.unlink(missing_ok=True)
 
 
 def _open(job: Job, name: str, source: str) -> Split:

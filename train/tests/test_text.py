@@ -1,89 +1,248 @@
-"""Corpus, tokenizer and token data."""
+"""Sources, the documents in them, and the tokenizer."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spec.errors import UserError
-from train.data import corpus, tokenizer
-from train.data.batches import IGNORE, Batches, DataState, Sequences, validation_rows
-from train.data.store import Split
+from train.config.sources import Source
+from train.data import corpus, pieces, rows, tokenizer
+from train.data.corpus import Corpus
 from train.data.tokenizer import END, TextTokenizer
-from train.data.tokens import prepare
 from train.tests.conftest import write_text
+
+
+def read(path: Path | str, validation: float = 0.1, **columns: Any) -> Corpus:
+    return corpus.read(Source(source=str(path), **columns), validation)
+
+
+def texts(path: Path | str, **columns: Any) -> list[Any]:
+    return [d.content for d in read(path, **columns).documents()]
+
+
+def plain(found: Corpus, held_out: bool | None = None) -> list[str]:
+    return [d.content for d in found.documents(held_out) if isinstance(d.content, str)]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    documents = corpus.read(str(write_text(tmp_path_factory.mktemp("text"))), 0.1).train
-    return tokenizer.train(documents, 400, 32)
+    return tokenizer.train(plain(read(write_text(tmp_path_factory.mktemp("text"))), False), 400, 32)
 
 
 def test_the_standard_library_is_there_without_tests_and_held_out_by_file() -> None:
-    found = corpus.read("stdlib", 0.05)
+    found = read("stdlib", 0.05)
     assert found.size > 4e6
-    names = {d.name for d in found.train} | {d.name for d in found.validation}
+    names = {p.name for p in found.parts}
     assert {"typing.py", "json/decoder.py"} <= names
     assert not any(part in ("test", "tests", "idlelib", "site-packages") for n in names for part in n.split("/"))
-    assert not {d.name for d in found.train} & {d.name for d in found.validation}
-    assert 0.005 < sum(d.size for d in found.validation) / found.size < 0.2
-    assert corpus.read("stdlib", 0.05) == found
+    held, rest = (list(found.documents(which)) for which in (True, False))
+    assert not {d.part.name for d in held} & {d.part.name for d in rest}
+    assert 0.005 < sum(d.bytes for d in held) / found.size < 0.2
+    assert read("stdlib", 0.05) == found
     root = Path(sysconfig.get_path("stdlib"))
-    assert sum(d.size for d in (*found.train, *found.validation) if d.name == "typing.py") == (
-        (root / "typing.py").stat().st_size
-    )
+    assert sum(d.bytes for d in (*held, *rest) if d.part.name == "typing.py") == (root / "typing.py").stat().st_size
 
 
-@pytest.mark.parametrize("line", ["wörter und λ\n", "ohne Zeilenende λ", "x"])
+@pytest.mark.parametrize("line", ["wörter und λ\n", "ohne Zeilenende λ", "x", "λ", "\n"])
 def test_a_large_file_is_cut_without_loss(line: str, tmp_path: Path) -> None:
     path = tmp_path / "large.txt"
     text = line * 60_000
     path.write_text(text, encoding="utf-8")
-    found = corpus.read(str(path), 0.1)
-    documents = sorted((*found.train, *found.validation), key=lambda d: d.start)
+    found = read(path)
+    documents = plain(found)
     assert len(documents) >= 10
-    assert found.validation
-    assert "".join(d.text() for d in documents) == text
+    assert plain(found, True)
+    assert "".join(documents) == text
+    if "\n" in line:
+        assert all(d.endswith("\n") for d in documents)
+    (tmp_path / "large.txt.gz").write_bytes(gzip.compress(text.encode()))
+    path.unlink()
+    assert "".join(texts(tmp_path / "large.txt.gz")) == text
+
+
+@given(text=st.text(st.sampled_from("aλ €😀\n"), min_size=1, max_size=9000), piece=st.integers(16, 200))
+def test_parts_of_a_text_are_read_by_themselves_and_join_to_it(text: str, piece: int, tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.txt"
+    data = text.encode()
+    path.write_bytes(data)
+    parts = list(pieces.parts(path, "any", "0", len(data), piece, by_file=False))
+    read = {n: "".join(str(d.content) for d in pieces.read(p)) for n, p in reversed(list(enumerate(parts)))}
+    assert "".join(read[n] for n in range(len(parts))) == text
+    keys = [key for p in parts for key in pieces.keys(p)]
+    assert [d.key for p in parts for d in pieces.read(p)] == keys
 
 
 def test_a_new_file_moves_no_other(tmp_path: Path) -> None:
     folder = write_text(tmp_path / "text", files=200)
-    before = corpus.read(str(folder), 0.2)
+    before = read(folder, 0.2)
     (folder / "another.txt").write_text("another\n", encoding="utf-8")
-    after = corpus.read(str(folder), 0.2)
-    assert {d.name for d in before.validation} == {d.name for d in after.validation} - {"another.txt"}
+    after = read(folder, 0.2)
+    assert set(plain(before, True)) == set(plain(after, True)) - {"another\n"}
     assert before.hash != after.hash
 
 
 def test_what_is_not_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match="no text in it"):
-        corpus.read(str(tmp_path), 0.1)
+        read(tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        read(tmp_path / "nowhere")
     (tmp_path / "bad.txt").write_bytes(b"fine so far \xe2\x28 not here")
     with pytest.raises(UserError, match=r"bad\.txt: not UTF-8 at byte 12"):
-        corpus.read(str(tmp_path), 0.1)
+        read(tmp_path)
     (tmp_path / "bad.txt").write_bytes("cut: ä".encode()[:-1])
     with pytest.raises(UserError, match=r"bad\.txt: not UTF-8 at byte 5"):
-        corpus.read(str(tmp_path), 0.1)
+        read(tmp_path)
     (tmp_path / "bad.txt").write_bytes("ä".encode() * (2**19) + b"\xff")
     with pytest.raises(UserError, match=rf"bad\.txt: not UTF-8 at byte {2**20}"):
-        corpus.read(str(tmp_path), 0.1)
+        read(tmp_path)
 
 
 def test_binary_files_are_left_out(tmp_path: Path) -> None:
     write_text(tmp_path, files=2)
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
-    found = corpus.read(str(tmp_path), 0.1)
-    assert {d.name for d in (*found.train, *found.validation)} == {"file00.txt", "file01.txt"}
+    assert {p.name for p in read(tmp_path).parts} == {"file00.txt", "file01.txt"}
+
+
+ROWS = [{"text": f"row {n} größe\n", "n": n, "other": {"a": [n]}} for n in range(50)]
+
+
+def jsonl(rows: list[Any]) -> bytes:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+
+
+def write_rows(path: Path) -> Path:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=7)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(jsonl(ROWS)))
+    elif path.suffix == ".zst":
+        with pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd") as f:
+            f.write(jsonl(ROWS))
+    else:
+        path.write_bytes(jsonl(ROWS))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_every_format_has_the_same_documents(name: str, tmp_path: Path) -> None:
+    found = read(write_rows(tmp_path / name))
+    assert plain(found) == [r["text"] for r in ROWS]
+    held = plain(found, True)
+    assert 0 < len(held) < 20
+    assert held == plain(read(write_rows(tmp_path / "b.jsonl")), True)
+
+
+def test_a_folder_of_any_mix(tmp_path: Path) -> None:
+    for name in ("a.jsonl.zst", "b.parquet", "c/d.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_rows(tmp_path / name)
+    (tmp_path / "z.txt").write_text("plain text", encoding="utf-8")
+    (tmp_path / ".hidden.jsonl").write_text("not JSON", encoding="utf-8")
+    assert texts(tmp_path) == [r["text"] for r in ROWS] * 3 + ["plain text"]
+
+
+def test_lines_lie_in_one_part_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_rows(tmp_path / "a.jsonl")
+    for step in (1, 7, 64, 10_000):
+        monkeypatch.setattr(rows, "STEP", step)
+        assert texts(path) == [r["text"] for r in ROWS]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_missing_column_names_those_that_are_there(name: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / name)
+    with pytest.raises(UserError, match=r"no column 'body'; there are: n, other, text .*--data.text"):
+        texts(path, text="body")
+    with pytest.raises(UserError, match=r"no column 'messages'; there are: n, other, text .*--data.messages"):
+        texts(path, messages="messages")
+    with pytest.raises(UserError, match=r"(line|row) 1: column 'n' holds a int, not text"):
+        texts(path, text="n")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'{"text": "a"}\n{"text": "b"\n', "a.json: line 2: not JSON"),
+        (b'[{"text": "a"}]\n', "line 1: a list, but rows are JSON objects .*jq"),
+        (b'{\n "text": "a"\n}\n', "line 1: not JSON: .*one JSON object a line"),
+        (b'{"text": "a"}\n\n5\n', "line 3: a int, but rows are JSON objects"),
+        (b'{"text": "\xff"}\n', "not UTF-8 at byte 10"),
+        (b'{"messages": [], "n": 1}\n', "no column 'text'; there are: messages, n .*--data.messages messages"),
+    ],
+)
+def test_bad_lines_are_named(content: bytes, why: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=why):
+        texts(tmp_path)
+
+
+def test_rows_without_text_are_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": ""}\n{"text": null}\n{"text": "a"}\n')
+    assert texts(tmp_path / "a.jsonl") == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.txt.gz"])
+def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(b"PAR1 is how one begins, or \x1f\x8b, but this is neither")
+    with pytest.raises(UserError, match=name):
+        texts(tmp_path)
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(jsonl(ROWS))[:200])
+        with pytest.raises(UserError, match=name):
+            texts(tmp_path)
+
+
+def test_a_row_too_long_for_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.data import digests
+
+    for module in (digests, rows):
+        monkeypatch.setattr(module, "LONGEST", 2**21)
+    long = jsonl([{"text": "fine"}, {"text": "x" * 2**22}])
+    (tmp_path / "a.jsonl").write_bytes(long)
+    with pytest.raises(UserError, match=r"line 2: the row is longer than 2 MiB .*split it"):
+        texts(tmp_path)
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(long))
+    with pytest.raises(UserError, match="line 2: the row is longer"):
+        texts(tmp_path)
+
+
+def test_hashes_of_large_files_are_remembered_until_they_change(tmp_path: Path) -> None:
+    import os
+
+    from train.data import digests
+
+    path, cache = tmp_path / "large.txt", tmp_path / "cache"
+    cache.mkdir()
+    path.write_bytes(b"line\n" * 10**6)
+    first = digests.digest(path, "text", cache)
+    assert not list(cache.rglob("*.json"))  # it may still change within the clock's step
+    old = path.stat().st_mtime - 100
+    os.utime(path, (old, old))
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(digests, "SETTLED", -1.0)
+    assert digests.digest(path, "text", cache) == first
+    assert len(list(cache.rglob("*.json"))) == 1
+    monkey.setattr(digests, "_scan", lambda *a: pytest.fail("hashed twice"))
+    assert digests.digest(path, "text", cache) == first
+    monkey.undo()
+    path.write_bytes(b"LINE\n" * 10**6)
+    os.utime(path, (old, old))  # the same size and time, but not the same change
+    assert digests.digest(path, "text", cache) != first
 
 
 @given(text=st.text(st.characters(codec="utf-8"), max_size=200))
@@ -100,7 +259,7 @@ def test_special_tokens_in_the_text_are_text(trained: TextTokenizer) -> None:
 
 
 def test_every_row_is_a_token_and_training_is_deterministic(tmp_path: Path) -> None:
-    documents = corpus.read(str(write_text(tmp_path / "text")), 0.1).train
+    documents = plain(read(write_text(tmp_path / "text")), False)
     found = tokenizer.train(documents, 5000, 32)
     assert sorted(found.fast.get_vocab().values()) == list(range(5000))
     assert any(t.startswith("<|unused_") for t in found.fast.get_vocab())
@@ -133,88 +292,6 @@ def test_tokenizers_that_cannot_be_used_are_named(trained: TextTokenizer, tmp_pa
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(UserError, match=r"eos_token '<\|nowhere\|>' is not in the vocabulary"):
         _ = tokenizer.load(tmp_path).eos
-
-
-def test_tokens_are_cached_by_content(trained: TextTokenizer, tmp_path: Path) -> None:
-    folder, cache = write_text(tmp_path / "text"), tmp_path / "cache"
-    cache.mkdir()
-    seen: list[int] = []
-    first = prepare(corpus.read(str(folder), 0.2), trained, cache, seen.append)
-    assert sum(seen) == first.train[0].bytes + first.validation[0].bytes
-    again = prepare(corpus.read(str(folder), 0.2), trained, cache, lambda n: pytest.fail("tokenised twice"))
-    assert np.array_equal(first.train[0].tokens[:], again.train[0].tokens[:])
-    (folder / "file00.txt").write_text("changed", encoding="utf-8")
-    assert prepare(corpus.read(str(folder), 0.2), trained, cache).fingerprint != first.fingerprint
-    texts = trained.fast.decode(list(first.validation[0].tokens[:]), skip_special_tokens=False).split(END)
-    held = sorted(corpus.read(str(folder), 0.2).validation, key=lambda d: d.name)
-    assert {d.text() for d in held if d.name != "file00.txt"} <= set(texts)
-
-
-def stream(*documents: list[int]) -> Split:
-    offsets = np.cumsum([0, *(len(d) + 1 for d in documents)])
-    return Split(np.array([0, *(t for d in documents for t in [*d, 0])], np.uint16), offsets, 100, 1)
-
-
-def counted(count: int) -> Split:
-    return Split(np.arange(count, dtype=np.uint16), np.array([0, count]), 1)
-
-
-def test_every_epoch_has_every_sequence_once_in_another_order() -> None:
-    sequences = Sequences(counted(4 * 25 + 1), 4, 0, 0, False)
-    batches = Batches(sequences, DataState("f", seed=3))
-    rows = [batches.next(5, 5)[0][0].ids for _ in range(10)]
-    first, second = np.concatenate(rows[:5])[:, 0] // 4, np.concatenate(rows[5:])[:, 0] // 4
-    assert sorted(first) == sorted(second) == list(range(25))
-    assert list(first) != list(second)
-    s = batches.state
-    assert (s.epoch, s.batches, s.sequences, s.tokens) == (2, 10, 50, 200)
-
-
-@pytest.mark.parametrize(("micro", "world"), [(1, 1), (2, 1), (1, 2), (2, 4)])
-def test_the_order_depends_neither_on_ranks_nor_on_accumulation(micro: int, world: int) -> None:
-    sequences = Sequences(counted(4 * 25 + 1), 4, 0, 0, False)
-    whole, valid = Batches(sequences, DataState("f")).next(8, 8)
-    shares = [Batches(sequences, DataState("f")).next(8, micro, r, world) for r in range(world)]
-    assert {v for _, v in shares} == {valid} == {32}
-    turns = zip(*(share for share, _ in shares), strict=True)
-    assert np.array_equal(np.concatenate([rows.ids for turn in turns for rows in turn]), whole[0].ids)
-
-
-def test_masked_documents_end_but_do_not_predict_each_other() -> None:
-    rows = Sequences(stream([5, 6], [7], [8, 9]), 8, 0, 0, True).rows([0])
-    assert rows.ids.tolist() == [[0, 5, 6, 0, 7, 0, 8, 9]]
-    assert rows.targets.tolist() == [[5, 6, 0, 7, 0, 8, 9, 0]]
-    assert rows.segments is not None
-    assert np.diff(rows.segments[0]).tolist() == [0, 0, 1, 0, 1, 0, 0]
-    # With a beginning of its own (1), an end (0) does not predict it.
-    split = Split(np.array([1, 5, 6, 0, 1, 7, 0, 1, 8], np.uint16), np.array([0, 9]), 100)
-    rows = Sequences(split, 8, 0, 1, True).rows([0])
-    assert rows.targets.tolist() == [[5, 6, 0, IGNORE, 7, 0, IGNORE, 8]]
-    assert rows.segments is not None
-    assert np.diff(rows.segments[0]).tolist() == [0, 0, 0, 1, 0, 0, 1]
-    # Without one, the token behind an end begins the next document.
-    split = Split(np.array([5, 6, 0, 7, 0, 8, 9], np.uint16), np.array([0, 9]), 100)
-    rows = Sequences(split, 6, 0, None, True).rows([0])
-    assert rows.targets.tolist() == [[6, 0, IGNORE, 0, IGNORE, 9]]
-
-
-def test_a_stream_shorter_than_a_sequence_is_padded_without_targets() -> None:
-    sequences = Sequences(stream([5, 6]), 8, 0, 0, False)
-    assert sequences.count == 1
-    rows = sequences.rows([0])
-    assert rows.ids.tolist() == [[0, 5, 6, 0, 0, 0, 0, 0]]
-    assert rows.targets.tolist() == [[5, 6, 0] + [IGNORE] * 5]
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_validation_scores_the_same_tokens_on_any_number_of_ranks(world: int) -> None:
-    sequences = Sequences(counted(4 * 10 + 1), 4, 0, 0, False)
-    shares = [list(validation_rows(sequences, 28, 2, r, world)) for r in range(world)]
-    assert len({len(s) for s in shares}) == 1
-    targets = np.concatenate([r.targets.ravel() for s in shares for r in s])
-    whole = np.concatenate([r.targets.ravel() for r in validation_rows(sequences, 28, 7)])
-    assert sorted(targets[targets != IGNORE]) == sorted(whole)
-    assert len(whole) == 28
 
 
 def test_a_cache_that_cannot_be_written_is_named(
