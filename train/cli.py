@@ -63,6 +63,8 @@ def train(
     force: Annotated[bool, Flag] = False,
     stop_after: int | None = None,
     check: Annotated[bool, Flag] = False,
+    ranks: int | None = None,
+    json: Annotated[bool, Flag] = False,
     options: Annotated[TrainConfig | None, Parameter(name="*")] = None,
 ) -> int:
     """Train.
@@ -82,6 +84,10 @@ def train(
         Save and stop after this step, as a preemption would; the schedule stays that of --steps.
     check
         Print the plan and which backends can carry the spec, and train nothing.
+    ranks
+        The plan of --check is for so many ranks; none = those that torchrun started, or that --parallel asks for.
+    json
+        Print the plan of --check as JSON.
     """
     from train.config import layered, read
 
@@ -93,6 +99,8 @@ def train(
         raise UserError(f"{given} and --force contradict each other (continue the run, or replace it)")
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after: {stop_after} must be at least 1")
+    if not check and (ranks is not None or json):
+        raise UserError("--ranks and --json belong to --check (torchrun --nproc-per-node N starts N ranks)")
     _need_torch()
     from rich.console import Console
 
@@ -101,7 +109,7 @@ def train(
     if check:
         from train.plan import show
 
-        show(settings, console)
+        show(settings, console, ranks, as_json=json)
         return 0
     from train import session
 

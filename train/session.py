@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,20 +16,22 @@ from rich.console import Console
 
 from backends.text import Text
 from backends.torch.model import Decoder
+from backends.torch.modules import Block
 from spec import cost
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import load as load_spec
 from spec.show import short
-from train import checkpoint, config, loop, optim, parallel, watch
+from train import checkpoint, config, loop, losses, optim, parallel, watch
+from train.checkpoint import init
 from train.config import TrainConfig
-from train.data import prepare, tokenizer
-from train.data.batches import Batches, DataState, Sequences
-from train.data.progress import shown
+from train.data import tokenizer
+from train.data.feed import feed, outlook
+from train.data.prepare import text
 from train.data.store import TokenData
-from train.data.tokens import cache_folder
 from train.engine import Engine, Pipelined, Whole
 from train.parallel import Ranks
+from train.parallel.peak import peak_flops
 from train.watch import portability, profile
 from train.watch.console import Progressing
 from train.watch.trackers import trackers
@@ -53,7 +56,7 @@ class Result:
 
 def out_folder(c: TrainConfig, spec: Spec | None = None) -> Path:
     """Where the run lives."""
-    return Path(c.out) if c.out is not None else Path("runs") / (spec or load_spec(c.spec)).name
+    return Path(c.out) if c.out is not None else Path("runs") / (spec or init.spec_of(c)).name
 
 
 def resumed(chosen: Mapping[str, Any]) -> tuple[TrainConfig, Path, list[str]]:
@@ -77,6 +80,18 @@ def resumed(chosen: Mapping[str, Any]) -> tuple[TrainConfig, Path, list[str]]:
     return changed, out, config.differences(saved, shown)
 
 
+def restarted() -> bool:
+    """Whether torchrun started this process again, since a rank was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def going_on(c: TrainConfig) -> tuple[bool, bool]:
+    """Whether to resume, and whether to replace what lies in the run's folder: what was begun there and saved nothing.
+    """
+    out = out_folder(c)
+    return checkpoint.newest(out) is not None, checkpoint.unsaved(out)
+
+
 @contextmanager
 def _first_rank_first(ranks: Ranks) -> Iterator[None]:
     """Rank 0 runs the block (and fills the caches) before the others do."""
@@ -85,35 +100,6 @@ def _first_rank_first(ranks: Ranks) -> Iterator[None]:
     yield
     if ranks.world > 1 and ranks.first:
         dist.barrier()
-
-
-def text(
-    c: TrainConfig, spec: Spec, console: Console, found_in: Path | None = None
-) -> tuple[tokenizer.TextTokenizer, TokenData]:
-    """The tokenizer (a resumed run has its own) and the tokens, from the cache where they are in it.
-
-    Raises `UserError` for a text or a tokenizer that cannot be used.
-    """
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    cache = cache_folder(c.data.cache)
-    found = prepare.read(c.data, cache)
-    say(f"data: {found.name}, {found.files:,} file(s), {found.size / 1e6:,.1f} MB")
-    tok = prepare.tokenizer_of(found, found_in or c.tokenizer, spec.vocab_size, spec.context, cache)
-    if tok.size > spec.vocab_size:
-        raise UserError(
-            f"spec.vocab_size: {spec.vocab_size} is fewer than the tokenizer's {tok.size} tokens (raise it)"
-        )
-    if tok.size < spec.vocab_size:
-        say(f"tokenizer: {tok.size} tokens; the spec's other {spec.vocab_size - tok.size} rows stay unused")
-    with shown(console, "tokenising", found.size) as progress:
-        data = prepare.tokenize(found, tok, cache, c.data.workers, progress)
-    for what, splits in (("to train on", data.train), ("held out", data.validation)):
-        tokens, documents = sum(len(s.tokens) for s in splits), sum(s.documents for s in splits)
-        say(f"tokens: {tokens:,} {what}, {documents:,} document(s)")
-    return tok, data
 
 
 def train(
@@ -126,7 +112,7 @@ def train(
 ) -> Result:
     """Run it. With `resume`, `c` is what `resumed` returned. Raises `UserError` for all that the user can fix."""
     console = console or Console()
-    with parallel.ranks(c.device, c.parallel) as ranks:
+    with parallel.ranks(c.device, c.parallel, grouped=c.memory.offload) as ranks:
         return _train(c, ranks, resume, force, stop_after, console)
 
 
@@ -136,56 +122,64 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     found = ranks.agree(checkpoint.newest(out_folder(c))) if resume else None
-    spec = load_spec(found if found is not None else c.spec)
+    with _first_rank_first(ranks):  # it may be fetched
+        spec = load_spec(found) if found is not None else init.spec_of(c)
     out = out_folder(c, spec)
     taken = checkpoint.occupied(out)
     if taken and not resume and not force:
         raise UserError(f"{out}: {taken} is already there (--resume continues the run, --force replaces it, or --out)")
     length = c.data.length or spec.context
+    losses.check(spec, c.experts)
     parallel.check(spec, ranks.degrees, length)
     shares = ranks.degrees.data
-    if c.batch.sequences % (shares * (c.batch.micro or 1)):
-        raise UserError(f"batch.sequences: {c.batch.sequences} is no multiple of {shares} ranks times batch.micro")
+    parallel.check_batch(c.batch, ranks.degrees)
+    stages = parallel.spans(spec, ranks.degrees.pp)
+    parallel.check_passes(c.parallel, c.batch.sequences // shares // (c.batch.micro or c.batch.sequences // shares))
+    precision, wraps = _arithmetic(c, ranks, say)
     folder = out / "training"
     chosen = trackers(c.watch, folder)
     if found is None:
-        portability.tell(spec, c.spec, c.quant, console if ranks.first else None)
+        portability.tell(spec, c.init or c.spec, c.quant, console if ranks.first else None)
     with _first_rank_first(ranks):
-        tok, data = text(c, spec, console if ranks.first else Console(quiet=True), found)
-    precision, why = parallel.choose_precision(c.precision, ranks.device)
-    say(f"device: {ranks.device}, {ranks.world} rank(s); {precision} ({why})")
-
-    stages = parallel.spans(spec, ranks.degrees.pp)
-    parallel.check_passes(c.parallel, c.batch.sequences // shares // (c.batch.micro or c.batch.sequences // shares))
+        tok, data = text(c, spec, console if ranks.first else Console(quiet=True), found or init.tokenizer_of(c))
+    batches, held_out = feed(c, data, length, ranks)
+    for line in outlook(batches, c.steps, c.batch.sequences):
+        say(f"order: {line}")
     with torch.device("meta"):  # so that no rank ever has the whole model
-        decoder = Decoder(spec, length=length)
+        decoder = Decoder(spec, length=length, attention=c.attention.kernel)
+    decoder.strict = not c.attention.allow_fallback
     if len(stages) > 1:
         decoder.keep(stages[ranks.place("pp")])
-    if ranks.world > 1:
-        parallel.shard(decoder, ranks, precision)
-    decoder.to_empty(device=ranks.device)
-    if found is None:
+    if precision == "fp8" and (kept := parallel.convert_to_fp8(decoder)):
+        say(f"fp8: {len(kept)} linears stay in bfloat16, since a width is no multiple of 16: {', '.join(kept[:3])} ...")
+    parallel.shard(decoder, ranks, precision, wraps, offload=c.memory.offload)
+    parallel.allocate(decoder, ranks.device, offload=c.memory.offload)
+    if found is None and c.init is not None:
+        init.fill(decoder, c.init)
+    elif found is None:
         decoder.init_weights(c.seed)
-    kernels = decoder.kernels(length, packed=c.data.document_mask, dtype=parallel.DTYPES[precision])
+    kernels = decoder.kernels(length, packed=batches.masked, dtype=parallel.DTYPES[precision])
     for reason, kernel in kernels.items():
         say(f"attention: {kernel} ({reason})")
+    objective = losses.build(losses.Setting(c, spec, tok, length, parallel.DTYPES[precision], ranks))
     torch.manual_seed(c.seed + ranks.rank)  # dropout
-    fingerprint = f"{data.fingerprint}:{length}"
-    cut = (length, data.eos, data.bos, c.data.document_mask)
     run = loop.Run(
         c,
         ranks,
         decoder,
-        _engine(c, decoder, ranks, precision),
+        _engine(c, decoder, ranks, precision, objective),
         optim.build(decoder, spec, c.optimizer),
-        Batches(Sequences(data.train[0], *cut), DataState(fingerprint, seed=c.seed)),
-        Sequences(data.validation[0], *cut) if data.validation else None,
+        batches,
+        held_out,
+        losses.Losses(objective, losses.routers_of(decoder, c.experts, ranks)),
+        scaler=parallel.scaler(precision),
     )
     best = None
     if found is not None:
         best = checkpoint.best_of(checkpoint.restore(run, found), found)
         say(f"resumed: step {run.step} of {c.steps}, {out}")
-    run.meter = watch.Meter(ranks.device, cost.training_flops(spec, length))
+    peak = peak_flops(ranks.device, precision, ranks.world)
+    run.meter = watch.Meter(ranks.device, cost.training_flops(spec, length), peak)
     run.sampler = _sampler(run, tok, data, say)
     files = checkpoint.RunFolder(out, spec, tok.files())
     last = min(c.steps, stop_after or c.steps)
@@ -195,7 +189,7 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
     traced = profile.span(c.profile) if c.profile is not None and ranks.first else range(0)
     tracer = watch.Profile(traced, folder / "profile", ranks.device, board.say)
     try:
-        say(_intent(spec, c, run, length, sum(len(s.tokens) for s in data.train)))
+        say(_intent(spec, c, run, length))
         if ranks.first:
             if force and not resume:
                 checkpoint.clear(out)
@@ -204,38 +198,51 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
         with stop.listening(), checkpoint.Saver(files, ranks, c, say, best) as saver:
             metrics = loop.fit(run, saver, board, last, stop, tracer)
     finally:
+        batches.close()
         tracer.close()
         board.close()
         board.report(picture=True)
     return Result(out, run.step, c.steps, stop.signal, metrics, run.ended)
 
 
-def _engine(c: TrainConfig, decoder: Decoder, ranks: Ranks, precision: str) -> Engine:
+def _arithmetic(c: TrainConfig, ranks: Ranks, say: Callable[[str], None]) -> tuple[str, list[Callable[[Block], None]]]:
+    """The precision, and what is done to each layer. Raises `UserError` for what the device does not have."""
+    precision, why = parallel.choose_precision(c.precision, ranks.device)
+    m = c.memory
+    if m.offload and ranks.device.type not in ("cuda", "xpu"):
+        raise UserError(f"memory.offload: weights are in the memory of {ranks.device} already (memory.offload false)")
+    budget, moving = m.checkpointing == "budget", ranks.degrees.ep > 1
+    compiled, reason = parallel.choose_compile(c.compile, ranks.device, experts_move=moving, budget=budget)
+    say(f"device: {parallel.describe(ranks.device, c.device)}, {ranks.world} rank(s)")
+    say(f"precision: {precision} ({why}); layers are {'' if compiled else 'not '}compiled ({reason})")
+    parallel.prepare(precision)
+    return precision, [parallel.recomputing(m), *([parallel.compile_layer] if compiled else [])]
+
+
+def _engine(c: TrainConfig, decoder: Decoder, ranks: Ranks, precision: str, objective: losses.Objective) -> Engine:
     if ranks.degrees.pp == 1:
-        return Whole(decoder, ranks, precision)
-    return Pipelined(decoder, ranks, parallel.Stage(decoder, ranks, c.parallel.schedule, parallel.DTYPES[precision]))
+        return Whole(decoder, ranks, precision, objective)
+    stage = parallel.Stage(decoder, ranks, c.parallel.schedule, parallel.DTYPES[precision])
+    return Pipelined(decoder, ranks, stage, objective)
 
 
-def _intent(spec: Spec, c: TrainConfig, run: loop.Run, length: int, tokens: int) -> str:
+def _intent(spec: Spec, c: TrainConfig, run: loop.Run, length: int) -> str:
     """What is about to be done, in a line."""
-    step = c.batch.sequences * length
-    passes = f", {step * c.steps / tokens:.2g} times all of the data" if tokens else ""
-    size = short(cost.count(spec).total)
     return (
-        f"training {spec.name} ({size} parameters) for {c.steps - run.step:,} steps of {c.batch.sequences} x {length} = "
-        f"{step:,} tokens{passes}; Ctrl-C saves and stops"
+        f"training {spec.name} ({short(cost.count(spec).total)} parameters) for {c.steps - run.step:,} steps of "
+        f"{c.batch.sequences} x {length} tokens; Ctrl-C saves and stops"
     )
 
 
 def _sampler(
     run: loop.Run, tok: tokenizer.TextTokenizer, data: TokenData, say: Callable[[str], None]
 ) -> watch.Sampler | None:
-    """What writes samples, where they are wanted and one rank has a whole layer."""
+    """What writes samples, where they are wanted and every rank has a part of each layer."""
     c, d = run.config.samples, run.ranks.degrees
     if c.every == 0 or not c.prompts:
         return None
-    if d.pp > 1 or d.tp > 1:
-        say("samples: none, since layers are cut over ranks (parallel.tp, parallel.pp)")
+    if d.pp > 1:
+        say("samples: none, since the layers are on different ranks (parallel.pp)")
         return None
     begin = data.eos if data.bos is None else data.bos
     autocast = parallel.autocast(run.ranks, run.engine.precision) if isinstance(run.engine, Whole) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from train.parallel.compiling import Shapes, choose_compile, compile_layer
 from train.parallel.device import choose_device, describe
-from train.parallel.limits import check
+from train.parallel.limits import check, check_batch
 from train.parallel.mesh import Degrees, Ranks, degrees, ranks, world_size
 from train.parallel.peak import peak_flops
 from train.parallel.pipeline import Stage, check_passes, spans
@@ -23,6 +23,7 @@ __all__ = [
     "allocate",
     "autocast",
     "check",
+    "check_batch",
     "check_passes",
     "choose_compile",
     "choose_device",

@@ -7,6 +7,7 @@ from math import gcd
 
 from spec.config import MoE, Spec
 from spec.errors import Problem, SpecError
+from train.config import Batch
 from train.parallel.mesh import Degrees, near_divisors
 
 
@@ -14,6 +15,16 @@ def check(spec: Spec, d: Degrees, length: int) -> None:
     """Raise `SpecError` for every size of the spec, or of sequences of `length` tokens, that a degree can't divide."""
     if problems := list(dict.fromkeys(_problems(spec, d, length))):
         raise SpecError(problems)
+
+
+def check_batch(batch: Batch, d: Degrees) -> None:
+    """Raise `SpecError` where the sequences of a step don't fall evenly on the ranks and their forward passes."""
+    unit = d.data * (batch.micro or 1)
+    if batch.sequences % unit:
+        below, above = batch.sequences // unit * unit, -(-batch.sequences // unit) * unit
+        passes = f" in passes of batch.micro={batch.micro}" if batch.micro else ""
+        rule = f"does not divide evenly over {d.data} ranks (replicate x dp){passes}"
+        raise SpecError([Problem("batch.sequences", batch.sequences, rule, f"try {below or above} or {above}")])
 
 
 def _problems(spec: Spec, d: Degrees, length: int) -> Iterator[Problem]:
