@@ -97,9 +97,9 @@ def gradients(run: Run) -> tuple[float, Tensor, int]:
     Divided by the valid targets of the whole batch, counted beforehand, gradients depend neither on accumulation nor
     on the number of ranks nor on how masked targets fall.
     """
-    ranks, began = run.ranks, time.perf_counter()
+    ranks = run.ranks
     micro_batches, valid = run.batches.next(run.config.batch.sequences, run.micro, ranks.data, ranks.degrees.data)
-    run.meter.wait(began)
+    run.meter.waited += run.batches.waited
     factor = 1.0 if run.scaler is None else run.scaler.scale
     loss = run.engine.backward(micro_batches, factor / max(1, valid)) / factor
     if run.scaler is not None:
@@ -151,6 +151,7 @@ def react(run: Run, saver: Saver, board: Board, metrics: Metrics) -> None:
     assert verdict is not None
     place = step, run.batches.state.batches
     if verdict.action == "stop":
+        board.step(metrics)
         board.event("stop", *place, verdict.reason)
         saver.save(run)
         saver.wait()

@@ -74,7 +74,7 @@ def perplexity(loss: float) -> float:
 class Meter:
     """Times the steps of this process."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     flops: float = 0.0
     """Of training one token: forward and backward."""
     peak: float | None = None
@@ -88,10 +88,6 @@ class Meter:
     def begin(self) -> None:
         """A step begins."""
         self.began, self.waited = time.perf_counter(), 0.0
-
-    def wait(self, since: float) -> None:
-        """Data was waited for from `since` (a `perf_counter`) to now."""
-        self.waited += time.perf_counter() - since
 
     def end(self, tokens: int) -> dict[str, Any]:
         """The step is over: the timing fields of its `Metrics`. Asks the device nothing."""
