@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field
 
 from spec.config import Model, Positive
+from spec.errors import Problem
 from train.config.fields import Count, NonNegative, Size
+
+if TYPE_CHECKING:
+    from train.config.top import TrainConfig
 
 
 def _listed(value: Any) -> Any:
+    """`q4,q8` as a list."""
     return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
 
 
@@ -98,15 +103,18 @@ class Watch(Model):
     """Rollbacks of a run, at most; the next one stops it."""
 
 
-def split(value: object) -> object:
-    """`q4,q8` as a list."""
-    return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
-
-
 Levels = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(split), Parameter(negative="", n_tokens=1)
+    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed), Parameter(negative="", n_tokens=1)
 ]
 """Precision levels, `q4,q8` or a list."""
 
 Steps = Annotated[str, Field(pattern=r"^[1-9]\d*(\.\.[1-9]\d*)?$")]
 """`10`, or `10..12` with both ends."""
+
+
+def problems(c: TrainConfig) -> list[Problem]:
+    """Contradictions within what is watched."""
+    first, _, last = (c.profile or "").partition("..")
+    if last and int(last) < int(first):
+        return [Problem("profile", c.profile, "ends before it begins", f"try {last}..{first}")]
+    return []

@@ -18,6 +18,7 @@ from train.config.loss import problems as loss_problems
 from train.config.optim import Optimizer, Schedule
 from train.config.optim import problems as optimizer_problems
 from train.config.run import Checkpoint, Levels, Samples, Steps, Validation, Watch
+from train.config.run import problems as watch_problems
 from train.config.sources import problems as source_problems
 from train.config.system import Kernels, Memory, Parallel, Precision, Switch
 from train.config.system import problems as system_problems
@@ -94,7 +95,7 @@ def _contradictions(c: TrainConfig) -> list[Problem]:
         best = min(near, key=lambda n: abs(n - (c.batch.micro or 0)))
         rule = f"does not divide batch.sequences={c.batch.sequences}"
         out.append(Problem("batch.micro", c.batch.micro, rule, f"try {best}"))
-    return out + optimizer_problems(c) + loss_problems(c) + source_problems(c) + system_problems(c)
+    return out + optimizer_problems(c) + loss_problems(c) + source_problems(c) + watch_problems(c) + system_problems(c)
 
 
 def parse(data: Mapping[str, Any], source: str = "") -> TrainConfig:

@@ -36,7 +36,9 @@ class Board:
     ) -> None:
         """`folder` is OUT/training."""
         self._progress, self._folder, self._config = progress, folder, dict(config or {})
-        self._trackers: dict[str, Tracker] = {} if folder is None else {"the journal": Journal(folder), **dict(trackers)}
+        self._trackers: dict[str, Tracker] = (
+            {} if folder is None else {"the journal": Journal(folder), **dict(trackers)}
+        )
         self._events = None if folder is None else Lines(folder / EVENTS)
         self._failed: set[str] = set()
         self._begun = False

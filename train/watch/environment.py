@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -30,7 +29,6 @@ def environment(c: TrainConfig, ranks: Ranks, precision: str, kernels: dict[str,
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "cuda": torch.version.cuda if cuda else None,
-        "launched": "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "slurm" if "SLURM_PROCID" in os.environ else "",
         "seed": c.seed,
     }
 

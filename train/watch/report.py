@@ -23,7 +23,7 @@ from train.watch.charts import Series, chart
 from train.watch.console import clock
 from train.watch.journal import EVENTS, SAMPLES, STEPS, entries, history
 from train.watch.metrics import perplexity
-from train.watch.png import plot, smooth
+from train.watch.png import plot, smoothed
 from train.watch.portability import crippled
 
 HTML, PNG = "report.html", "loss.png"
@@ -65,6 +65,11 @@ class Record:
         """(step, validation loss)."""
         start = [(0, e["val_loss"]) for e in self.events if e.get("event") == "start" and e.get("val_loss") is not None]
         return start[-1:] + self.points("val_loss")
+
+    @property
+    def skipped(self) -> set[int]:
+        """Steps that are in the journal and were not applied."""
+        return {e["step"] for e in self.events if e.get("event") in ("skip", "stop")}
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """(step, figure), where there is one."""
@@ -148,10 +153,9 @@ def _tiles(r: Record) -> list[tuple[str, str]]:
     last = r.steps[-1]
     spent = sum(m.get("seconds") or 0.0 for m in r.steps)
     tokens = sum((m.get("seconds") or 0.0) * (m.get("tokens_per_second") or 0.0) for m in r.steps)
-    losses = [m["loss"] for m in r.steps if m.get("loss") is not None]
     tiles: list[tuple[str, str]] = []
-    if losses:
-        tiles.append(("training loss, smoothed (nats/token)", f"{smooth(losses)[-1]:.4f}"))
+    if losses := smoothed(r.points("loss"), r.skipped):
+        tiles.append(("training loss, smoothed (nats/token)", f"{losses[-1][1]:.4f}"))
     if r.scored:
         step, loss = r.scored[-1]
         best_step, best = min(r.scored, key=lambda p: p[1])
@@ -181,16 +185,15 @@ def _charts(r: Record) -> list[dict[str, Any]]:
     bad = [(e["step"], f"step {e['step']}: {_event(e)['what']}, {e.get('reason', '')}") for e in r.events
            if e.get("event") in ("skip", "rollback", "stop")]  # fmt: skip
     loss = r.points("loss")
-    curve = list(zip([x for x, _ in loss], smooth([y for _, y in loss]), strict=True))
+    curve = smoothed(loss, r.skipped)
     apart = [Series(f"validation of {name}", r.points(f"val_loss/{name}"), 4, "dots") for name in _sources(r)]
-    plain = r.points("cross_entropy")
-    parts = [Series("its cross-entropy, smoothed",
-                    list(zip([x for x, _ in plain], smooth([y for _, y in plain]), strict=True)), 3)]  # fmt: skip
+    parts = [Series("its cross-entropy, smoothed", smoothed(r.points("cross_entropy")), 3)]
     losses = [Series("training", loss, 1, "faint"), Series("training, smoothed", curve, 1), *parts,
               Series("validation", r.scored, 2, "dots"), *apart]  # fmt: skip
     norms = r.points("grad_norm")
     steep = bool(norms) and max(y for _, y in norms) > 50 * max(min(y for _, y in norms), 1e-30)
-    wait = [(m["step"], 100 * m["data_wait"] / m["seconds"]) for m in r.steps if m.get("data_wait") and m.get("seconds")]
+    timed = [m for m in r.steps if m.get("data_wait") is not None and m.get("seconds")]
+    wait = [(m["step"], 100 * m["data_wait"] / m["seconds"]) for m in timed]
     plots: list[tuple[str, list[Series], dict[str, Any]]] = [
         ("loss (nats/token)", losses, {"marks": bad}),
         ("learning rate", [Series("", r.points("lr"), 3)], {}),
@@ -208,7 +211,7 @@ def _charts(r: Record) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for title, series, how in plots:
         if svg := chart(series, **how):
-            legend = [(s.colour, s.name) for s in series if s.points and s.name]
+            legend: list[tuple[int | str, str]] = [(s.colour, s.name) for s in series if s.points and s.name]
             if how.get("marks"):
                 legend.append(("bad", "skipped, rolled back, or stopped"))
             out.append({"title": title, "legend": legend, "svg": Markup(svg)})  # noqa: S704  (charts escape)

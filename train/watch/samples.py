@@ -10,59 +10,47 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from backends.generate import generate
-from backends.session import Session
 from backends.text import Text
-from backends.torch.cache import Cache
 from backends.torch.model import Decoder
+from backends.torch.runtime import TorchRuntime
 from spec.errors import UserError
 from train.config import Samples
 from train.parallel import Ranks
 
 
-class Writing(Session):
-    """A decoder in training as a `backends.base.Runtime`. All ranks call it alike, since each has a shard of the
-    weights; rank 0's logits count everywhere, so that all choose the same tokens."""
+class Writing(TorchRuntime):
+    """A decoder in training as a runtime. All ranks call it alike, since each has a shard of the weights; rank 0's
+    logits count everywhere, so that all choose the same tokens."""
 
     def __init__(self, decoder: Decoder, ranks: Ranks, text: Text, autocast: AbstractContextManager[Any]) -> None:
-        super().__init__("the model in training", text, decoder.spec.vocab_size, decoder.length)
-        self._decoder, self._ranks, self._autocast = decoder, ranks, autocast
-        self._cache: Cache | None = None
+        super().__init__(decoder, text, "the model in training")
+        self._ranks, self._autocast = ranks, autocast
+        self.room = decoder.length
+        """Tokens of the next sequence, at most: what its cache holds."""
 
     def prefill(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """Start a new sequence: [T] -> [V] logits after the last token."""
-        self._cache = self._decoder.new_cache(1, self._length)
-        return self._forward(self.checked(ids, 1))[-1]
+        with self._autocast:
+            logits, self._cache = self.decoder.prefill_cache(self._ids(ids, 1)[None], self.room)
+        return self._shared(logits)[0]
 
     def step(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Continue it: [T] -> [T, V]."""
+        """Continue it: [T] -> [1, V], the logits after the last token."""
         assert self._cache is not None, "prefill comes first"
-        return self._forward(self.checked(ids, 1, self._cache.length))
-
-    def sized(self, tokens: int) -> None:
-        """How long the next sequence gets at most, which is what its cache holds."""
-        self._length = min(tokens, self.context)
-
-    def _forward(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         with self._autocast:
-            logits = self._decoder.step(torch.from_numpy(ids)[None].to(self._ranks.device), self._cache, last=True)
-        shared: Tensor = logits[0].float().contiguous()
+            logits = self.decoder.step(self._ids(ids, 1, self._cache.length)[None], self._cache, last=True)
+        return self._shared(logits[0])
+
+    def _shared(self, logits: Tensor) -> NDArray[np.float32]:
+        logits = logits.float().contiguous()
         if self._ranks.world > 1:
-            dist.broadcast(shared, 0)
-        return shared.cpu().numpy()
-
-    def info(self) -> dict[str, Any]:
-        """Nothing that a report would need."""
-        return {"backend": "torch"}
-
-    def close(self) -> None:
-        """Let go of the cache."""
-        self._cache = None
+            dist.broadcast(logits, 0)
+        return logits.cpu().numpy()
 
 
 class Sampler:
@@ -100,7 +88,7 @@ class Sampler:
 
     def _continue(self, ids: list[int], n: int) -> str:
         c = self._c
-        self._runtime.sized(len(ids) + c.tokens)
+        self._runtime.room = min(len(ids) + c.tokens, self._runtime.context)
         pieces = generate(self._runtime, ids, max_tokens=c.tokens, temperature=c.temperature, seed=c.seed + n)
         try:
             return "".join(pieces)

@@ -122,11 +122,11 @@ class Wandb:
     def close(self) -> None:
         """Finish the run; it waits for the upload."""
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()
         self._run = None
 
 
-def wandb_mode(chosen: str) -> str:
+def wandb_mode(chosen: str) -> Any:
     """`online` or `offline`: W&B would ask on the terminal for a key that it does not have."""
     if chosen != "auto":
         return chosen
@@ -134,7 +134,7 @@ def wandb_mode(chosen: str) -> str:
         return mode
     import wandb
 
-    return "online" if wandb.api.api_key else "offline"
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 TRACKERS: dict[str, tuple[str, Callable[[Path, Watch], Tracker]]] = {
