@@ -23,15 +23,15 @@ SAFE = re.compile(r"[^\W\d_](?= [^\W\d_])")
 """A letter before a space and a letter."""
 
 
-def encode(tok: TextTokenizer, texts: Sequence[str]) -> Iterator[NDArray[np.int64]]:
+def encode(tok: TextTokenizer, texts: Sequence[str]) -> Iterator[NDArray[np.uint32]]:
     """Ids of each text, without special tokens."""
     whole = [len(t) <= 2 * PIECE or tok.seam is None for t in texts]
-    ids = iter(tok.encode([t for t, w in zip(texts, whole, strict=True) if w]))
+    ids = iter(tok.arrays([t for t, w in zip(texts, whole, strict=True) if w]))
     for t, w in zip(texts, whole, strict=True):
         if w:
-            yield np.array(next(ids), np.int64)
+            yield next(ids)
         else:
-            yield np.concatenate([np.array(tok.encode([p])[0], np.int64) for p in _cut(t, tok.seam or 0)])
+            yield np.concatenate([tok.arrays([p])[0] for p in _cut(t, tok.seam or 0)])
 
 
 def _cut(text: str, skip: int) -> Iterator[str]:

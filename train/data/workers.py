@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from train.data.tokens import Job
 
-ALONE = 8 * 2**20
+ALONE = 32 * 2**20
 """Bytes of text up to which this process does the work: starting others takes longer."""
 
 _job: Job | None = None
