@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -38,13 +39,60 @@ def convert(
 
     if repeats < 1 or size < 10:
         raise UserError(f"--repeats {repeats} --size {size}: at least 1 and 10")
-    result = benchmark(Options(quant, size, repeats, threads, folder), lambda line: print(line, file=sys.stderr))
-    if json:
+    options = Options(quant, size, repeats, threads, folder)
+    _show(benchmark(options, lambda line: print(line, file=sys.stderr)), json, print_table)
+
+
+@app.command
+def train(
+    *,
+    precision: Annotated[Literal["float32", "bfloat16"], Parameter(help="Of both (bfloat16: autocast).")] = "float32",
+    batch: Annotated[int, Parameter(help="Sequences in a step.")] = 8,
+    length: Annotated[int, Parameter(help="Tokens in a sequence.")] = 256,
+    rounds: Annotated[int, Parameter(help="Times that each tool has its turn.")] = 7,
+    steps: Annotated[int, Parameter(help="Steps in a turn.")] = 3,
+    threads: Annotated[int | None, Parameter(help="Default: all cores.")] = None,
+    json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for programs.")] = False,
+) -> None:
+    """Train one Llama of 5.6 M parameters on the CPU: transformers' eager loop, ours, and ours with compiled layers.
+
+    The tools run by turns, each in a process of its own; a ratio is that of two turns of one round.
+    """
+    from benchmarks.train import Options, benchmark, print_table
+    from spec.errors import UserError
+
+    if min(batch, length, rounds, steps) < 1:
+        raise UserError("--batch, --length, --rounds and --steps are at least 1")
+    options = Options(precision, batch, length, rounds, steps, threads or os.cpu_count() or 1)
+    _show(benchmark(options, lambda line: print(line, file=sys.stderr)), json, print_table)
+
+
+@app.command
+def mfu(
+    *,
+    spec: Annotated[str, Parameter(help="A preset or a YAML file.")] = "examples/billion",
+    batch: Annotated[int, Parameter(help="Sequences in a step.")] = 8,
+    length: Annotated[int, Parameter(help="Tokens in a sequence.")] = 2048,
+    steps: Annotated[int, Parameter(help="Steps that are timed, after a few that are not.")] = 20,
+    precision: Annotated[Literal["bfloat16", "float16", "tf32", "fp8"], Parameter(help="Arithmetic.")] = "bfloat16",
+    kernel: Annotated[str, Parameter(help="Attention kernel.")] = "auto",
+    checkpointing: Annotated[Literal["none", "full", "selective"], Parameter(help="Of activations.")] = "none",
+    json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for programs.")] = False,
+) -> None:
+    """The share of a GPU's peak arithmetic that training reaches (MFU), with compiled layers, on one GPU."""
+    from benchmarks.mfu import Options, benchmark, print_row
+
+    options = Options(spec, batch, length, steps, precision, kernel, checkpointing)
+    _show(benchmark(options, lambda line: print(line, file=sys.stderr)), json, print_row)
+
+
+def _show(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    if as_json:
         from json import dumps
 
         print(dumps(result, indent=2))
     else:
-        print_table(result)
+        show(result)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -265,6 +265,7 @@ def test_a_kernel_that_cannot_run_is_refused_in_one_line(setting: str) -> None:
 def test_the_loss_path_equals_the_logits_path(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, model = FEATURES[name], decoder(FEATURES[name]).train()
     monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", rows * spec.vocab_size)
+    monkeypatch.setattr(loss, "LEAST_ROWS", 1)
     ids = torch.from_numpy(random_ids(spec))
     targets = ids.roll(-1, 1)
     targets[:, -1] = loss.IGNORE
@@ -295,6 +296,7 @@ def test_the_loss_is_a_float32_sum_and_never_holds_all_logits() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(loss.CHUNK_ELEMENTS, "cpu", 10 * spec.vocab_size)
+        patch.setattr(loss, "LEAST_ROWS", 1)
         total = model(ids, ids, criterion=criterion)
         total.backward()
     assert total.dtype == torch.float32

@@ -131,6 +131,7 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
     length = c.data.length or spec.context
     losses.check(spec, c.experts)
     parallel.check(spec, ranks.degrees, length)
+    optim.kind(c.optimizer)
     shares = ranks.degrees.data
     parallel.check_batch(c.batch, ranks.degrees)
     stages = parallel.spans(spec, ranks.degrees.pp)
@@ -216,6 +217,8 @@ def _arithmetic(c: TrainConfig, ranks: Ranks, say: Callable[[str], None]) -> tup
     say(f"device: {parallel.describe(ranks.device, c.device)}, {ranks.world} rank(s)")
     say(f"precision: {precision} ({why}); layers are {'' if compiled else 'not '}compiled ({reason})")
     parallel.prepare(precision)
+    if ranks.device.type == "cpu":
+        parallel.keep_memory()
     return precision, [parallel.recomputing(m), *([parallel.compile_layer] if compiled else [])]
 
 

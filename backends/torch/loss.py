@@ -16,8 +16,13 @@ from torch import Tensor
 IGNORE = -100
 """Targets with this value count nowhere."""
 
-CHUNK_ELEMENTS = {"cpu": 2**23}
-"""Logits that may exist at once, by device type; elsewhere 2^28, so that a GPU's matrix products stay large."""
+CHUNK_ELEMENTS = {"cpu": 2**20}
+"""Logits that may exist at once, by device type: on a CPU what its caches hold; elsewhere 2^28, so that a GPU's matrix
+products stay large."""
+
+LEAST_ROWS = 256
+"""Rows that are projected at once however large the vocabulary is: fewer would spend their time on adding up the
+weight's gradients."""
 
 Criterion = Callable[..., Tensor]
 """(logits [N, V], targets [N], *extras [N, ...]) -> summed loss of the valid targets."""
@@ -44,7 +49,7 @@ def chunked_loss(
 def _eager(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: Sequence[Tensor], logits: ChunkLogits, criterion: Criterion
 ) -> Tensor:
-    size = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**28) // weight.shape[0])
+    size = max(LEAST_ROWS, CHUNK_ELEMENTS.get(x.device.type, 2**28) // weight.shape[0])
     if torch.is_grad_enabled():
         return _ChunkedLoss.apply(x, weight, bias, rows, logits, criterion, size)  # type: ignore[no-any-return]
     return _total([criterion(logits(c, weight, bias), *r) for c, *r in _chunks(x, rows, size)], x)
@@ -96,7 +101,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        # in the wider of both: a 16-bit float would round 1 / (a step's tokens)
+        grads = (None if g is None else (g.to(grad.dtype) * grad).to(g.dtype) for g in ctx.saved_tensors)
         return *grads, None, None, None, None
 
 

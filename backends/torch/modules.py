@@ -54,7 +54,7 @@ class Constants(nn.Module):
 
 
 class Rotation:
-    """cos and sin of one table for one step, [B, T, rotary_dim / 2].
+    """cos and sin of one table for one step, [B, T, rotary_dim]: each twice, the first sines negative.
 
     A plain class: FSDP casts a block's inputs to 16 bits, inside tuples and dataclasses too.
     """
@@ -75,7 +75,8 @@ class Rotary(Constants):
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         angle = positions[..., None].to(dtype) * self.inv_freq.to(dtype)
-        return Rotation(angle.cos() * self.factor, angle.sin() * self.factor)
+        cos, sin = angle.cos() * self.factor, angle.sin() * self.factor
+        return Rotation(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
 
 
 class Norm(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from train.parallel.compiling import Shapes, choose_compile, compile_layer
-from train.parallel.device import choose_device, describe
+from train.parallel.device import choose_device, describe, keep_memory
 from train.parallel.limits import check, check_batch
 from train.parallel.mesh import Degrees, Ranks, degrees, ranks, world_size
 from train.parallel.peak import peak_flops
@@ -32,6 +32,7 @@ __all__ = [
     "convert_to_fp8",
     "degrees",
     "describe",
+    "keep_memory",
     "like",
     "peak_flops",
     "prepare",

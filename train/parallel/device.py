@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ ORDER = ("cuda", "xpu", "mps", "cpu")
 
 BACKENDS = {"cuda": "nccl", "xpu": "xccl"}
 """What carries the collectives; gloo elsewhere."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of mallopt(3); 32 MiB is the largest threshold that it takes for memory of its own mapping."""
 
 
 @dataclass(frozen=True)
@@ -97,3 +101,14 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def keep_memory() -> None:
+    """Let this process keep what it frees for its next allocations (glibc): a step on the CPU allocates what the last
+    one freed, and pages that went back to the system cost time to get again."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # another C library
+    for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_MMAP_THRESHOLD, 2**25)):
+        mallopt(option, value)
