@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from cyclopts import Parameter
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from spec.config import Model, Positive, Probability
 from spec.errors import Problem, nearest
@@ -56,6 +58,17 @@ def _kind(kind: str) -> str:
     return absolute(file) + kind[len(file) :]
 
 
+def _typed(options: Any) -> Any:
+    """Numbers and truth values of a command line, which are text there."""
+    if not isinstance(options, Mapping):
+        return options
+    out = dict(options)
+    for name, value in out.items():
+        with suppress(ValueError):
+            out[name] = json.loads(value) if isinstance(value, str) else value
+    return out
+
+
 class Optimizer(Model):
     """The optimizer. docs/training-optimizers.md says which one has which of the fields, and their defaults."""
 
@@ -78,7 +91,7 @@ class Optimizer(Model):
     weight_decay: NonNegative | None = None
     """Weight decay of the matrices, decoupled (Loshchilov & Hutter 2019) but for SGD; none = the optimizer's own, 0.1
     for AdamW."""
-    options: dict[str, bool | int | float | str] | None = None
+    options: Annotated[dict[str, bool | int | float | str] | None, BeforeValidator(_typed)] = None
     """What else the optimizer can be told, by the names of its library."""
     decay_embeddings: bool = False
     """Whether embeddings decay too (a tied head is an embedding)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from train.optim.build import Optimizer, build
 from train.optim.clip import clip, gradient_norm
+from train.optim.kinds import kind
 from train.optim.schedule import describe, factor
 from train.optim.state import load_state, state, wanted
 
@@ -14,6 +15,7 @@ __all__ = [
     "describe",
     "factor",
     "gradient_norm",
+    "kind",
     "load_state",
     "state",
     "wanted",

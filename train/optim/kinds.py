@@ -6,6 +6,7 @@ whole matrices, each on the rank that owns it, where it needs them whole.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ class Kind:
     """Whether it needs whole tensors, of a mixture those of each expert."""
     hidden: bool = False
     """Whether it takes the matrices between embedding and head alone; AdamW takes the rest."""
+    package: str = "torch"
+    """What it comes from."""
     settings: tuple[str, ...] = ()
     """What lies in its state and is configuration."""
 
@@ -43,15 +46,12 @@ def _given(value: Any) -> Any:
 
 
 @contextmanager
-def _optional(package: str, kind: str) -> Iterator[None]:
-    """An import that may be missing, and that says nothing of its own extensions."""
+def _quiet() -> Iterator[None]:
+    """torchao tells of each of its kernels that this machine can't load."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
-    except ImportError as e:
-        hint = "pip install 'allotrope[optimizers]'"
-        raise MissingDependency(f"optimizer.kind: {kind} needs {package}: {hint} ({e})") from None
     finally:
         logging.disable(before)
 
@@ -84,39 +84,52 @@ def _adafactor(groups: Groups, o: Optimizer) -> torch.optim.Optimizer:
 
 def _lion(groups: Groups, o: Optimizer) -> torch.optim.Optimizer:
     """Lion (Chen et al. 2023), pytorch_optimizer's."""
-    with _optional("pytorch_optimizer", o.kind):
-        from pytorch_optimizer import Lion
+    from pytorch_optimizer import Lion
+
     return Lion(groups, betas=_given(o.betas))
 
 
 def _soap(groups: Groups, o: Optimizer) -> torch.optim.Optimizer:
     """SOAP (Vyas et al. 2024), pytorch_optimizer's. Its first step only looks at the gradient."""
-    with _optional("pytorch_optimizer", o.kind):
-        from pytorch_optimizer import SOAP
+    from pytorch_optimizer import SOAP
+
     return SOAP(groups, betas=_given(o.betas), eps=_given(o.eps), **_given(o.options))
 
 
 def _adamw8bit(groups: Groups, o: Optimizer) -> torch.optim.Optimizer:
     """AdamW with moments of 8 bits (Dettmers et al. 2022), torchao's."""
-    with _optional("torchao", o.kind):
+    with _quiet():
         from train.optim.eightbit import AdamW8bit
     return AdamW8bit(groups, betas=_given(o.betas), eps=_given(o.eps))
 
 
 KINDS: Mapping[str, Kind] = {
     "adamw": Kind(adamw),
-    "adamw8bit": Kind(_adamw8bit),
+    "adamw8bit": Kind(_adamw8bit, package="torchao"),
     "muon": Kind(_muon, whole=True, hidden=True),
-    "lion": Kind(_lion),
-    "soap": Kind(_soap, whole=True, hidden=True, settings=("precondition_frequency", "shampoo_beta")),
+    "lion": Kind(_lion, package="pytorch_optimizer"),
+    "soap": Kind(
+        _soap,
+        whole=True,
+        hidden=True,
+        package="pytorch_optimizer",
+        settings=("precondition_frequency", "shampoo_beta"),
+    ),
     "adafactor": Kind(_adafactor, whole=True),
     "sgd": Kind(_sgd),
 }
 
 
 def kind(o: Optimizer) -> Kind:
-    """The chosen optimizer. Raises `UserError` where a file of the user's has none of that name."""
-    return KINDS[o.kind] if o.kind in KINDS else Kind(_users(o.kind), whole=True)
+    """The chosen optimizer. Raises `MissingDependency` where its package is not installed, and `UserError` where a file
+    of the user's is broken or has none of that name."""
+    if o.kind not in KINDS:
+        return Kind(_users(o.kind), whole=True)
+    found = KINDS[o.kind]
+    if importlib.util.find_spec(found.package) is None:
+        hint = "pip install 'allotrope[optimizers]'"
+        raise MissingDependency(f"optimizer.kind: {o.kind} needs {found.package}: {hint}")
+    return found
 
 
 def _users(name: str) -> Callable[[Groups, Optimizer], torch.optim.Optimizer]:
@@ -133,6 +146,8 @@ def _users(name: str) -> Callable[[Groups, Optimizer], torch.optim.Optimizer]:
             raise UserError(f"optimizer.kind: {name} was called with groups, lr and optimizer.options: {e}") from None
         if not isinstance(made, torch.optim.Optimizer):
             raise UserError(f"optimizer.kind: {name} made a {type(made).__name__}, no torch.optim.Optimizer")
+        if o.weight_decay and "weight_decay" not in made.defaults:
+            raise UserError(f"optimizer.weight_decay: {o.weight_decay}, and {name} has none (leave it out)")
         return made
 
     return build
