@@ -24,7 +24,7 @@ from train.data.batches import Batches, Sequences, validation_rows
 from train.engine import Engine
 from train.losses import Losses
 from train.parallel import Ranks, Scaler
-from train.watch import Board, Guard, Meter, Metrics, Profile, Sampler, Verdict
+from train.watch import Board, Guard, Meter, Metrics, Profile, Sampler, Score, Verdict, by_name
 
 
 @dataclass
@@ -181,23 +181,28 @@ def rollback(run: Run, saver: Saver) -> None:
 
 
 @torch.no_grad()
-def validate(run: Run) -> tuple[float, float] | None:
-    """Loss of the held-out documents in nats a token and bits a byte; none where nothing is held out."""
+def validate(run: Run) -> Score | None:
+    """Loss of the held-out documents, and of each source's own; none where nothing is held out."""
     if not run.held_out:
         return None
     run.decoder.eval()
-    loss = torch.zeros((), dtype=torch.float32, device=run.ranks.device)
-    valid = 0
+    sums = torch.zeros(len(run.held_out), dtype=torch.float32, device=run.ranks.device)
+    valid = [0] * len(run.held_out)
     share = run.ranks.data, run.ranks.degrees.data
+    seen = min(1.0, run.config.validation.tokens / sum(s.inputs for s in run.held_out))
     with run.optimizer.averaged():
-        for rows in validation_rows(run.held_out, run.config.validation.tokens, run.micro, *share):
-            loss += run.engine.score(rows)
-            valid += rows.valid
+        for n, s in enumerate(run.held_out):
+            for rows in validation_rows([s], round(seen * s.inputs), run.micro, *share):
+                sums[n] += run.engine.score(rows)
+                valid[n] += rows.valid
     run.decoder.train()
-    total, count = run.ranks.sum(float(loss), valid)
-    mean = total / max(1.0, count / run.ranks.degrees.readers)
+    found = run.ranks.sum(*sums.tolist(), *valid)
+    totals, counts = found[: len(valid)], [n / run.ranks.degrees.readers for n in found[len(valid) :]]
+    mean = sum(totals) / max(1.0, sum(counts))
     tokens, size = (sum(of(s.split) for s in run.held_out) for of in (lambda s: len(s.tokens), lambda s: s.bytes))
-    return mean, mean / math.log(2) * tokens / max(1, size)
+    each = [total / max(1.0, count) for total, count in zip(totals, counts, strict=True)]
+    names = [s.split.name for s in run.held_out]
+    return Score(mean, mean / math.log(2) * tokens / max(1, size), by_name(names, each) if len(each) > 1 else {})
 
 
 def fit(run: Run, saver: Saver, board: Board, last: int, stop: Stop, profile: Profile | None = None) -> Metrics | None:
@@ -252,8 +257,8 @@ def begin(run: Run, saver: Saver, board: Board) -> None:
     if "rollback" in (w.nonfinite, w.spike):
         saver.save(run)
     if run.config.validation.at_start and (found := validate(run)) is not None:
-        board.say(f"step 0  validation loss {found[0]:.4f} = {found[1]:.3f} bits/byte")
-        board.event("start", 0, 0, "validation", val_loss=found[0], val_bits_per_byte=found[1])
+        board.say(f"step 0  validation loss {found.loss:.4f} = {found.bits_per_byte:.3f} bits/byte")
+        board.event("start", 0, 0, "validation", val_loss=found.loss, val_bits_per_byte=found.bits_per_byte)
 
 
 def scored(run: Run, metrics: Metrics) -> Metrics:
@@ -261,8 +266,8 @@ def scored(run: Run, metrics: Metrics) -> Metrics:
     found = validate(run)
     if found is None:
         return metrics
-    run.guard.scored(found[0])
-    return replace(metrics, val_loss=found[0], val_bits_per_byte=found[1])
+    run.guard.scored(found.loss)
+    return replace(metrics, val_loss=found.loss, val_bits_per_byte=found.bits_per_byte, val_parts=found.parts)
 
 
 __all__ = ["Run", "Stop", "fit", "train_step", "validate"]

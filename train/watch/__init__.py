@@ -6,7 +6,7 @@ from train.watch.board import Board
 from train.watch.environment import environment
 from train.watch.guard import Guard, Verdict
 from train.watch.journal import Journal, history
-from train.watch.metrics import TIMING, Meter, Metrics
+from train.watch.metrics import TIMING, Meter, Metrics, Score, by_name
 from train.watch.png import plot
 from train.watch.profile import Profile
 from train.watch.samples import Sampler
@@ -20,7 +20,9 @@ __all__ = [
     "Metrics",
     "Profile",
     "Sampler",
+    "Score",
     "Verdict",
+    "by_name",
     "environment",
     "history",
     "plot",

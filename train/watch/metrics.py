@@ -6,15 +6,35 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 TIMING = frozenset({"seconds", "data_wait", "tokens_per_second", "tokens_per_second_smooth", "mfu", "memory"})
 """Figures that depend on the clock and the machine: two runs of one configuration differ in them alone."""
+
+
+class Score(NamedTuple):
+    """Of the held-out documents."""
+
+    loss: float
+    """Nats a token."""
+    bits_per_byte: float
+    parts: Mapping[str, float]
+    """The loss of each source, where there are several."""
+
+
+def by_name(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """Values by the last parts of paths; those that are alike are numbered."""
+    out: dict[str, float] = {}
+    for name, value in zip(names, values, strict=True):
+        short = name.rstrip("/").rpartition("/")[2] or name
+        same = sum(known.partition("#")[0] == short for known in out)
+        out[f"{short}#{same + 1}" if same else short] = value
+    return out
 
 
 @dataclass(frozen=True)
