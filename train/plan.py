@@ -77,6 +77,7 @@ def make(c: TrainConfig, ranks: int | None = None) -> Plan:
             problems.append(str(e))
 
     ask(losses.check, spec, c.experts)
+    ask(optim.kind, c.optimizer)
     ask(parallel.check, spec, d, length)
     ask(parallel.check_batch, c.batch, d)
     ask(parallel.check_passes, c.parallel, passes)
