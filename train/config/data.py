@@ -27,8 +27,8 @@ class Data(Source):
     a sequence as fit, hidden from each other. `pad`: one document a sequence. The last two cut only what is longer."""
     document_mask: Annotated[bool, Parameter(name="--data.document_mask")] = False
     """Whether documents in one sequence of a `stream` are hidden from each other, positions beginning anew in each."""
-    prefetch: Annotated[Count, Parameter(name="--data.prefetch")] = 2
-    """Batches made ahead of their use, in the background; 0 = none."""
+    prefetch: Annotated[Count | None, Parameter(name="--data.prefetch")] = None
+    """Batches made ahead of their use, in the background; none = 2 on GPUs, 0 on CPUs, whose cores are busy anyway."""
     validation: Annotated[Annotated[float, Field(ge=0, lt=1)], Parameter(name="--data.validation")] = 0.05
     """Share of the documents held out for validation, chosen by their hashes."""
     cache: Annotated[str | None, Parameter(name="--data.cache")] = None

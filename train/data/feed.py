@@ -14,9 +14,7 @@ ORDER = 1
 """Version of the order of tokens: raise it when shuffle, packing or mixing change."""
 
 
-def feed(
-    c: TrainConfig, found: TokenData, length: int, ranks: Ranks, prefetch: bool = True
-) -> tuple[Batches, tuple[Sequences, ...]]:
+def feed(c: TrainConfig, found: TokenData, length: int, ranks: Ranks) -> tuple[Batches, tuple[Sequences, ...]]:
     """The batches of a run, `length` tokens a sequence, and its validation sequences.
 
     Raises `UserError` for a source without anything to train on.
@@ -28,12 +26,15 @@ def feed(
     def count(share: int) -> int:
         return round(ranks.sum(share)[0]) // ranks.degrees.readers
 
+    prefetch = c.data.prefetch
+    if prefetch is None:
+        prefetch = 0 if ranks.device.type == "cpu" else 2
     batches = Batches(
         sources,
         DataState(_fingerprint(found, sources), seed=c.seed),
         found.weights,
         count if ranks.world > 1 else None,
-        c.data.prefetch if prefetch else 0,
+        prefetch,
         ranks.device,
     )
     return batches, tuple(s for s in held_out if s.pieces)
@@ -50,7 +51,7 @@ def _fingerprint(found: TokenData, sources: list[Sequences]) -> dict[str, Any]:
         "the version of the order": ORDER,
     }
     if len(sources) > 1:
-        out["data.mixture"] = [[s.split.name, w / total] for s, w in zip(sources, found.weights, strict=True)]
+        out["shares of data.mixture"] = [w / total for w in found.weights]  # not the names: folders may move
     return out
 
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.torch.model import Decoder
 from spec.errors import UserError
 from spec.load import load as load_spec
-from train import config
+from train import config, parallel
+from train.config import Parallel
 from train.data.ahead import Ahead
 from train.data.batches import IGNORE, Batches, DataState, Place, Rows, Sequences, due, validation_rows
 from train.data.feed import feed, outlook
@@ -63,6 +68,10 @@ def rows_of(split: Split, length: int, packing: str = "stream", mask: bool = Fal
 def epoch(s: Sequences, seed: int = 0) -> Rows:
     """All rows of one epoch."""
     return gathered([(s, row) for n in range(s.windows) for row in s.window(n, seed)])
+
+
+def ranks_of(world: int, degrees: Degrees | None = None) -> Ranks:
+    return Ranks(0, world, torch.device("cpu"), degrees or Degrees())
 
 
 # Shuffle
@@ -383,7 +392,7 @@ def fed(**changes: Any) -> Batches:
     splits = tuple(replace(unique([5] * 9, 1), name=n) for n in ("a", "b"))
     weights = changes.get("weights", (1.0, 2.0))
     found = TokenData(splits, splits[:1], weights, 0, 1, changes.get("data", "f" * 64))
-    return feed(c, found, length, Ranks(0, 1, torch.device("cpu")))[0]
+    return feed(c, found, length, ranks_of(1))[0]
 
 
 @pytest.mark.parametrize(
@@ -393,7 +402,7 @@ def fed(**changes: Any) -> Batches:
         ({"length": 8}, r"data\.length \(6 -> 8\) changed"),
         ({"packing": "pad"}, r"data\.packing \(stream -> pad\) changed"),
         ({"document_mask": True}, r"data\.document_mask \(False -> True\) changed"),
-        ({"weights": (1.0, 3.0)}, r"data\.mixture \(.*\) changed"),
+        ({"weights": (1.0, 3.0)}, r"shares of data\.mixture \(.*\) changed"),
         ({"seed": 1}, r"seed \(0 -> 1\) changed since step 5; restore it, or start anew"),
     ],
 )
@@ -408,12 +417,48 @@ def test_what_changed_is_named(change: dict[str, Any], message: str) -> None:
 
 
 def test_counts_of_several_ranks_are_added_once_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Ranks(0, 8, torch.device("cpu"), Degrees(pp=2, dp=2, tp=2))
+    ranks = ranks_of(8, Degrees(pp=2, dp=2, tp=2))
     monkeypatch.setattr(Ranks, "sum", lambda self, *v: [x * 8 for x in v])
     c = config.layered({"data": {"prefetch": 0}})
     found = TokenData((counted(401),), (), (1.0,), 0, 0, "f")
     batches, held_out = feed(c, found, 4, ranks)
     assert batches.next(4, 1, 1, 2)[1] == 16 and held_out == ()
+
+
+def _found() -> TokenData:
+    rng = np.random.default_rng(0)
+    plain = joined([rng.integers(2, 60, n).tolist() for n in rng.integers(1, 20, 60)], 1)
+    chats = replace(plain, mask=rng.random(len(plain.tokens)) < 0.3, name="chats")
+    return TokenData((replace(plain, name="books"), chats), (), (2.0, 1.0), 0, 1, "f")
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with parallel.ranks("cpu", Parallel()) as ranks:
+        for packing in PACKINGS:
+            c = config.layered({"data": {"packing": packing, "prefetch": 2}})
+            batches, _ = feed(c, _found(), 12, ranks)
+            steps = [batches.next(8, 2, ranks.data, ranks.degrees.data) for _ in range(12)]
+            batches.close()
+            out: dict[str, Any] = {"state": batches.state.as_dict(), "valid": [v for _, v in steps]}
+            out["ids"] = [[rows.ids.tolist() for rows in mine] for mine, _ in steps]
+            Path(folder, f"{packing}{rank}.json").write_text(json.dumps(out), encoding="utf-8")
+
+
+def test_two_processes_read_half_a_batch_each_and_know_the_whole_count(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
+    for packing in PACKINGS:
+        a, b = (json.loads((tmp_path / f"{packing}{r}.json").read_text(encoding="utf-8")) for r in range(2))
+        batches, _ = feed(config.layered({"data": {"packing": packing}}), _found(), 12, ranks_of(1))
+        for n in range(12):
+            mine, valid = batches.next(8, 2)
+            assert a["valid"][n] == b["valid"][n] == valid < 8 * 12
+            assert [a["ids"][n][0], b["ids"][n][0], a["ids"][n][1], b["ids"][n][1]] == [r.ids.tolist() for r in mine]
+        assert a["state"] == b["state"] == json.loads(json.dumps(batches.state.as_dict()))
 
 
 # Prefetching
