@@ -75,6 +75,9 @@ def problems(c: TrainConfig) -> list[Problem]:
     if m.checkpointing == "budget" and c.compile == "false":
         fix = "compile true, or memory.checkpointing selective"
         out.append(Problem("memory.checkpointing", m.checkpointing, "is decided while compiling, which is off", fix))
+    if m.checkpointing == "budget" and m.every > 1:
+        rule, fix = "does nothing under a budget, which is that of every layer", "memory.every 1, or a larger budget"
+        out.append(Problem("memory.every", m.every, rule, fix))
     if m.checkpointing == "selective" and not m.save:
         fix = "memory.checkpointing full, or name matmul or attention"
         out.append(Problem("memory.save", m.save, "keeps nothing", fix))
