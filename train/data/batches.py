@@ -165,10 +165,14 @@ class Batches:
             row, at[n] = self.sources[n].next(at[n])
             chosen.append((self.sources[n].sequences, row))
         groups = list(batched(chosen, micro))
-        mine = [gathered(g) for g in groups[share::shares]]
-        valid = sum(r.valid for r in mine)
-        if self._count is None and shares > 1:
-            valid = sum(gathered(g).valid for g in groups)
+        try:
+            mine = [gathered(g) for g in groups[share::shares]]
+            counted = mine if self._count is not None or shares == 1 else [gathered(g) for g in groups]
+        except OSError as e:
+            raise UserError(
+                f"{e.filename}: {e.strerror} (the run needs its cached tokens until it ends; continue with --resume)"
+            ) from None
+        valid = sum(r.valid for r in counted)
         if self._pin is not None:
             mine = [r.pinned() for r in mine]
         return _Made(mine, valid), tuple(at)

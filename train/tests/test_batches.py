@@ -30,7 +30,7 @@ from train.data.batches import IGNORE, Batches, DataState, Place, Rows, Sequence
 from train.data.feed import feed, outlook
 from train.data.packing import best_fit, gathered
 from train.data.shuffle import SMALL, permuted
-from train.data.store import Split, TokenData
+from train.data.store import Shards, Split, TokenData
 from train.parallel import Degrees, Ranks
 
 PACKINGS = ["stream", "documents", "pad"]
@@ -517,6 +517,15 @@ def test_an_error_in_the_background_is_the_users_error(depth: int) -> None:
             ahead.take(3, None)
     assert ahead.take(0, None) == (0, 1)
     ahead.close()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_tokens_that_are_gone_cost_one_line(prefetch: int, tmp_path: Path) -> None:
+    tokens = Shards((tmp_path / "gone.bin",), (40,), "<u2")
+    batches = Batches([Sequences(Split(tokens, np.array([0, 40]), 1), 4, 0)], DataState({}), prefetch=prefetch)
+    with pytest.raises(UserError, match=r"gone\.bin: No such file or directory \(the run needs its cached tokens"):
+        batches.next(2, 2)
+    batches.close()
 
 
 # Validation
