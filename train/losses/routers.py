@@ -48,7 +48,8 @@ class Routers:
         self.own = {mixtures.index(i): _router(decoder, i) for i in mixtures if i in decoder.span}
         for n, router in self.own.items():
             router.statistics = torch.zeros(sizes[n] + MORE, device=ranks.device, requires_grad=True)
-        self._loads = torch.empty(0)
+        self.loads = torch.empty(0)
+        """[L, E] choices that fell on each expert in the last step, over all ranks."""
         self._widest = max(sizes)
 
     @torch.no_grad()
@@ -65,9 +66,9 @@ class Routers:
             leaf.grad = None
         if self.ranks.world > 1:
             dist.all_reduce(sums)
-        self._loads = sums[:, :-MORE]
-        imbalance = self._loads.amax(1) / (self._loads.sum(1) / self.sizes).clamp(min=1e-9)
-        unused = self.sizes.sum() - (self._loads > 0).sum()
+        self.loads = sums[:, :-MORE]
+        imbalance = self.loads.amax(1) / (self.loads.sum(1) / self.sizes).clamp(min=1e-9)
+        unused = self.sizes.sum() - (self.loads > 0).sum()
         count = len(self.layers)
         others = sums[:, -MORE:].sum(0) / max(1, valid) / count
         means = [imbalance.mean(), imbalance.amax(), unused / self.sizes.sum(), *others]
@@ -85,9 +86,9 @@ class Routers:
             return
         for n, router in self.own.items():
             assert router.correction is not None and router.statistics is not None, "checked"
-            loads = self._loads[n, : len(router.statistics) - MORE]
-            step = self.step_size * (loads.mean() - loads).sign()
-            router.correction.add_(parallel.like(step.to(router.correction.dtype), router.correction))
+            loads = self.loads[n, : len(router.statistics) - MORE]
+            step = self.step_size * (loads.mean() - loads).sign().to(router.correction.dtype)
+            router.correction.add_(parallel.like(step, router.correction))
 
 
 FIGURES = ("imbalance", "imbalance_worst", "unused", "entropy", "balance", "z")
