@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from cyclopts import Parameter
 from pydantic import Field
 
 from spec.config import Model
 from train.config.fields import Count, Size
-from train.config.sources import Mixed, Source
+from train.config.sources import Mixed, Source, full
 
 
 class Data(Source):
@@ -42,6 +42,12 @@ class Data(Source):
         if self.mixture is not None:
             return self.mixture
         return (Mixed(**{name: getattr(self, name) for name in Source.model_fields}),)
+
+    def absolute(self) -> Self:
+        """The same with full paths, since a run may be resumed from another folder."""
+        mixture = None if self.mixture is None else tuple(m.absolute() for m in self.mixture)
+        held = None if self.validation_source is None else full(self.validation_source)
+        return super().absolute().model_copy(update={"mixture": mixture, "validation_source": held})
 
 
 class Batch(Model):

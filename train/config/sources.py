@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 from cyclopts import Parameter
-from pydantic import Field
 
 from spec.config import Model, Positive
 from spec.errors import Problem
@@ -56,22 +55,27 @@ class Source(Model):
             return self.prompt, self.completion
         return (self.text,)
 
-    def absolute(self) -> Source:
-        """The same with a full path, since a run may be resumed from another folder."""
-        if self.source == STDLIB or (
-            self.source.startswith(HUB) and not self.source.startswith((f"{HUB}.", f"{HUB}~"))
-        ):
-            return self
-        hub, path = ("", self.source) if not self.source.startswith(HUB) else (HUB, self.source[len(HUB) :])
-        return self.model_copy(update={"source": hub + str(Path(path).expanduser().absolute())})
+    def absolute(self) -> Self:
+        """The same with full paths, since a run may be resumed from another folder."""
+        template = self.template if self.template in (None, CHATML) else full(self.template)
+        return self.model_copy(update={"source": full(self.source), "template": template})
+
+
+def full(source: str) -> str:
+    """A path made absolute; other names as they are."""
+    if source == STDLIB:
+        return source
+    hub, path = (HUB, source.removeprefix(HUB)) if source.startswith(HUB) else ("", source)
+    if hub and not path.startswith((".", "~", "/")):
+        return source
+    return hub + str(Path(path).expanduser().absolute())
 
 
 class Mixed(Source):
     """A source of a mixture."""
 
-    weight: Annotated[
-        Positive, Field(description="Its share of the tokens that are drawn, against the others' weights.")
-    ] = 1.0
+    weight: Positive = 1.0
+    """Its share of the tokens that are drawn, against the weights of the others."""
 
 
 def problems(c: TrainConfig) -> list[Problem]:

@@ -300,3 +300,38 @@ def test_a_cache_that_cannot_be_written_is_named(
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"Not a directory.*--data\.cache"):
         train(options(data__cache=str(tmp_path / "file" / "cache")))
+
+
+def test_a_runs_sources_have_full_paths_and_survive_yaml() -> None:
+    from spec.load import read_yaml
+    from train import config
+
+    mixture = [{"source": "a", "weight": 2}, {"source": "hf:x/y:c@v", "messages": "m", "template": "t.jinja"}]
+    mixture += [{"source": "hf:./z", "messages": "m", "template": "chatml"}, {"source": "stdlib"}]
+    c = config.layered({"data": {"mixture": mixture, "validation_source": "v"}})
+    here = Path.cwd()
+    assert [s.source for s in c.data.sources] == [str(here / "a"), "hf:x/y:c@v", f"hf:{here / 'z'}", "stdlib"]
+    assert [s.template for s in c.data.sources] == [None, str(here / "t.jinja"), "chatml", None]
+    assert c.data.validation_source == str(here / "v")
+    assert config.layered(read_yaml(config.dump(c), "")) == c
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ({"mixture": [{"source": "a", "wieght": 2}]}, r"data.mixture\[0\].wieght: is not a field .did you mean weight"),
+        ({"mixture": [{"source": "a", "weight": 0}]}, r"data.mixture\[0\].weight: 0"),
+        ({"mixture": []}, "data.mixture: .* names no source"),
+        ({"mixture": [{"source": "a"}], "source": "b"}, "data.source: .* contradicts data.mixture"),
+        ({"prompt": "q"}, "data.completion: is missing"),
+        ({"prompt": "q", "completion": "a", "messages": "m"}, "data.messages: 'm' contradicts prompt=q"),
+        ({"template": "chatml"}, "data.template: .* has no chats"),
+        ({"source": "a", "limit": 5}, "data.limit: 5 is for hf: datasets"),
+    ],
+)
+def test_sources_that_contradict_themselves_are_named(data: dict[str, Any], why: str) -> None:
+    from spec.errors import SpecError
+    from train import config
+
+    with pytest.raises(SpecError, match=why):
+        config.layered({"data": data})
