@@ -97,7 +97,7 @@ class Optimizer(Model):
     """Whether embeddings decay too (a tied head is an embedding)."""
     decay_norms: bool = False
     """Whether norm gains, biases and attention sinks decay too."""
-    clip: Positive | None = 1.0
+    clip: Annotated[Positive | None, BeforeValidator(lambda v: None if v == "none" else v)] = 1.0
     """Largest global norm of the gradients, or, with clip_by value, of any single one; none = no clipping."""
     clip_by: Literal["norm", "value"] = "norm"
     """What clip limits: `norm` scales all gradients alike, `value` cuts each element on its own."""

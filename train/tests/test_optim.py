@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -24,11 +26,13 @@ from backends.torch.model import Decoder
 from spec.config import Spec
 from spec.errors import MissingDependency, SpecError, UserError
 from spec.load import parse as parse_spec
-from train import config, optim, parallel
+from train import config, optim, parallel, session
+from train.checkpoint import newest
 from train.config.optim import KINDS
 from train.optim import kinds
 from train.parallel import Degrees, Ranks
 from train.parallel.mesh import DIMENSIONS
+from train.tests.conftest import saved_tensors
 
 ALL = tuple(KINDS)
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -138,6 +142,13 @@ def test_every_kind_has_its_own_defaults_and_they_survive_a_file(kind: str) -> N
     assert {n: getattr(c.optimizer, n) for n in own} == dict(own)
     assert config.layered(read_yaml(config.dump(c), "")).optimizer == c.optimizer
     assert c.optimizer.model_dump(exclude_unset=True) == {"kind": kind}
+
+
+def test_none_turns_clipping_off() -> None:
+    assert config.layered({"optimizer": {"clip": "none"}}).optimizer.clip is None
+    assert config.layered({"optimizer": {"clip": None}}).optimizer.clip is None
+    with pytest.raises(SpecError, match=r"optimizer\.clip"):
+        config.layered({"optimizer": {"clip": "some"}})
 
 
 # ---- groups
@@ -291,6 +302,23 @@ def test_the_average_follows_the_weights_and_lends_itself() -> None:
         torch.testing.assert_close(inside[name].double(), t, rtol=1e-6, atol=1e-7)
     assert all(torch.equal(t, own[n]) for n, t in weights(decoder).items())
     assert not torch.equal(inside["embed.weight"], own["embed.weight"])
+
+
+def test_a_run_publishes_the_average_and_goes_on_from_the_weights(
+    options: Callable[..., dict[str, Any]], train: Callable[..., session.Result], tmp_path: Path
+) -> None:
+    fields = {"steps": 5, "optimizer": {"kind": "muon", "ema": 0.9}, "checkpoint__every": 5}
+    train(options("whole", **fields))
+    parts = options("parts", **fields)
+    train(parts, stop_after=3)
+    train({"out": parts["out"]}, resume=True)
+    found = [newest(tmp_path / out) for out in ("whole", "parts")]
+    assert found[0] is not None and found[1] is not None
+    whole, again = (saved_tensors(f) for f in found if f is not None)
+    assert whole.keys() == again.keys() and all(torch.equal(t, again[k]) for k, t in whole.items())
+    published = load_file(tmp_path / "parts" / "model.safetensors")
+    assert torch.equal(published["embed.weight"], whole["optimizer/embed.weight/ema"])
+    assert not torch.equal(published["embed.weight"], whole["model/embed.weight"])
 
 
 # ---- schedules
