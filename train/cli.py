@@ -214,6 +214,16 @@ def _need_torch() -> None:
         raise MissingDependency("training needs torch: pip install 'allotrope[train]'")
 
 
+def _let_speak(seconds: float, *, all_alike: bool = False) -> None:
+    """Under torchrun, which ends all ranks when one ends: wait for the rank that knows better what went wrong. Where
+    all may say the same, that is rank 0."""
+    import os
+    import time
+
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not (all_alike and os.environ.get("RANK") == "0"):
+        time.sleep(seconds)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; what the user can fix ends with one line a problem and exit status 2."""
     share_cores()
@@ -223,8 +233,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(explain(e), file=sys.stderr)
         sys.exit(2)
     except (UserError, SpecError) as e:
+        _let_speak(seconds=5, all_alike=True)
         print(e, file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as e:
+        if "Connection closed by peer" in str(e):
+            _let_speak(seconds=15)
+        raise
     except KeyboardInterrupt:
         print("interrupted before there was anything to save", file=sys.stderr)
         sys.exit(130)

@@ -256,7 +256,7 @@ def test_a_product_of_degrees_that_is_not_the_number_of_ranks_is_named(
     fields: dict[str, int], world: int, message: str
 ) -> None:
     with pytest.raises(UserError) as e:
-        parallel.degrees(Parallel(**fields), world)
+        parallel.degrees(Parallel.model_validate(fields), world)
     assert message in str(e.value)
 
 
