@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT = 720, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 708, 10, 222
+WIDTH, HEIGHT = 600, 240
+LEFT, RIGHT, TOP, BOTTOM = 50, 8, 10, 26
+"""Room around a chart, in the units of its width and height: pixels of the page, about."""
 BUCKETS = 400
 """Points of a curve, about: what is finer than that is drawn by bucket."""
 
@@ -64,7 +65,14 @@ def number(v: float) -> str:
     return f"{v:.4g}"
 
 
-def chart(series: Iterable[Series], *, marks: Iterable[tuple[float, str]] = (), log: bool = False) -> str:
+def chart(
+    series: Iterable[Series],
+    *,
+    marks: Iterable[tuple[float, str]] = (),
+    log: bool = False,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+) -> str:
     """An SVG element. `marks` are steps with a reason, drawn as lines across; `log` is a logarithmic axis.
 
     Of a pale curve the vertical axis holds all but the outermost hundredths.
@@ -81,19 +89,31 @@ def chart(series: Iterable[Series], *, marks: Iterable[tuple[float, str]] = (), 
     room = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-12)
     positive = min(values) >= 0 and not log
     low, high = (max(0.0, low - room) if positive else low - room), high + room
-    left, right = min(xs), max(max(xs), min(xs) + 1)
+    first, last = min(xs), max(max(xs), min(xs) + 1)
+    right, bottom = width - RIGHT, height - BOTTOM
 
     def x_of(x: float) -> float:
-        return LEFT + (x - left) / (right - left) * (RIGHT - LEFT)
+        return LEFT + (x - first) / (last - first) * (right - LEFT)
+
+    def y_at(v: float) -> float:
+        return bottom - (min(max(v, low), high) - low) / (high - low) * (bottom - TOP)
 
     def y_of(y: float) -> float:
-        v = scale(y) if y > 0 or not log else low
-        return BOTTOM - (min(max(v, low), high) - low) / (high - low) * (BOTTOM - TOP)
+        return y_at(scale(y) if y > 0 or not log else low)
 
-    body = _axes(low, high, left, right, x_of, log)
+    body: list[str] = []
+    for v in ticks(low, high):
+        if log and v != round(v) and high - low >= 1:
+            continue
+        name = number(10**v if log else v)
+        body.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y_at(v):.1f}" y2="{y_at(v):.1f}"/>')
+        body.append(f'<text x="{LEFT - 6}" y="{y_at(v) + 4:.1f}" text-anchor="end">{name}</text>')
+    for v in ticks(first, last, 8):
+        body.append(f'<text x="{x_of(v):.1f}" y="{height - 8}" text-anchor="middle">{number(v)}</text>')
+    body.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     for at, reason in marks:
-        if left <= at <= right:
-            line = f'<line class="mark" x1="{x_of(at):.1f}" x2="{x_of(at):.1f}" y1="{TOP}" y2="{BOTTOM}"/>'
+        if first <= at <= last:
+            line = f'<line class="mark" x1="{x_of(at):.1f}" x2="{x_of(at):.1f}" y1="{TOP}" y2="{bottom}"/>'
             body.append(f"<g><title>{html.escape(reason)}</title>{line}</g>")
     for s in drawn:
         if s.kind == "dots":
@@ -109,24 +129,10 @@ def chart(series: Iterable[Series], *, marks: Iterable[tuple[float, str]] = (), 
             faint = s.kind == "faint"
             path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in thin(s.points, extremes=faint))
             body.append(f'<polyline class="{s.kind} c{s.colour}" points="{path}"/>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(body)}</svg>'
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(body)}</svg>'
 
 
 def _counting(s: Series) -> list[float]:
     values = sorted(y for _, y in s.points)
     cut = len(values) // 100 + 1 if s.kind == "faint" and len(values) > 2 else 0
     return values[cut : len(values) - cut]
-
-
-def _axes(low: float, high: float, left: float, right: float, x_of: Callable[[float], float], log: bool) -> list[str]:
-    out: list[str] = []
-    for v in ticks(low, high):
-        if log and v != round(v) and high - low >= 1:
-            continue
-        y = BOTTOM - (v - low) / (high - low) * (BOTTOM - TOP)
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(10**v if log else v)}</text>')
-    for v in ticks(left, right, 8):
-        out.append(f'<text x="{x_of(v):.1f}" y="{BOTTOM + 18}" text-anchor="middle">{number(v)}</text>')
-    out.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
-    return out

@@ -188,17 +188,17 @@ def _charts(r: Record) -> list[dict[str, Any]]:
     curve = smoothed(loss, r.skipped)
     apart = [Series(f"validation of {name}", r.points(f"val_loss/{name}"), 4, "dots") for name in _sources(r)]
     parts = [Series("its cross-entropy, smoothed", smoothed(r.points("cross_entropy")), 3)]
-    losses = [Series("training", loss, 1, "faint"), Series("training, smoothed", curve, 1), *parts,
+    losses = [Series("", loss, 1, "faint"), Series("training, smoothed", curve, 1), *parts,
               Series("validation", r.scored, 2, "dots"), *apart]  # fmt: skip
     norms = r.points("grad_norm")
     steep = bool(norms) and max(y for _, y in norms) > 50 * max(min(y for _, y in norms), 1e-30)
     timed = [m for m in r.steps if m.get("data_wait") is not None and m.get("seconds")]
     wait = [(m["step"], 100 * m["data_wait"] / m["seconds"]) for m in timed]
     plots: list[tuple[str, list[Series], dict[str, Any]]] = [
-        ("loss (nats/token)", losses, {"marks": bad}),
+        ("loss (nats/token)", losses, {"marks": bad, "width": 1220, "height": 320}),
         ("learning rate", [Series("", r.points("lr"), 3)], {}),
         ("gradient norm, before clipping", [Series("", norms, 4)], {"log": steep, "marks": bad}),
-        ("tokens/s", [Series("step", r.points("tokens_per_second"), 1, "faint"),
+        ("tokens/s", [Series("", r.points("tokens_per_second"), 1, "faint"),
                       Series("smoothed", r.points("tokens_per_second_smooth"), 1)], {}),
         ("waiting for data (% of the step)", [Series("", wait, 2)], {}),
         ("memory of rank 0 (bytes)", [Series("", r.points("memory"), 3)], {}),
