@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -44,7 +44,8 @@ class DataState:
     tokens: int = 0
     """Targets that counted."""
     seed: int = 0
-    sources: tuple[Place, ...] = (Place(),)
+    sources: tuple[Place, ...] = ()
+    """None = all at their beginning."""
 
     @property
     def epoch(self) -> int:
@@ -53,7 +54,7 @@ class DataState:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "sources": [asdict(p) for p in self.sources]}
+        return asdict(self)
 
     @staticmethod
     def of(saved: Mapping[str, Any]) -> DataState:
@@ -61,18 +62,12 @@ class DataState:
         return DataState(**{**saved, "sources": tuple(Place(**p) for p in saved["sources"])})
 
 
-@dataclass(frozen=True)
 class Source:
-    """The rows of one source, epoch after epoch, each in an order of its own."""
+    """The rows of one source, epoch after epoch, each in the order that `seed` and the epoch name."""
 
-    sequences: Sequences
-    seed: tuple[int, int]
-    """The run's, and the source's number."""
-    _window: Callable[[int, int], list[Row]] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        window = lru_cache(maxsize=2)(lambda epoch, n: self.sequences.window(n, *self.seed, epoch))
-        object.__setattr__(self, "_window", window)
+    def __init__(self, sequences: Sequences, *seed: int) -> None:
+        self.sequences = sequences
+        self._window = lru_cache(maxsize=2)(lambda epoch, number: sequences.window(number, *seed, epoch))
 
     def next(self, at: Place) -> tuple[Row, Place]:
         """The row there, and the place behind it."""
@@ -128,10 +123,8 @@ class Batches:
                     f"data: {s.split.name or 'source'}: nothing to train on (a document has 2 tokens or more)"
                 )
         self.weights = tuple(w / sum(weights) for w in weights)
-        self.sources = [Source(s, (state.seed, n)) for n, s in enumerate(sequences)]
-        self.state = (
-            state if len(state.sources) == len(sequences) else replace(state, sources=(Place(),) * len(sequences))
-        )
+        self.sources = [Source(s, state.seed, n) for n, s in enumerate(sequences)]
+        self.state = state if state.sources else replace(state, sources=(Place(),) * len(sequences))
         self.waited = 0.0
         self._count = count
         self._pin = device if device is not None and device.type == "cuda" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -115,6 +116,14 @@ def test_the_order_is_that_of_earlier_versions() -> None:
     """A checkpoint's place means something only in the order that it was made with: change ORDER with these."""
     assert permuted(np.arange(8), 8, 0, 0, 0).tolist() == [0, 6, 2, 1, 7, 3, 4, 5]
     assert permuted([0, 1, 2], 10**9, 0, 0, 0).tolist() == [796812022, 887782523, 281049464]
+    for packing, expected in ORDERS.items():
+        mixed = [Sequences(unique([3, 9, 1, 14, 6, 2, 7] * 9, b), 8, 0, packing) for b in (1, 0)]
+        batches = Batches(mixed, DataState({}, seed=5), (2, 1))
+        ids = np.stack([batches.next(12, 12)[0][0].ids for _ in range(20)])
+        assert hashlib.sha256(ids.tobytes()).hexdigest()[:16] == expected, packing
+
+
+ORDERS = {"stream": "4429e338ba804d47", "documents": "f3cb57f67a280ca6", "pad": "e6361218bd491bf7"}
 
 
 # Packing
