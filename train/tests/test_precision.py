@@ -143,9 +143,8 @@ def test_float16_finds_its_scale_and_resumes_with_it(
     steps = history(tmp_path / "run" / "training" / "train.jsonl")
     assert len(steps) == 24
     assert steps[-1]["skipped"] == 0
-    assert [m["grad_norm"] is None for m in steps[: found["overflows"] + 1]] == [True] * found["overflows"] + [False]
-    exact = options("exact", steps=24)
-    train(exact)
+    assert sum(m["grad_norm"] is None for m in steps[:20]) == found["overflows"]
+    train(options("exact", steps=24))
     plain = history(tmp_path / "exact" / "training" / "train.jsonl")
     assert steps[0]["loss"] == pytest.approx(plain[0]["loss"], rel=2e-3)
     assert steps[-1]["loss"] < steps[0]["loss"]
