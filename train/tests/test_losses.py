@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,16 +29,20 @@ from parity_tests.cases import FEATURES
 from spec import Spec, parse
 from spec.errors import SpecError, UserError
 from spec.load import read_yaml
-from train import config, losses
+from train import config, losses, parallel
 from train.data import tokenizer
+from train.data.batches import Rows
+from train.engine import Pipelined, Whole
 from train.losses import user
 from train.losses.objective import Distilled, Objective, Smoothed, Written
-from train.parallel import Ranks
+from train.parallel import Degrees, Ranks, Stage
+from train.parallel.mesh import DIMENSIONS
 from train.tests.conftest import SPEC
 
 CPU = torch.device("cpu")
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "loss.py"
 ALONE = Ranks(0, 1, CPU)
+SCALE = 1 / 64
 
 Options = Callable[..., dict[str, Any]]
 Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -360,3 +366,59 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher_run: Path, tmp_path: Pat
     data["model"]["merges"] = []
     assert "cuts text into tokens otherwise than the run's tokenizer" in said(folder("cut", json.dumps(data)))
     assert said(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no such folder or file")
+
+
+def _student(spec: Spec, teacher: Path, ranks: Ranks) -> tuple[Any, Decoder]:
+    """An engine that distils, over a decoder in float64, in parts where there are several ranks."""
+    model = decoder(spec, 1).train()
+    if ranks.degrees.pp > 1:
+        model.keep(parallel.spans(spec, 2)[ranks.place("pp")])
+    if ranks.world > 1:
+        parallel.shard(model, ranks, "float32")
+    c = config.layered({"loss": {"kind": "distillation", "teacher": str(teacher), "z": 1e-3}})
+    tok = tokenizer.load(teacher)
+    objective = losses.build(losses.Setting(c, spec, tok, 32, torch.float64, ranks))
+    if ranks.degrees.pp == 1:
+        return Whole(model, ranks, "float32", objective), model
+    return Pipelined(model, ranks, Stage(model, ranks, "1f1b", torch.float64), objective), model
+
+
+def _distributed(rank: int, folder: str, teacher: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 300, (4, 33), generator=g)
+    targets = torch.where(torch.rand(4, 32, generator=g) < 0.3, -100, ids[:, 1:])
+    segments = (torch.arange(32) >= 11).long().expand(4, -1)
+    spec = FEATURES["gemma2"].model_copy(update={"vocab_size": 300, "head": FEATURES["llama"].head})
+    whole, reference = _student(spec, teacher, ALONE)
+
+    def rows(which: slice) -> Rows:
+        return Rows(*(t[which].contiguous().numpy() for t in (ids[:, :-1], targets, segments)))
+
+    expected = whole.backward([rows(slice(0, 4))], SCALE).item()
+    sums = whole.criterion.take()
+    for degrees in (Degrees(dp=2), Degrees(tp=2), Degrees(pp=2)):
+        mesh = init_device_mesh("cpu", tuple(getattr(degrees, d) for d in DIMENSIONS), mesh_dim_names=DIMENSIONS)
+        engine, model = _student(spec, teacher, Ranks(rank, 2, CPU, degrees, mesh))
+        mine = range(4)[rank::2] if degrees.dp == 2 else range(4)
+        found = engine.backward([rows(slice(n, n + 1)) for n in mine], SCALE).double()
+        told = engine.criterion.take()
+        for t in (found, told):
+            dist.all_reduce(t)
+        assert found.item() == pytest.approx(expected, rel=1e-6), degrees
+        torch.testing.assert_close(told, sums, rtol=1e-5, atol=0)
+        own = dict(reference.named_parameters())
+        for n, p in model.named_parameters():
+            wanted = own[n].grad
+            assert p.grad is not None and wanted is not None
+            # sums over ranks round in float32 at most
+            assert torch.linalg.norm(parallel.whole(p.grad) - wanted) <= 1e-6 * torch.linalg.norm(wanted), n
+    dist.destroy_process_group()
+
+
+def test_two_ranks_distil_as_one_does(teacher_run: Path, tmp_path: Path) -> None:
+    """The teacher in shards; on ranks that have half of each row; on the last stage of a pipeline."""
+    mp.spawn(_distributed, (str(tmp_path), teacher_run), nprocs=2)  # type: ignore[attr-defined]
