@@ -18,15 +18,20 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from rich.console import Console
+from tokenizers import Tokenizer as Fast
+from tokenizers.models import WordLevel
 
+from backends.text import Text
+from backends.torch.model import Decoder
 from spec.errors import MissingDependency, UserError
 from spec.load import load as load_spec
 from train import config, loop, session
 from train.checkpoint import newest, number
-from train.config import Watch
+from train.config import Samples, Watch
+from train.parallel import Ranks
 from train.tests.conftest import saved_tensors, write_text
 from train.tests.test_loop import assert_equal, journal
-from train.watch import Board, Guard, Journal, Metrics, Score, by_name, history
+from train.watch import Board, Guard, Journal, Metrics, Sampler, Score, by_name, history
 from train.watch import report as reports
 from train.watch.charts import Series, chart, thin, ticks
 from train.watch.charts import number as label
@@ -405,6 +410,21 @@ def test_samples_are_deterministic_and_change_no_bit_of_the_training(
 def test_a_prompt_that_leaves_no_room_is_refused(options: Options, train: Train) -> None:
     with pytest.raises(UserError, match=r"samples\.prompts\[1\]: \d+ tokens leave no room in 32"):
         train(options(samples__prompts=["", "x y z " * 60]))
+
+
+def test_samples_come_with_a_kernel_that_has_no_cache(options: Options) -> None:
+    mini = load_spec(options()["spec"])
+    tokenizer = Fast(WordLevel({"a": 0, "b": 1, "<unk>": 2}))
+    decoder = Decoder(mini, attention="flex")
+    decoder.init_weights(0)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    sampler = Sampler(Samples(prompts=("b",), tokens=5), decoder, ranks, Text(tokenizer, {}), [0])
+    decoder.train()
+    state = torch.get_rng_state()
+    first = sampler.write()
+    assert first == sampler.write() and first[0][0] == "b"
+    assert (decoder.training, decoder.attention) == (True, "flex")
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def _poisoned_ranks(rank: int, port: int, data: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 600, 240
-LEFT, RIGHT, TOP, BOTTOM = 50, 8, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 10, 26
 """Room around a chart, in the units of its width and height: pixels of the page, about."""
 BUCKETS = 400
 """Points of a curve, about: what is finer than that is drawn by bucket."""

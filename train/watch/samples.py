@@ -78,12 +78,14 @@ class Sampler:
 
     def write(self) -> list[tuple[str, str]]:
         """Each prompt with what the model writes after it. All ranks take part; torch's generators stay untouched."""
-        was = self._decoder.training
+        was = self._decoder.training, self._decoder.attention
         self._decoder.eval()
+        self._decoder.attention = "auto"  # a kernel that was asked for is one for training, and may have no cache
         try:
             return [(prompt, self._continue(ids, n)) for n, (prompt, ids) in enumerate(self._prompts)]
         finally:
-            self._decoder.train(was)
+            self._decoder.train(was[0])
+            self._decoder.attention = was[1]
             self._runtime.close()
 
     def _continue(self, ids: list[int], n: int) -> str:
