@@ -76,7 +76,7 @@ def make(c: TrainConfig, ranks: int | None = None) -> Plan:
         except UserError as e:
             problems.append(str(e))
 
-    ask(losses.check, spec, c.experts)
+    ask(losses.describe, c, spec, length)
     ask(optim.kind, c.optimizer)
     ask(parallel.check, spec, d, length)
     ask(parallel.check_batch, c.batch, d)
@@ -150,14 +150,14 @@ def show(c: TrainConfig, console: Console, ranks: int | None = None, *, as_json:
 
 def _summary(c: TrainConfig, plan: Plan) -> dict[str, str]:
     spec, d, found = plan.spec, plan.degrees, facts(c, plan)
-    text = prepare.read(c.data, cache_folder(c.data.cache))
     per_step = c.batch.sequences * plan.length
     degrees = " x ".join(f"{name} {n}" for name, n in asdict(d).items() if name != "ep") + f" (ep {d.ep})"
     state = sum(s.weights + s.moments for s in plan.stages) * d.dp * d.tp
     bubble = f", {plan.bubble:.0%} of a step spent waiting ({c.parallel.schedule})" if d.pp > 1 else ""
     return {
         "spec": f"{spec.name}: {short(cost.count(spec).total)} parameters, {spec.depth} layers, width {spec.width}",
-        "data": f"{text.name}: {text.files:,} file(s), {size(text.size)}",
+        "data": prepare.described(c.data, cache_folder(c.data.cache)),
+        "loss": losses.describe(c, spec, plan.length),
         "tokenizer": c.tokenizer or f"byte-level BPE of {spec.vocab_size} tokens, trained on the data",
         "ranks": f"{d.world} = {degrees}",
         "step": f"{c.batch.sequences} sequences of {plan.length} = {per_step:,} tokens; a rank sees "

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +87,23 @@ def restarted() -> bool:
 
 
 def going_on(c: TrainConfig) -> tuple[bool, bool]:
-    """Whether to resume, and whether to replace what lies in the run's folder: what was begun there and saved nothing.
-    """
+    """Whether to resume, and whether to replace what lies in the run's folder: what was begun there and saved nothing."""
     out = out_folder(c)
     return checkpoint.newest(out) is not None, checkpoint.unsaved(out)
 
 
 @contextmanager
 def _first_rank_first(ranks: Ranks) -> Iterator[None]:
-    """Rank 0 runs the block (and fills the caches) before the others do."""
-    if ranks.world > 1 and not ranks.first:
-        dist.barrier()
+    """Rank 0 runs the block (and fills the caches) before the others do, however long it takes."""
+    if ranks.world == 1:
+        yield
+        return
+    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    if not ranks.first:
+        dist.barrier(patient)
     yield
-    if ranks.world > 1 and ranks.first:
-        dist.barrier()
+    if ranks.first:
+        dist.barrier(patient)
 
 
 def train(
@@ -129,7 +133,7 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
     if taken and not resume and not force:
         raise UserError(f"{out}: {taken} is already there (--resume continues the run, --force replaces it, or --out)")
     length = c.data.length or spec.context
-    losses.check(spec, c.experts)
+    described = losses.describe(c, spec, length)
     parallel.check(spec, ranks.degrees, length)
     optim.kind(c.optimizer)
     shares = ranks.degrees.data
@@ -162,6 +166,7 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
     kernels = decoder.kernels(length, packed=batches.masked, dtype=parallel.DTYPES[precision])
     for reason, kernel in kernels.items():
         say(f"attention: {kernel} ({reason})")
+    say(f"loss: {described}")
     objective = losses.build(losses.Setting(c, spec, tok, length, parallel.DTYPES[precision], ranks))
     torch.manual_seed(c.seed + ranks.rank)  # dropout
     run = loop.Run(

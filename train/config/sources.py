@@ -84,6 +84,8 @@ def problems(c: TrainConfig) -> list[Problem]:
     data = c.data
     if data.mixture is not None and data.source != STDLIB:
         out.append(Problem("data.source", data.source, "contradicts data.mixture", "put it into the mixture"))
+    if data.mixture == ():
+        out.append(Problem("data.mixture", "[]", "names no source", "remove it, or list some"))
     every = (
         [("data", data)] if data.mixture is None else [(f"data.mixture[{n}]", m) for n, m in enumerate(data.mixture)]
     )

@@ -15,8 +15,9 @@ from rich.console import Console
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import load as load_spec
+from spec.show import size
 from train.config import Data, TrainConfig
-from train.config.sources import CHATML, Source
+from train.config.sources import CHATML, HUB, Source
 from train.data import corpus, tokenizer, tokens
 from train.data.chat import CHATML_TOKENS, plain, template_of
 from train.data.corpus import Corpus, read_part
@@ -69,6 +70,14 @@ def read(data: Data, cache: Path) -> Sources:
         own = Source(**{name: getattr(data, name) for name in Source.model_fields})
         held = corpus.read(own.model_copy(update={"source": apart}), held="all", cache=cache)
     return Sources(tuple(found), tuple(s.weight for s in sources), held)
+
+
+def described(data: Data, cache: Path) -> str:
+    """The sources in a line. Raises `UserError` as `read` does; datasets that would be fetched are only named."""
+    if any(s.source.startswith(HUB) for s in data.sources):
+        return " + ".join(s.source for s in data.sources) + " (hf: datasets are fetched when the run begins)"
+    found = read(data, cache)
+    return f"{found.name}: {found.files:,} file(s), {size(found.size)}"
 
 
 def tokenizer_of(text: Sources, given: str | Path | None, vocab_size: int, context: int, cache: Path) -> TextTokenizer:

@@ -36,8 +36,8 @@ FOLDED = re.compile("[\u017f\u212a]")
 BEYOND = re.compile(r"[^\x00-\x7f]")
 FEW = 24
 """Distinct characters up to which they are replaced one by one, which is quicker."""
-MOST = 2**20
-"""Words that are remembered."""
+MOST, LONG = 2**19, 64
+"""Words that are remembered, at most, and characters of the longest of them."""
 
 
 class StandIns(dict[int, str]):
@@ -86,7 +86,11 @@ class Words:
         fresh = list(set(words).difference(self.known))
         for word, e in zip(fresh, self.merging.encode_batch_fast(fresh, add_special_tokens=False), strict=True):
             self.known[word] = np.array(e.ids, "<u4").tobytes()
-        return np.frombuffer(b"".join(map(self.known.__getitem__, words)), "<u4")
+        ids = np.frombuffer(b"".join(map(self.known.__getitem__, words)), "<u4")
+        for word in fresh:
+            if len(word) > LONG:
+                del self.known[word]
+        return ids
 
     def _cut(self, text: str) -> list[str] | None:
         """The pieces between which nothing merges; none where only the tokenizer knows."""

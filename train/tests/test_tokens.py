@@ -285,6 +285,37 @@ def test_a_tokenizer_of_a_large_text_sees_a_part_of_it(tmp_path: Path, monkeypat
     assert 15_000 < sum(map(len, sample)) < 30_000
 
 
+def test_what_is_prepared_ahead_is_found_by_the_run(
+    options: Callable[..., dict[str, Any]],
+    train: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from train.cli import main
+
+    data = options(steps=2, samples__every=0)
+    how = ["--spec", data["spec"], "--data", data["data"]["source"], "--data.cache", data["data"]["cache"]]
+    with pytest.raises(SystemExit) as ended:
+        main(["prepare", *how, "--json"])
+    assert not ended.value.code
+    told = json.loads(capsys.readouterr().out)
+    [of] = told["train"]
+    assert of["source"] == data["data"]["source"]
+    assert of["tokens"] > of["documents"] > 5
+    assert told["tokenizer"]["tokens"] == 300
+    assert Path(of["folder"]).is_dir()
+    monkeypatch.setattr(tokens, "make", lambda *a: pytest.fail("tokenised twice"))
+    monkeypatch.setattr(tokenizer, "train", lambda *a: pytest.fail("trained twice"))
+    assert train(data).step == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["prepare", *how])
+    assert "cached in" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["prepare", "--data", "/nowhere"])
+    assert ended.value.code == 2
+    assert "no such file or folder" in capsys.readouterr().err
+
+
 MEASURE = """
 import resource, sys
 from pathlib import Path
@@ -302,12 +333,12 @@ print(peak() - before, len(made.train[0].tokens))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("word", ["one two three ", "onetwothree"], ids=["words", "letters"])
-def test_a_line_of_200_megabytes_costs_little_memory(word: str, tmp_path: Path) -> None:
-    size = 200 * 2**20
-    with (tmp_path / "line.txt").open("w") as f:
-        for _ in range(size // len(word) // 1000):
-            f.write(word * 1000)
+@pytest.mark.parametrize("letters", [b"one two three ", bytes(range(97, 123))], ids=["words", "letters"])
+def test_a_line_of_200_megabytes_costs_little_memory(letters: bytes, tmp_path: Path) -> None:
+    size, rng = 200 * 2**20, np.random.default_rng(0)
+    with (tmp_path / "line.txt").open("wb") as f:
+        for _ in range(200):
+            f.write(rng.choice(np.frombuffer(letters, np.uint8), 2**20).tobytes())
     (tmp_path / "cache").mkdir()
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "line.txt"), str(tmp_path / "cache")],
@@ -329,7 +360,7 @@ def test_a_json_line_of_two_gigabytes_is_refused_at_once(tmp_path: Path) -> None
     began = time.monotonic()
     with pytest.raises(UserError, match="line 1: the row is longer than 64 MiB"):
         prepare.read(config.layered({"data": str(tmp_path / "line.jsonl")}).data, tmp_path)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow
