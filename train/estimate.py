@@ -158,11 +158,17 @@ def _inner(b: config.Block, width: int, tp: int) -> float:
     a, m = b.attention, b.mlp
     assert a.kv_heads is not None and a.head_dim is not None, "a resolved layer"
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    hidden = m.hidden
+    inner = 4 * width * (b.pre + b.post) + 3 * q + 3 * kv + (4 if m.gated else 2) * _hidden(m)
     if isinstance(m, MoE):
-        hidden = m.hidden * m.router.top_k + (m.shared.hidden if m.shared else 0)
-    inner = 4 * width * (b.pre + b.post) + 3 * q + 3 * kv + (4 if m.gated else 2) * hidden
+        inner += 2 * width * m.router.top_k  # sorted by expert, on the way in and out
     return inner / tp + (2 * width * (1 - 1 / tp) if tp > 1 else 0)
+
+
+def _hidden(m: config.FeedForward) -> int:
+    """Inner width of what a token passes."""
+    if not isinstance(m, MoE):
+        return m.hidden
+    return m.hidden * m.router.top_k + (m.shared.hidden if m.shared else 0)
 
 
 def _kept(b: config.Block, width: int, tp: int, memory: Memory, n: int) -> float:
@@ -177,7 +183,7 @@ def _kept(b: config.Block, width: int, tp: int, memory: Memory, n: int) -> float
     a, m = b.attention, b.mlp
     assert a.kv_heads is not None and a.head_dim is not None, "a resolved layer"
     heads = a.heads * a.head_dim
-    products = heads + 2 * a.kv_heads * a.head_dim + 2 * width + (2 if m.gated else 1) * m.hidden
+    products = heads + 2 * a.kv_heads * a.head_dim + 2 * width + (2 if m.gated else 1) * _hidden(m)
     saved = {"matmul": products, "attention": heads}
     return least + sum(saved[name] for name in memory.save) / tp
 
