@@ -7,8 +7,11 @@ import json
 import math
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +39,9 @@ from train.data.store import Shards, Split, TokenData
 from train.parallel import Degrees, Ranks
 
 PACKINGS = ["stream", "documents", "pad"]
+
+Options = Callable[..., dict[str, Any]]
+Train = Callable[..., Any]
 
 
 def joined(documents: list[list[int]], begin: int | None, end: int = 0, **more: Any) -> Split:
@@ -560,3 +567,67 @@ def test_validation_spreads_over_all_sources_in_every_packing(packing: str) -> N
     assert (np.concatenate([r.ids.ravel() for r in rows]) > 150).any()
     everything = sum(r.valid for r in validation_rows(held_out, 10**9, 2))
     assert everything == sum(s.inputs for s in held_out)
+
+
+# Whole runs
+
+
+def mixed(options: Options, tmp_path: Path, **more: Any) -> dict[str, Any]:
+    """A run on text and on the answers of chats, without dropout, whose numbers depend on the number of ranks."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"prompt": f"how many is {a} and {b}", "completion": f"{a + b} " * int(rng.integers(1, 9))}
+        for a, b in rng.integers(0, 99, (60, 2))
+    ]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    data = options(batch__sequences=8, batch__micro=2, steps=6, **more)
+    spec = Path(data["spec"])
+    spec.write_text(spec.read_text(encoding="utf-8").replace("  dropout: 0.1\n", ""), encoding="utf-8")
+    text = data["data"].pop("source")
+    answers = {"source": str(chats), "prompt": "prompt", "completion": "completion", "template": "chatml"}
+    data["data"] |= {"packing": "documents", "prefetch": 2, "mixture": [{"source": text, "weight": 2}, answers]}
+    return data
+
+
+def told(out: Path) -> list[tuple[int, float, int]]:
+    lines = map(json.loads, (out / "training" / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    return [(m["step"], m["loss"], m["tokens"]) for m in lines if "loss" in m]
+
+
+def test_a_mixture_of_text_and_answers_resumes_exactly(options: Options, train: Train, tmp_path: Path) -> None:
+    data = mixed(options, tmp_path)
+    train(data)
+    parts = {**data, "out": str(tmp_path / "parts")}
+    train(parts, stop_after=2)
+    train({"out": parts["out"]}, resume=True, stop_after=3)
+    train({"out": parts["out"]}, resume=True)
+    assert told(tmp_path / "parts") == told(tmp_path / "run")
+    assert len(told(tmp_path / "run")) == 6
+
+
+@pytest.mark.slow
+def test_four_ranks_then_two_keep_the_order_and_the_loss(options: Options, train: Train, tmp_path: Path) -> None:
+    """The losses differ by the order of their sums, and by what that does to six updates."""
+    data = mixed(options, tmp_path)
+    train(data)
+    file = tmp_path / "ranks.yaml"
+    file.write_text(yaml.safe_dump({**data, "out": str(tmp_path / "ranks")}), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for ranks, how in (
+        (4, ["--config", str(file), "--stop-after", "3"]),
+        (2, ["--resume", "--out", str(tmp_path / "ranks")]),
+    ):
+        done = subprocess.run(
+            [*launch, str(ranks), "-m", "train", *how],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    one, many = told(tmp_path / "run"), told(tmp_path / "ranks")
+    assert [(s, t) for s, _, t in one] == [(s, t) for s, _, t in many]
+    for (_, a, _), (_, b, _) in zip(one, many, strict=True):
+        assert b == pytest.approx(a, rel=2e-6)
