@@ -26,7 +26,7 @@ class Series:
     colour: int
     """1 to 4, of the page's style sheet."""
     kind: Literal["line", "faint", "dots"] = "line"
-    """A curve (bucket means), a pale one behind it (bucket extremes), or dots with their values (never thinned)."""
+    """A curve (bucket means), a pale one behind it (bucket extremes), or dots with values (too many are a curve)."""
 
 
 def thin(points: Points, *, extremes: bool = False) -> list[tuple[float, float]]:
@@ -116,7 +116,7 @@ def chart(
             line = f'<line class="mark" x1="{x_of(at):.1f}" x2="{x_of(at):.1f}" y1="{TOP}" y2="{bottom}"/>'
             body.append(f"<g><title>{html.escape(reason)}</title>{line}</g>")
     for s in drawn:
-        if s.kind == "dots":
+        if s.kind == "dots" and len(s.points) <= BUCKETS:
             where = [(x_of(x), y_of(y), x, y) for x, y in s.points]
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in where)
             body.append(f'<polyline class="line c{s.colour}" points="{path}"/>')
@@ -126,9 +126,9 @@ def chart(
                 for x, y, step, value in where
             ]
         else:
-            faint = s.kind == "faint"
+            faint, kind = s.kind == "faint", "faint" if s.kind == "faint" else "line"
             path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in thin(s.points, extremes=faint))
-            body.append(f'<polyline class="{s.kind} c{s.colour}" points="{path}"/>')
+            body.append(f'<polyline class="{kind} c{s.colour}" points="{path}"/>')
     return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(body)}</svg>'
 
 

@@ -19,6 +19,7 @@ from backends.text import Text
 from backends.torch.model import Decoder
 from backends.torch.runtime import TorchRuntime
 from spec.errors import UserError
+from train import parallel
 from train.config import Samples
 from train.parallel import Ranks
 
@@ -87,6 +88,7 @@ class Sampler:
             self._decoder.train(was[0])
             self._decoder.attention = was[1]
             self._runtime.close()
+            parallel.settle(self._decoder)
 
     def _continue(self, ids: list[int], n: int) -> str:
         c = self._c
