@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +109,7 @@ class Chats:
         return re.compile("|".join(map(re.escape, contents)) or r"(?!)")
 
     def _rendered(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        if self._marks and "\\u0000" in json.dumps(messages, default=str):
+        if self._marks and any(_holds(m, "\x00") for m in messages):
             raise ValueError("a message contains a zero character, which the marks of answers are made of")
         names = self.tokenizer.special_names
         try:
@@ -194,6 +194,14 @@ def _unmarked(rendered: str) -> tuple[str, list[Span]]:
         out.append(piece)
         length += len(piece)
     return "".join(out), [s for s in spans if s[0] < s[1]]
+
+
+def _holds(value: Any, mark: str) -> bool:
+    """Whether a text anywhere in a message contains it."""
+    if isinstance(value, str):
+        return mark in value
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return any(_holds(v, mark) for v in inner)
 
 
 def environment() -> Any:

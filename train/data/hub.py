@@ -191,6 +191,9 @@ def _revision(dataset: Dataset, cache: Path) -> str | None:
                 f"--data hf:{dataset.path}: the Hub can't be reached, and it was not fetched before: {told}"
             ) from None
         return note.read_text(encoding="utf-8")
-    note.parent.mkdir(exist_ok=True)
-    note.write_text(found or "", encoding="utf-8")
+    try:
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(found or "", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{note}: {e.strerror} (try --data.cache FOLDER)") from None
     return found

@@ -144,7 +144,7 @@ def text(
         )
     if tok.size < spec.vocab_size:
         say(console, f"tokenizer: {tok.size} tokens; the spec's other {spec.vocab_size - tok.size} rows stay unused")
-    with shown(console, "tokenising", found.size) as progress:
+    with shown(console, "tokenising", sum(p.size for s in found.corpora for p in s.parts)) as progress:
         data = tokenize(found, tok, cache, c.data.workers, progress)
     for what, splits in (("to train on", data.train), ("held out", data.validation)):
         count, documents = sum(len(s.tokens) for s in splits), sum(s.documents for s in splits)

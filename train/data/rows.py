@@ -16,8 +16,8 @@ from train.data.files import COMPRESSIONS, DAMAGE, compression, opened, reason
 LINES = (".jsonl", ".ndjson", ".json")
 STEP = 2**20
 """Bytes of a part of lines."""
-TABLE_STEP = 4 * 2**20
-"""Bytes, about, of a table that are in memory at a time."""
+TABLE_STEP, BUFFER = 4 * 2**20, 2**20
+"""Bytes, about, of a table that are in memory at a time, and that are read from its file."""
 
 
 def kind(path: Path) -> Kind:
@@ -49,7 +49,12 @@ def read(part: Part, source: Source) -> Iterator[Document]:
         if not content:
             continue
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
-        data = text.encode(errors="surrogatepass")
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as e:
+            raise UserError(
+                f"{place(part, at)}: {e.object[e.start]!r} is half a character (half of a UTF-16 pair)"
+            ) from None
         if len(data) > LONGEST:
             raise too_long(place(part, at))
         yield Document(content, key_of(data), len(data), part, at)
@@ -133,7 +138,7 @@ def _parquet(path: Path) -> Any:
     except ImportError:
         raise MissingDependency(f"{path}: parquet needs pyarrow: pip install 'allotrope[train]'") from None
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, buffer_size=BUFFER)  # or a column of a row group is read at once
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{path}: not a parquet file: {reason(e)}") from None
 

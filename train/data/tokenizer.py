@@ -45,6 +45,10 @@ class TextTokenizer:
     json: str
     config: dict[str, Any]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Only what it is made of, for other processes."""
+        return {"json": self.json, "config": self.config}
+
     @cached_property
     def fast(self) -> Fast:
         """The tokenizer; special tokens that stand in the text are text."""

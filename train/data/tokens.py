@@ -25,6 +25,7 @@ from train.data import workers
 from train.data.chat import Chats, template_of
 from train.data.corpus import Corpus, read_part
 from train.data.document import Document, Part
+from train.data.files import reason
 from train.data.long import encode
 from train.data.store import Shards, Split
 from train.data.tokenizer import TextTokenizer
@@ -106,7 +107,7 @@ def prepare(
     except OSError as e:
         done = sum(job.record(n).is_file() for n in range(len(shards)))
         kept = f"; {done} of {len(shards)} shards are kept" if done else ""
-        raise UserError(f"{folder}: cannot store the tokens: {e.strerror}{kept} (try --data.cache FOLDER)") from None
+        raise UserError(f"{folder}: cannot store the tokens: {reason(e)}{kept} (try --data.cache FOLDER)") from None
     return train, held, fingerprint
 
 

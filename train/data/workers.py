@@ -51,8 +51,8 @@ def run(job: Job, shards: Sequence[int], count: int, progress: Callable[[int], N
                 progress(job.size(pending.pop(future)))
     except BrokenProcessPool:
         raise UserError(
-            "data: a process that tokenised was killed (out of memory? lower --data.workers); "
-            "start again, what is done is kept"
+            "data: a process that tokenised has died (out of memory? lower --data.workers; in a program of your own: "
+            "start the work under `if __name__ == '__main__':`); what is done is kept"
         ) from None
     finally:
         ended.set()

@@ -84,6 +84,12 @@ def test_answers_of_a_template_that_rewrites_the_past(learnt: Callable[..., list
     assert learnt(THINKING, CHAT) == ["beta λ λ<|im_end|>", "<think>\n\n</think>\n\ngamma assistant<|im_end|>"]
 
 
+def test_marks_in_a_message_are_refused(learnt: Callable[..., list[str]]) -> None:
+    assert learnt(MARKED, [CHAT[0] | {"content": r"\u0000"}, CHAT[1]]) == ["beta λ λ<|im_end|>"]
+    with pytest.raises(ValueError, match="contains a zero character"):
+        learnt(MARKED, [CHAT[0] | {"content": "\0generation>"}, CHAT[1]])
+
+
 def test_equal_texts_of_user_and_assistant_are_told_apart(learnt: Callable[..., list[str]]) -> None:
     chat = [{"role": r, "content": "beta"} for r in ("user", "assistant", "user", "assistant")]
     for template in (CHATML, MARKED, THINKING):

@@ -180,6 +180,7 @@ def test_a_missing_column_names_those_that_are_there(name: str, tmp_path: Path) 
         (b'{\n "text": "a"\n}\n', "line 1: not JSON: .*one JSON object a line"),
         (b'{"text": "a"}\n\n5\n', "line 3: a int, but rows are JSON objects"),
         (b'{"text": "\xff"}\n', "not UTF-8 at byte 10"),
+        (b'{"text": "a"}\n{"text": "\\ud800"}\n', r"line 2: '\\ud800' is half a character"),
         (b'{"messages": [], "n": 1}\n', "no column 'text'; there are: messages, n .*--data.messages messages"),
     ],
 )
@@ -187,6 +188,18 @@ def test_bad_lines_are_named(content: bytes, why: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=why):
         texts(tmp_path)
+
+
+def test_a_table_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    column = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff\xfe"]).buffers())
+    pq.write_table(pa.table({"text": column, "data": pa.array([b"x", b"y"])}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: row 1 or one soon behind it: not UTF-8"):
+        texts(tmp_path)
+    with pytest.raises(UserError, match="row 1: column 'data' holds a bytes, not text"):
+        texts(tmp_path, text="data")
 
 
 def test_rows_without_text_are_no_documents(tmp_path: Path) -> None:
