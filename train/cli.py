@@ -233,12 +233,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(explain(e), file=sys.stderr)
         sys.exit(2)
     except (UserError, SpecError) as e:
-        _let_speak(seconds=5, all_alike=True)
+        _let_speak(seconds=2, all_alike=True)
         print(e, file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:
         if "Connection closed by peer" in str(e):
-            _let_speak(seconds=15)
+            _let_speak(seconds=5)
         raise
     except KeyboardInterrupt:
         print("interrupted before there was anything to save", file=sys.stderr)

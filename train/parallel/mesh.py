@@ -14,6 +14,7 @@ import torch.distributed as dist
 from spec.errors import UserError
 from train.config import Parallel
 from train.parallel.device import BACKENDS, choose_device
+from train.parallel.meeting import fresh_store
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -150,10 +151,12 @@ def ranks(device: str, parallel: Parallel, *, grouped: bool = False) -> Iterator
         chosen = torch.device(chosen.type, int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
         torch.accelerator.set_device_index(chosen.index)
     backend = f"cpu:gloo,{chosen.type}:{BACKENDS[chosen.type]}" if chosen.type in BACKENDS else "gloo"
-    if world > 1:
+    if world > 1 and (store := fresh_store()) is not None:
+        dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world)
+    elif world > 1:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     from torch.distributed.device_mesh import init_device_mesh
 
     shape = tuple(getattr(found, d) for d in DIMENSIONS)
