@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from train import parallel
 from train.optim.shares import local, shard
 
 
@@ -43,15 +44,12 @@ class Average:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange weights and average; nothing where there is none yet."""
+        parallel.settle(self.decoder)
         weights = self.weights
         for name, average in self.values.items():
             kept = weights[name].clone()
             weights[name].copy_(average)
             average.copy_(kept)
-        for module in self.decoder.modules():
-            reshard = getattr(module, "reshard", None)
-            if reshard is not None:  # the root keeps its gathered weights after a pass without gradients
-                reshard()
 
     def entries(self) -> dict[str, Tensor]:
         """The average by `name/ema`, sharded as the weights, and the count of updates."""

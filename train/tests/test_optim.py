@@ -463,9 +463,26 @@ def check_kind(kind: str, ranks: Ranks, folder: Path, before: str | None) -> Non
     run(decoder, optimizer, range(4, 6))
     expected, _ = reference(spec, kind, 5, ema=0.9)
     close(kind, weights(decoder), {n: expected[n] for n in weights(decoder)}, begun)
+    if ranks.degrees.pp == 1:
+        check_average(decoder, optimizer, ranks)
+
+
+@torch.no_grad()
+def check_average(decoder: Decoder, optimizer: optim.Optimizer, ranks: Ranks) -> None:
+    """The average is lent after a pass that left the root's weights whole, and a pass inside computes with it."""
+    ids = torch.arange(16)[None]
+    before = decoder(ids, ids)
     with optimizer.averaged():
+        inside = decoder(ids, ids)
         lent = weights(decoder)
-    assert not torch.equal(next(iter(lent.values())), next(iter(weights(decoder).values())))
+    assert torch.equal(decoder(ids, ids), before)
+    parallel.settle(decoder)
+    alone = whole_model(mini())
+    for name, p in alone.named_parameters():
+        p.copy_(lent[name])
+    if ranks.degrees.tp > 1:  # each has the losses of its part of the tokens
+        dist.all_reduce(inside, group=ranks.mesh["tp"].get_group())  # type: ignore[index]
+    torch.testing.assert_close(inside, alone(ids, ids), rtol=1e-5, atol=0)
 
 
 def check_clipping(ranks: Ranks) -> None:
