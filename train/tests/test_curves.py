@@ -1,7 +1,7 @@
 """Twenty steps of `python -m train` on several ranks follow the one process: losses, clip norms, validation.
 
-The bound: ranks sum the same numbers in another order, so each gradient differs by a few float32 roundings (measured:
-1e-7 of its norm). Adam divides by the gradients' size, which makes steps of rounding noise where a gradient is near zero;
+The bound: ranks sum the same numbers in another order, so a gradient differs by a few float32 roundings (measured:
+1e-7 of its norm). Adam divides by its size, which makes steps of rounding noise where a gradient is near zero;
 over 20 steps that moves the loss by less than 2e-5 of it, and the norm by less than 1e-3.
 """
 
