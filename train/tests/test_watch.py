@@ -132,6 +132,15 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_room(
     assert log.getvalue().count("No space left on device (the run goes on)") == 1
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "training").write_text("a file", encoding="utf-8")
+    board = Board(Progressing(Console(quiet=True), 0, 9, 100), tmp_path / "training")
+    with pytest.raises(UserError, match="training: cannot be written: File exists"):
+        board.begin(0, 0, {})
+    board.report(picture=True)  # there is nothing to report
+    board.close()
+
+
 def test_a_log_has_plain_lines_and_a_terminal_a_bar() -> None:
     m = Metrics(10, 2.0, 1e-3, 0.5, 1234.0, 999, 1, val_loss=1.9, val_bits_per_byte=0.8, val_parts={"code": 1.5})
     log = StringIO()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from spec.errors import UserError
 from train.watch.console import Progressing
 from train.watch.journal import EVENTS, Journal, Lines
 from train.watch.metrics import Metrics
@@ -15,6 +16,8 @@ from train.watch.trackers import Tracker
 
 ENVIRONMENT = "environment.json"
 """Versions, devices and ranks of the last start, in OUT/training."""
+
+JOURNAL = "the journal"
 
 SHARE = 0.01
 """Of the time, at most, goes into reports while the run goes on."""
@@ -36,26 +39,28 @@ class Board:
     ) -> None:
         """`folder` is OUT/training."""
         self._progress, self._folder, self._config = progress, folder, dict(config or {})
-        self._trackers: dict[str, Tracker] = (
-            {} if folder is None else {"the journal": Journal(folder), **dict(trackers)}
-        )
+        self._trackers: dict[str, Tracker] = {} if folder is None else {JOURNAL: Journal(folder), **dict(trackers)}
         self._events = None if folder is None else Lines(folder / EVENTS)
         self._failed: set[str] = set()
         self._begun = False
         self._reported, self._cost = time.monotonic(), 0.0
 
     def begin(self, step: int, batches: int, environment: Mapping[str, Any]) -> None:
-        """Open everything behind `step`, and drop events behind batch `batches`. Raises OSError for the journal."""
+        """Open everything behind `step`, and drop events behind batch `batches`. Raises `UserError` where the folder
+        cannot be written."""
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dict(environment), indent=2, ensure_ascii=False) + "\n"
-        (self._folder / ENVIRONMENT).write_text(text, encoding="utf-8")
         assert self._events is not None
+        text = json.dumps(dict(environment), indent=2, ensure_ascii=False) + "\n"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / ENVIRONMENT).write_text(text, encoding="utf-8")
+            self._events.begin(lambda e: e.get("batches", 0) <= batches)
+            self._trackers[JOURNAL].begin(self._config, step)
+        except OSError as e:
+            raise UserError(f"{self._folder}: cannot be written: {e.strerror}") from None
         self._begun = True
-        self._events.begin(lambda e: e.get("batches", 0) <= batches)
-        self._trackers["the journal"].begin(self._config, step)
-        for name in [n for n in self._trackers if n != "the journal"]:
+        for name in [n for n in self._trackers if n != JOURNAL]:
             self._tell(name, lambda t: t.begin(self._config, step))
 
     def rewind(self, step: int) -> None:
@@ -82,7 +87,7 @@ class Board:
             self.say(f"step {step}: {kind}: {reason}")
         if self._events is not None:
             entry = {"event": kind, "step": step, "batches": batches, "reason": reason, **more}
-            self._try("the journal", lambda: self._events.write(entry) if self._events else None)
+            self._try(JOURNAL, lambda: self._events.write(entry) if self._events else None)
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -114,7 +119,7 @@ class Board:
 
     def _tell(self, name: str, call: Callable[[Tracker], None]) -> None:
         tracker = self._trackers[name]
-        if not self._try(name, lambda: call(tracker)) and name != "the journal":
+        if not self._try(name, lambda: call(tracker)) and name != JOURNAL:
             del self._trackers[name]
 
     def _try(self, name: str, call: Callable[[], Any]) -> bool:

@@ -126,9 +126,9 @@ class Meter:
 
 
 def memory(device: torch.device) -> int | None:
-    """Bytes: torch's peak on a CUDA device, what Metal's driver holds, or this process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Bytes: torch's peak on a GPU, what Metal's driver holds, or this process's resident memory."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     try:
