@@ -48,14 +48,14 @@ def spec_of(c: TrainConfig) -> Spec:
         return given
 
 
-def opened(path: str) -> Source:
-    """A source of weights. Nothing but its description is read yet. Raises `UserError`."""
+def opened(path: str, field: str = "init") -> Source:
+    """A source of weights, which `field` names. Nothing but its description is read yet. Raises `UserError`."""
     from convert.sources import open_source
 
     try:
         return open_source(path if path.startswith("hf:") else Path(path).expanduser())
     except UserError as e:
-        raise UserError(f"init: {e}") from None
+        raise UserError(f"{field}: {e}") from None
 
 
 def fill(decoder: nn.Module, path: str) -> None:

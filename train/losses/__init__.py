@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from spec.config import Spec
+from spec.show import short
 from train.config import TrainConfig
 from train.data.tokenizer import TextTokenizer
 from train.losses import teacher, user
 from train.losses.objective import Distilled, Objective, Smoothed, Written
-from train.losses.routers import Routers, check, routers_of
+from train.losses.routers import Routers, check, routers_of, routing
 from train.parallel import Ranks
 
-__all__ = ["KINDS", "Losses", "Objective", "Routers", "Setting", "build", "check", "routers_of"]
+__all__ = ["KINDS", "Losses", "Objective", "Routers", "Setting", "build", "check", "describe", "routers_of"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,26 @@ def build(s: Setting) -> Objective:
     if kind in KINDS:
         return KINDS[kind](s)
     return Written(device, user.load(kind, s.spec.vocab_size, device))
+
+
+def describe(c: TrainConfig, spec: Spec, length: int) -> str:
+    """What will be minimised, in a line. Raises `UserError` for what can be known of it before a run: a function that
+    is no loss, a teacher that does not fit."""
+    loss = c.loss
+    check(spec, c.experts)
+    text = "cross-entropy" if loss.kind in KINDS else loss.kind
+    text += f", label smoothing {loss.label_smoothing:g}" if loss.label_smoothing else ""
+    text += f", {loss.z:g} log(Z)^2" if loss.z else ""
+    if loss.kind not in KINDS:
+        user.load(loss.kind, spec.vocab_size, torch.device("cpu"))
+    elif loss.teacher is not None:
+        with teacher.opened(loss.teacher) as source:
+            teacher.fits(source, spec, length)
+            weights = short(source.weights).strip()
+        of, to = ("teacher", "student") if loss.divergence == "forward" else ("student", "teacher")
+        kl = f"KL({of} || {to}) at temperature {loss.temperature:g} from {loss.teacher} ({weights} parameters)"
+        text = f"{kl} + {loss.text_weight:g} x {text}" if loss.text_weight else kl
+    return text + routing(spec, c.experts)
 
 
 @dataclass

@@ -35,6 +35,21 @@ def check(spec: Spec, config: Experts) -> None:
         )
 
 
+def weight(config: Experts) -> float:
+    """That of the balance loss."""
+    if config.balance is not None:
+        return config.balance
+    return 0.0 if config.bias_update else BALANCE
+
+
+def routing(spec: Spec, config: Experts) -> str:
+    """What is done for the balance of experts, in words behind a loss; nothing for a spec without them."""
+    if not any(isinstance(b.mlp, MoE) for b in spec.layers):
+        return ""
+    terms = {"balance": weight(config), "z": config.z, "bias update": config.bias_update}
+    return "; experts: " + (", ".join(f"{name} {value:g}" for name, value in terms.items() if value) or "no balancing")
+
+
 class Routers:
     """The routers of a decoder, or of a pipeline's stage; every stage reports on all layers."""
 
@@ -43,8 +58,7 @@ class Routers:
         sizes = [b.mlp.experts for b in decoder.spec.layers if isinstance(b.mlp, MoE)]
         self.layers, self.ranks, self.step_size = mixtures, ranks, config.bias_update
         self.sizes = torch.tensor(sizes, device=ranks.device)
-        weight = config.balance if config.balance is not None else 0.0 if config.bias_update else BALANCE
-        self.balance = decoder.balance = Balance(weight, config.z, ranks.device)
+        self.balance = decoder.balance = Balance(weight(config), config.z, ranks.device)
         self.own = {mixtures.index(i): _router(decoder, i) for i in mixtures if i in decoder.span}
         for n, router in self.own.items():
             router.statistics = torch.zeros(sizes[n] + MORE, device=ranks.device, requires_grad=True)

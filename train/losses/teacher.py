@@ -10,7 +10,6 @@ import torch
 from backends.torch.model import Decoder
 from spec.config import Spec
 from spec.errors import UserError
-from train import parallel
 from train.data.tokenizer import TextTokenizer
 from train.parallel import Ranks
 
@@ -28,20 +27,36 @@ def load(path: str, spec: Spec, tokenizer: TextTokenizer, length: int, dtype: to
     the loss projects with the head chunk by chunk. Raises `UserError` where it cannot be read, has other tokens than
     the run, or a shorter context than `length`.
     """
-    from convert.sources import open_source
+    from train.checkpoint.init import fill
 
-    with open_source(path) as source:
-        _same_tokens(source, spec, tokenizer)
-        if source.spec.context < length:
-            raise UserError(f"loss.teacher: {path} has a context of {source.spec.context} tokens, and sequences have "
-                            f"{length} (data.length {source.spec.context})")  # fmt: skip
-        with torch.device("meta"):
-            decoder = Decoder(source.spec, length=length).to(dtype).requires_grad_(False)
-        if ranks.degrees.dp > 1:
-            _shard(decoder, ranks)
-        decoder.to_empty(device=ranks.device)
-        _fill(decoder, source)
+    with opened(path) as source:
+        fits(source, spec, length)
+        _same_tokens(source, tokenizer)
+        theirs = source.spec
+    with torch.device("meta"):
+        decoder = Decoder(theirs, length=length).to(dtype).requires_grad_(False)
+    if ranks.degrees.dp > 1:
+        _shard(decoder, ranks)
+    decoder.to_empty(device=ranks.device)
+    fill(decoder, path)
     return decoder.eval()
+
+
+def opened(path: str) -> Source:
+    """The teacher's source. Raises `UserError`."""
+    from train.checkpoint import init
+
+    return init.opened(path, "loss.teacher")
+
+
+def fits(source: Source, spec: Spec, length: int) -> None:
+    """Raise `UserError` where a teacher has other logits than `spec`, or a shorter context than `length`."""
+    where, own = f"loss.teacher: {source.path}", source.spec.vocab_size
+    if own != spec.vocab_size:
+        raise UserError(f"{where} has {own} logits, and the spec has vocab_size {spec.vocab_size} (set it to {own})")
+    if source.spec.context < length:
+        raise UserError(f"{where} has a context of {source.spec.context} tokens, and sequences have {length} "
+                        f"(data.length {source.spec.context})")  # fmt: skip
 
 
 def _shard(decoder: Decoder, ranks: Ranks) -> None:
@@ -52,18 +67,10 @@ def _shard(decoder: Decoder, ranks: Ranks) -> None:
         fully_shard(block, mesh=ranks.mesh["dp"], reshard_after_forward=True)
 
 
-@torch.no_grad()
-def _fill(decoder: Decoder, source: Source) -> None:
-    for name, p in decoder.named_parameters():
-        p.copy_(parallel.like(torch.from_numpy(source.tensor(name)).to(p.dtype), p))
-
-
-def _same_tokens(source: Source, spec: Spec, tokenizer: TextTokenizer) -> None:
+def _same_tokens(source: Source, tokenizer: TextTokenizer) -> None:
     from tokenizers import Tokenizer as Fast
 
-    where, own = f"loss.teacher: {source.path}", source.spec.vocab_size
-    if own != spec.vocab_size:
-        raise UserError(f"{where} has {own} logits, and the spec has vocab_size {spec.vocab_size} (set it to {own})")
+    where = f"loss.teacher: {source.path}"
     if source.tokenizer is None:
         raise UserError(f"{where} has no tokenizer to compare with the run's (put its tokenizer.json there)")
     theirs = Fast.from_str(json.dumps(source.tokenizer.json))

@@ -365,7 +365,7 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher_run: Path, tmp_path: Pat
     data = json.loads(tok.json)
     data["model"]["merges"] = []
     assert "cuts text into tokens otherwise than the run's tokenizer" in said(folder("cut", json.dumps(data)))
-    assert said(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no such folder or file")
+    assert f"loss.teacher: {tmp_path / 'nowhere'}: no such folder or file" in said(tmp_path / "nowhere")
 
 
 def _student(spec: Spec, teacher: Path, ranks: Ranks) -> tuple[Any, Decoder]:
