@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from backends.numpy.model import Oracle
 from backends.torch import loss
-from backends.torch.attention import Request, plan
+from backends.torch.attention import Request, lacking, plan, preference, rounded
 from backends.torch.model import Decoder
 from convert.gates import gate
 from parity_tests.cases import FEATURES, nmse, random_ids, random_specs, random_weights
@@ -364,3 +364,75 @@ def test_inputs_that_do_not_fit_are_refused(inputs: dict[str, Any], message: str
 def test_learned_positions_bound_the_length() -> None:
     with pytest.raises(UserError, match="49 tokens need more than the 48 learned positions"):
         Decoder(FEATURES["learned"], length=49)
+
+
+HALF = torch.bfloat16
+H100, T4 = (9, 0), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("present", "dtype", "capability", "kernel"),
+    [
+        ((), HALF, H100, "flash"),
+        (("dropout",), HALF, H100, "flash"),
+        ((), torch.float32, H100, "efficient"),
+        ((), torch.float16, T4, "efficient"),
+        ((), torch.float64, H100, "math"),
+        (("documents",), HALF, H100, "varlen"),
+        (("documents", "window"), HALF, H100, "varlen"),
+        (("documents",), torch.float32, H100, "flex"),
+        (("window", "dropout"), HALF, H100, "efficient"),
+        (("alibi",), HALF, H100, "efficient"),
+        (("softcap",), HALF, H100, "flex"),
+        (("sinks", "window"), HALF, H100, "flex"),
+        (("softcap", "dropout"), HALF, H100, "math"),
+        (("cache",), HALF, H100, "sdpa"),
+    ],
+)
+def test_a_gpus_kernel_follows_from_features_numbers_and_capability(
+    present: tuple[str, ...], dtype: torch.dtype, capability: tuple[int, int], kernel: str
+) -> None:
+    able = (k for k in preference(present, "cuda") if not lacking(k, present, "cuda", dtype, capability, 64, True))
+    assert next(able) == kernel
+
+
+def test_cudnn_never_gets_a_mask() -> None:
+    """Its gradients can be NaN then."""
+    for feature in ("documents", "window", "alibi"):
+        assert lacking("cudnn", (feature,), "cuda", HALF, H100, 64, True) == f"it has no {feature}"
+    assert lacking("cudnn", (), "cuda", HALF, H100, 64, True) is None
+    assert lacking("cudnn", (), "cuda", HALF, H100, 256, True) is not None
+
+
+def test_a_fallback_on_a_gpu_is_an_error_unless_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from backends.torch import attention as module
+
+    a = FEATURES["gemma2"].layers[0].attention
+    assert a.softcap is not None
+    slots = torch.arange(8)[None]
+    step = decoder(FEATURES["gemma2"])._step(slots, None, None, None)[0]
+
+    class OnGpu(Request):
+        device = torch.device("cuda")  # type: ignore[assignment]
+        capability = H100  # type: ignore[assignment]
+
+    def request(*, strict: bool) -> Request:
+        return OnGpu(step, 0, torch.float64, False, True, strict=strict)
+
+    with pytest.raises(UserError, match="no fast kernel serves causal attention with softcap in float64") as e:
+        module.choose(a, "auto", request(strict=True))
+    assert "--attention.kernel math" in str(e.value) and "\n" not in str(e.value)
+    assert module.choose(a, "auto", request(strict=False))[0] == "math"
+    assert module.choose(a, "math", request(strict=True))[0] == "math"
+
+
+def test_compiled_layers_see_few_sizes_of_packed_documents() -> None:
+    seen = set()
+    for n in range(1, 17):
+        starts = torch.linspace(0, 64, n + 1).int()
+        padded, longest = rounded(starts, int(starts.diff().max()))
+        assert torch.equal(padded[: n + 1], starts)
+        assert bool((padded[n:] == 64).all()), "the others are empty"
+        assert longest >= int(starts.diff().max())
+        seen.add((len(padded), longest))
+    assert len(seen) <= 2 * 5, "two for each power of two"

@@ -117,3 +117,57 @@ def test_different_tensors_are_counted(tmp_path: Path) -> None:
         writer.write_tensors_to_file()
         writer.close()
     assert tensors_equal(files[0], files[1]) == {"same": 1, "of": 3}
+
+
+def test_all_trainers_see_the_same_batches() -> None:
+    from benchmarks.train import LLAMA
+    from benchmarks.trainer import batch, specification
+    from spec.cost import count
+
+    size = {**LLAMA, "batch": 2, "length": 8}
+    assert np.array_equal(batch(size, 3), batch(size, 3))
+    assert not np.array_equal(batch(size, 3), batch(size, 4))
+    assert batch(size, 0).shape == (2, 9)
+    assert count(specification(size)).total == 5_639_424
+
+
+def test_a_trainer_that_fails_says_why() -> None:
+    from benchmarks.train import Tool
+
+    with Tool("no such tool", {"threads": 1}) as tool, pytest.raises(UserError, match="ended with status 1: KeyError"):
+        tool.answer()
+
+
+def test_mfu_needs_hardware_whose_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.mfu import Options, benchmark
+
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="has no known peak at bfloat16"):
+        benchmark(Options("examples/billion", 1, 128, 1, "bfloat16", "auto", "none"), lambda line: None)
+
+
+@pytest.mark.slow
+def test_training_is_measured_beside_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(SystemExit) as e:
+        main(["train", "--rounds", "1", "--steps", "1", "--batch", "1", "--length", "32", "--threads", "1", "--json"])
+    assert e.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["tools"]) == {"transformers", "allotrope", "allotrope, compiled"}
+    assert result["tools"]["transformers"]["ratio"]["median"] == 1
+    losses = [tool["loss"] for tool in result["tools"].values()]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-4)
+    assert losses == pytest.approx([8.3] * 3, rel=0.05)  # log of the vocabulary
+
+
+@pytest.mark.slow
+def test_a_gpu_reaches_its_share_of_the_peak() -> None:
+    """45 % of an H100's or H200's bfloat16 at a billion parameters."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available() or not any(n in torch.cuda.get_device_name() for n in ("H100", "H200")):
+        pytest.skip("needs an H100 or H200")
+    from benchmarks.mfu import Options, benchmark
+
+    found = benchmark(Options("examples/billion", 8, 2048, 10, "bfloat16", "auto", "none"), lambda line: None)
+    assert found["mfu"] >= 0.45

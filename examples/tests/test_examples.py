@@ -37,3 +37,11 @@ def test_the_window_is_local_in_three_of_four_layers() -> None:
 def test_scripts_are_valid_bash(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
     assert path.stat().st_mode & 0o100, "executable"
+
+
+def test_the_billion_is_one_and_its_run_is_valid() -> None:
+    from train import config
+
+    assert count(load(EXAMPLES / "billion")).total == 1_010_911_232
+    run = config.layered(config.read(EXAMPLES / "billion" / "run.yaml"))
+    assert (run.spec, run.compile, run.attention.kernel) == ("examples/billion", "true", "flash")
