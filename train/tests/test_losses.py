@@ -301,6 +301,14 @@ def test_a_run_learns_from_a_teacher(
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+def test_a_run_minimises_what_a_file_of_ones_own_says(
+    options: Options, train: Callable[..., Any], tmp_path: Path
+) -> None:
+    train(options("mine", loss={"kind": f"{EXAMPLE}:focal"}, steps=2))
+    for m in journal(tmp_path / "mine"):
+        assert 0 < m["loss"] < m["cross_entropy"]
+
+
 def test_nothing_diverges_from_oneself(teacher_run: Path) -> None:
     tok, student = tokenizer.load(teacher_run), load_decoder(teacher_run).eval()
     c = config.layered({"spec": str(teacher_run), "loss": {"kind": "distillation", "teacher": str(teacher_run)}})
