@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -189,7 +191,7 @@ def test_other_sizes_of_files_replace_each_other(folder: RunFolder) -> None:
             assert {float(v) for n in source.names() for v in np.unique(source.tensor(n))} == {float(step)}
         names = {p.name for p in folder.path.glob("*.safetensors*")}
         assert ("model.safetensors" in names) == (fields not in (SEVERAL, {"shard_size": 2e-5}))
-    assert names == {"model.safetensors"}
+    assert {p.name for p in folder.path.glob("*.safetensors*")} == {"model.safetensors"}
     assert folder.path.joinpath("model.safetensors").stat().st_size < 80_000  # 35 thousand weights
 
 
@@ -252,13 +254,19 @@ def test_an_older_checkpoint_is_refused_with_what_to_do(options: Options, train:
 
 
 @pytest.mark.slow
-def test_kills_at_random_points_never_corrupt(options: Options, train: Train, tmp_path: Path) -> None:
-    """Saving after every step, so that most kills fall into a save; resuming reaches what an undisturbed run does."""
+@pytest.mark.parametrize(("asynchronous", "lost"), [(False, 1), (True, 2)], ids=["blocking", "asynchronous"])
+def test_kills_at_random_points_never_corrupt(
+    asynchronous: bool, lost: int, options: Options, train: Train, tmp_path: Path
+) -> None:
+    """Saving after every step, so that most kills fall into a save; resuming reaches what an undisturbed run does.
+
+    At most the step that was being saved is lost, and in the background the one that was trained meanwhile.
+    """
     rng = random.Random(0)
-    data = options(steps=400, checkpoint__every=1, validation__every=1000)
+    data = options(steps=400, checkpoint__every=1, validation__every=1000, checkpoint__asynchronous=asynchronous)
     out = tmp_path / "run"
-    for n in range(20):
-        process = start(data, tmp_path, *(["--resume"] if n else []))
+    for _ in range(20):
+        process = start(data, tmp_path, "--continue")
         before = steps_done(out)
         wait_for(process, lambda before=before: steps_done(out) > before)
         time.sleep(rng.random() * 0.3)
@@ -266,15 +274,139 @@ def test_kills_at_random_points_never_corrupt(options: Options, train: Train, tm
         process.communicate()
         found = newest(out)
         if found is not None:
-            load_decoder(found)
-            assert checkpoint.read(found)["step"] == number(found)
-            assert load_decoder(out).spec == load_spec(found)
-            assert steps_done(out) - number(found) <= 1  # at most the step that was being saved is lost
+            assert_whole(out, found)
+            assert steps_done(out) - number(found) <= lost
     reached = number(newest(out) or Path())
     assert 20 <= reached < 400
     train({"out": str(out)}, resume=True, stop_after=reached + 1)
     train(options("whole", steps=400, validation__every=1000), stop_after=reached + 1)
-    a, b = newest(out), newest(tmp_path / "whole")
-    assert a is not None and b is not None
-    x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert_same_weights(out, tmp_path / "whole")
+
+
+def assert_whole(out: Path, found: Path) -> None:
+    """A checkpoint and what is published can be read, all of it."""
+    load_decoder(found)
+    assert checkpoint.read(found)["step"] == number(found)
+    assert saved_tensors(found)
+    assert load_decoder(out).spec == load_spec(found)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    x, y = (load_file(p / "model.safetensors") for p in (a, b))
     assert all(torch.equal(x[k], y[k]) for k in y)
+
+
+def torchrun(options: dict[str, Any], folder: Path, *argv: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """Two gloo ranks in processes of their own."""
+    file = folder / f"{Path(options['out']).name}.yaml"
+    file.write_text(yaml.safe_dump(options), encoding="utf-8")
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    return subprocess.Popen(
+        [sys.executable, "-m", *launch, "-m", "train", "--config", str(file), *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def workers(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
+    """The processes of a launch by rank."""
+    found: dict[str, psutil.Process] = {}
+    for p in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "RANK" in p.environ() and "-m" in p.cmdline() and "train" in p.cmdline():
+                found[p.environ()["RANK"]] = p
+    return found
+
+
+@pytest.mark.slow
+def test_a_lost_rank_begins_again_at_the_last_checkpoint(options: Options, tmp_path: Path) -> None:
+    """torchrun starts all ranks again, and without a flag they go on: the run ends as the undisturbed one."""
+    data = options(steps=40, checkpoint__every=3, validation__every=1000)
+    whole = torchrun({**data, "out": str(tmp_path / "whole")}, tmp_path)
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    process = torchrun(data, tmp_path, restarts=2)
+    for rank, step in (("1", 7), ("0", 16)):
+        wait_for(process, lambda step=step: steps_done(tmp_path / "run") >= step)
+        workers(process)[rank].kill()
+        time.sleep(1)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert [m["step"] for m in history(tmp_path / "run" / "training" / "train.jsonl")] == list(range(1, 41))
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves(options: Options, tmp_path: Path) -> None:
+    process = torchrun(options(steps=100_000, checkpoint__every=100_000), tmp_path)
+    wait_for(process, lambda: steps_done(tmp_path / "run") >= 2)
+    process.terminate()
+    process.communicate(timeout=120)
+    found = newest(tmp_path / "run")
+    assert found is not None and number(found) == steps_done(tmp_path / "run")
+    assert_whole(tmp_path / "run", found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "asynchronous"])
+def test_kills_of_two_ranks_never_corrupt(asynchronous: bool, options: Options, tmp_path: Path) -> None:
+    """One rank, the other or both at once, at random points of runs that save after every step."""
+    rng = random.Random(1)
+    data = options(steps=400, checkpoint__every=1, validation__every=1000, checkpoint__asynchronous=asynchronous)
+    out = tmp_path / "run"
+    for n in range(10):
+        process = torchrun(data, tmp_path, "--continue")
+        before = steps_done(out)
+        wait_for(process, lambda before=before: steps_done(out) > before)
+        found = workers(process)
+        time.sleep(rng.random() * 0.3)
+        for rank in (("0",), ("1",), ("0", "1"))[n % 3]:
+            found[rank].kill()
+        process.communicate(timeout=120)
+        saved = newest(out)
+        if saved is not None:
+            assert_whole(out, saved)
+            assert steps_done(out) - number(saved) <= (2 if asynchronous else 1)
+    assert number(newest(out) or Path()) >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "asynchronous"])
+def test_a_disk_that_fills_up_between_files_keeps_the_previous_checkpoint(
+    asynchronous: bool, options: Options, tmp_path: Path
+) -> None:
+    """On a small disk of its own: the training state still fits, the weights do not; later there is room again."""
+    script = """
+        set -e
+        mount -t tmpfs -o size=4m tmpfs disk
+        $PY -m train --config run.yaml --stop-after 2 > log
+        state=$(stat -c %s disk/run/checkpoints/step-000002/training/tensors/__0_0.distcp)
+        fallocate -l $(($(df --output=avail -B1 disk | tail -1) - state - 70000)) disk/ballast
+        set +e; $PY -m train --out disk/run --resume > log 2> error; echo $? > code; set -e
+        ls -A disk/run/checkpoints > listed
+        cp -r disk/run kept
+        rm disk/ballast
+        $PY -m train --out disk/run --resume > log
+        cp -r disk/run end
+    """
+    (tmp_path / "disk").mkdir()
+    data = {**options(steps=4, checkpoint__asynchronous=asynchronous, validation__every=1000), "out": "disk/run"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**data, "samples": {"every": 0}}), encoding="utf-8")
+    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("a disk of one's own needs user namespaces")
+    env = {**os.environ, "PY": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    error = (tmp_path / "error").read_text() if (tmp_path / "error").is_file() else ""
+    assert done.returncode == 0, done.stderr + error
+    assert (tmp_path / "code").read_text().strip() == "2"
+    [line] = error.splitlines()
+    assert "cannot save step 4" in line and "No space left on device" in line
+    assert "the checkpoint of step 2 is intact; make room and continue with --resume" in line
+    assert (tmp_path / "listed").read_text().split() == ["step-000002"]
+    assert_whole(tmp_path / "kept", tmp_path / "kept" / "checkpoints" / "step-000002")
+    assert number(newest(tmp_path / "end") or Path()) == 4
