@@ -9,20 +9,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spec.errors import UserError
 
 if TYPE_CHECKING:
-    from multiprocessing.synchronize import Event
-
     from train.data.tokens import Job
 
 ALONE = 32 * 2**20
 """Bytes of text up to which this process does the work: starting others takes longer."""
 
 _job: Job | None = None
-_has_ended: Event | None = None
+_has_ended: Any = None
 
 
 def cores() -> int:
@@ -40,7 +38,7 @@ def run(job: Job, shards: Sequence[int], count: int, progress: Callable[[int], N
             make(job, n, progress)
         return
     context = get_context("spawn")
-    ended = context.Event()
+    ended = context.RawValue("b", 0)  # without a lock, which a process that is killed could keep
     pool = ProcessPoolExecutor(min(count, len(shards)), context, _begin, (job, ended))
     try:
         pending = {pool.submit(_make, n): n for n in shards}
@@ -55,7 +53,7 @@ def run(job: Job, shards: Sequence[int], count: int, progress: Callable[[int], N
             "start the work under `if __name__ == '__main__':`); what is done is kept"
         ) from None
     finally:
-        ended.set()
+        ended.value = 1
         pool.shutdown(cancel_futures=True)
 
 
@@ -63,7 +61,7 @@ class _Ended(Exception):
     """Another process failed, or the user ended the work: nobody waits for this shard."""
 
 
-def _begin(job: Job, ended: Event) -> None:
+def _begin(job: Job, ended: Any) -> None:
     global _job, _has_ended
     _job, _has_ended = job, ended
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
@@ -82,7 +80,7 @@ def _make(shard: int) -> None:
     from train.data.tokens import make
 
     def check(done: int) -> None:
-        if _has_ended is not None and _has_ended.is_set():
+        if _has_ended.value:
             raise _Ended
 
     assert _job is not None
