@@ -51,7 +51,8 @@ class Checkpoint(Model):
     shard_size: Positive = 5.0
     """Gigabytes of one file of weights; a larger model has several, and an index."""
     export: Annotated[tuple[str, ...], BeforeValidator(_listed), Parameter(negative="", n_tokens=1)] = ()
-    """What checkpoints are converted to beside the training, target and level: `hf:f32,gguf:q4`, or a list."""
+    """What checkpoints are converted to beside the training, target and level: `hf:f32,gguf:q4`, or a list. f32 is
+    the level of one without."""
     export_every: Size | None = None
     """Steps between two that are converted, saved for it; none = only the last step, which always is."""
 
@@ -113,8 +114,22 @@ Steps = Annotated[str, Field(pattern=r"^[1-9]\d*(\.\.[1-9]\d*)?$")]
 
 
 def problems(c: TrainConfig) -> list[Problem]:
-    """Contradictions within what is watched."""
+    """What contradicts itself in what is watched: nothing that was asked for may never come."""
+    out: list[Problem] = []
     first, _, last = (c.profile or "").partition("..")
     if last and int(last) < int(first):
-        return [Problem("profile", c.profile, "ends before it begins", f"try {last}..{first}")]
-    return []
+        out.append(Problem("profile", c.profile, "ends before it begins", f"try {last}..{first}"))
+    elif first and int(first) > c.steps:
+        out.append(Problem("profile", c.profile, f"begins behind the last step, {c.steps}", "lower it"))
+    w = c.watch
+    if w.spike != "off" and w.spike_window >= c.steps:
+        rule = f"applied steps come before the first that is judged, and steps={c.steps}"
+        out.append(Problem("watch.spike_window", w.spike_window, rule, "lower it, or watch.spike off"))
+    if c.validation.patience is not None and c.data.validation == 0 and c.data.validation_source is None:
+        fix = "data.validation 0.05, or data.validation_source"
+        out.append(
+            Problem("validation.patience", c.validation.patience, "waits for scores, and nothing is held out", fix)
+        )
+    if c.samples.every and not c.samples.prompts:
+        out.append(Problem("samples.every", c.samples.every, "has no prompts to continue", 'samples: {prompts: [""]}'))
+    return out

@@ -643,6 +643,16 @@ def test_a_level_that_no_backend_has_is_refused_before_anything(options: Options
         ({"samples": {"prompt": "x"}}, r"samples\.prompt: is not a field \(did you mean prompts\?\)"),
         ({"validation": {"patiense": 3}}, r"validation\.patiense: is not a field \(did you mean patience\?\)"),
         ({"profile": "3-4"}, r"profile: '3-4' string should match"),
+        ({"profile": "700"}, r"profile: '700' begins behind the last step, 600"),
+        (
+            {"watch": {"spike": "skip"}, "steps": 100},
+            r"watch\.spike_window: 100 applied steps come before .* steps=100",
+        ),
+        (
+            {"validation": {"patience": 2}, "data": {"validation": 0}},
+            r"validation\.patience: 2 waits for scores, and nothing is held out",
+        ),
+        ({"samples": {"every": 5, "prompts": []}}, r"samples\.every: 5 has no prompts"),
         ({"profile": "9..4"}, r"profile: '9\.\.4' ends before it begins \(try 4\.\.9\)"),
     ],
 )
