@@ -30,7 +30,7 @@ class Setting:
     length: int
     """Tokens of a sequence."""
     dtype: torch.dtype
-    """Of a teacher's weights."""
+    """In which the run computes, and a teacher's weights are held (but float16)."""
     ranks: Ranks
 
 
@@ -43,7 +43,8 @@ def _distilled(s: Setting) -> Objective:
     loss, d = s.config.loss, s.ranks.degrees
     assert loss.teacher is not None, "checked"
     ends = s.ranks.place("pp") == d.pp - 1  # the only stage that has a loss
-    taught = teacher.load(loss.teacher, s.spec, s.tokenizer, s.length, s.dtype, s.ranks) if ends else None
+    dtype = torch.float32 if s.dtype == torch.float16 else s.dtype  # a teacher may reach beyond what float16 holds
+    taught = teacher.load(loss.teacher, s.spec, s.tokenizer, s.length, dtype, s.ranks) if ends else None
     return Distilled(s.ranks.device, _text(s), taught, loss)
 
 
