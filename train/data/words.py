@@ -36,7 +36,7 @@ FOLDED = re.compile("[\u017f\u212a]")
 BEYOND = re.compile(r"[^\x00-\x7f]")
 FEW = 24
 """Distinct characters up to which they are replaced one by one, which is quicker."""
-MOST, LONG = 2**19, 64
+MOST, LONG = 2**18, 64
 """Words that are remembered, at most, and characters of the longest of them."""
 
 
