@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def _listed(value: Any) -> Any:
-    """`q4,q8` as a list."""
+    """`q4,q8` as a list; the command line gives a list of such texts."""
+    if isinstance(value, list | tuple):
+        return [part for v in value for part in (_listed(v) if isinstance(v, str) else [v])]
     return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
 
 

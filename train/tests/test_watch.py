@@ -662,6 +662,11 @@ def test_wrong_fields_are_one_line_with_a_suggestion(fields: dict[str, Any], sai
     assert len(str(e.value).splitlines()) == 1
 
 
-def test_levels_may_be_one_word() -> None:
+def test_levels_may_be_one_word(capsys: pytest.CaptureFixture[str]) -> None:
+    from train.cli import main
+
     assert config.layered({"quant": "q4, q8"}).quant == ("q4", "q8")
     assert config.layered({"quant": []}).quant == ()
+    with pytest.raises(SystemExit):
+        main(["--quant", "q4,q44", "--device", "cpu"])
+    assert capsys.readouterr().err.strip() == "quant: q44: no such precision level (did you mean q4?)"
