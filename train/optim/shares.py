@@ -116,8 +116,8 @@ class Local:
         p = self.parameter
         if not isinstance(p, DTensor):
             return p.shape[-1]
-        ways = prod(p.device_mesh.size(i) for i, q in enumerate(p.placements) if q.is_shard(p.dim() - 1))
-        return p.shape[-1] if p.dim() < 2 else p.shape[-1] // ways if p.shape[-1] % ways == 0 else 1
+        ways = prod(p.device_mesh.size(i) for i, q in enumerate(p.placements) if q.is_shard(1))
+        return 1 if p.shape[-1] % ways else p.shape[-1] // ways
 
     def _cut(self, t: Tensor) -> Sequence[Tensor]:
         return t.chunk(self.experts) if self.experts > 1 else [t]
@@ -138,8 +138,8 @@ class Owned(Local):
         self.owner: list[int] = (self.mesh.mesh == owner).nonzero()[0].tolist()
         self.place = list(self.mesh.get_coordinate() or ())
         self._moves = False
-        self._whole = self._empty()
-        self.pieces = [nn.Parameter(t) for t in self._cut(self._whole)] if self.mine else []
+        self._whole: Tensor | None = None
+        self.pieces = [nn.Parameter(t) for t in self._cut(self._empty())] if self.mine else []
 
     @property
     def mine(self) -> bool:
@@ -164,17 +164,16 @@ class Owned(Local):
         """Send the owner's weights to all ranks, which keep their shards. Dimension after dimension of the mesh, so
         that no groups are needed but the mesh's own."""
         if self._moves:
-            values = self._whole if self.mine else self._empty()
+            values = self._whole if self._whole is not None else self._empty()
             for d in range(self.mesh.ndim):
-                if self.place[d + 1 :] == self.owner[d + 1 :]:
+                if self.mesh.size(d) > 1 and self.place[d + 1 :] == self.owner[d + 1 :]:
                     dist.broadcast(values, group=self.mesh.get_group(d), group_src=self.owner[d])
             local(self.parameter).copy_(like(values, self.mesh, self.placements))
         self.release()
 
     def release(self) -> None:
-        """Free the whole tensors."""
-        self._moves = False
-        self._whole = self.parameter.to_local().new_empty(0)
+        """Free the whole tensors, once the library has seen its parameters' shapes."""
+        self._moves, self._whole = False, None
         for piece in self.pieces:
             piece.data, piece.grad = piece.data.new_empty(0), None
 
