@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from train.checkpoint.export import check as check_exports
 from train.checkpoint.files import write
 from train.checkpoint.folder import CONFIG, STATE, TENSORS, RunFolder, clear, newest, number, occupied, steps, unsaved
 from train.checkpoint.saver import Best, Saver, best_of
@@ -15,6 +16,7 @@ __all__ = [
     "RunFolder",
     "Saver",
     "best_of",
+    "check_exports",
     "clear",
     "newest",
     "number",

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import backends
+from spec.config import Spec
+from spec.errors import UserError
 from train.checkpoint.folder import RunFolder, number
 
 LOG = "training/export.log"
@@ -24,7 +26,7 @@ class Exporter:
 
     def __init__(self, folder: RunFolder, targets: Sequence[str], say: Callable[[str], None]) -> None:
         self._folder, self._say = folder, say
-        self._targets = [(to, level) for to, _, level in (t.partition(":") for t in targets)]
+        self._targets = [parts(t) for t in targets]
         self._turn = threading.Condition()
         self._waiting: Path | None = None
         self._current: Path | None = None
@@ -94,6 +96,26 @@ class Exporter:
             self._say(f"export: step {number(checkpoint)} to {to} {level} failed (status {code}), see {log}")
         else:
             self._say(f"export: {out}")
+
+
+def parts(target: str) -> tuple[str, str]:
+    """Target and level of `gguf:q4`; `hf` alone is exact."""
+    to, _, level = target.partition(":")
+    return to, level or "f32"
+
+
+def check(spec: Spec, wanted: Sequence[str]) -> None:
+    """Raises `UserError` for what `convert` would refuse, before anything is trained."""
+    from backends.targets import targets
+
+    for target in wanted:
+        to, level = parts(target)
+        try:
+            found = targets(spec, (to,), (level,))
+        except UserError as e:
+            raise UserError(f"checkpoint.export: {target}: {e}") from None
+        for refusal in (r for t in found for r in t.refusals):
+            raise UserError(f"checkpoint.export: {target}: {refusal}")
 
 
 def artifact(name: str, to: str, level: str) -> str:

@@ -416,6 +416,21 @@ def test_a_spec_that_the_weights_do_not_fit_is_refused(llama: Path, options: Opt
 # Exports.
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [("gguff:q4", "no such backend"), ("gguf:q5", "no such precision level"), ("hf", "alibi, which transformers")],
+)
+def test_an_export_that_cannot_be_is_refused_at_the_start(
+    target: str, said: str, options: Options, train: Train, tmp_path: Path
+) -> None:
+    data = options(checkpoint__export=target)
+    alibi = UNEVEN.replace("sinks: true", "position: {kind: alibi}, softcap: 2.0")
+    Path(data["spec"]).write_text(alibi, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"checkpoint\.export: {target}: .*{said}|checkpoint\.export: hf: .*which"):
+        train(data)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_checkpoints_are_exported_beside_the_training(options: Options, train: Train, tmp_path: Path) -> None:
     """What fails is said and stops nothing; what is done is a verified artifact of its step."""
