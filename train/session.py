@@ -136,6 +136,7 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
     described = losses.describe(c, spec, length)
     parallel.check(spec, ranks.degrees, length)
     optim.kind(c.optimizer)
+    checkpoint.check_exports(spec, c.checkpoint.export)
     shares = ranks.degrees.data
     parallel.check_batch(c.batch, ranks.degrees)
     stages = parallel.spans(spec, ranks.degrees.pp)
