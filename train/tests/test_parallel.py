@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from parity_tests.cases import FEATURES, random_ids, random_weights
 from spec import Spec, SpecError, UserError, parse
 from train import config, estimate, parallel, plan
 from train.config import Memory, Parallel, TrainConfig
+from train.parallel.meeting import fresh_store
 from train.parallel.mesh import DIMENSIONS, Degrees, Ranks
 
 BOUND = 1e-9
@@ -212,6 +215,28 @@ def test_two_ranks_that_share_layers_or_experts_compute_what_one_does(tmp_path: 
 
 def test_four_ranks_in_every_layout_compute_what_one_does(tmp_path: Path) -> None:
     _spawn(_four_ranks, 4, tmp_path)
+
+
+def _meet(rank: int, port: int) -> None:
+    started = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in {**started, "TORCHELASTIC_MAX_RESTARTS": 1}.items()})
+    store = fresh_store()
+    assert store is not None
+    assert store.port != port
+    store.set(f"rank {rank}", "came")
+    assert store.get(f"rank {1 - rank}") == b"came"
+    store.add("done", 1)
+    while rank == 0 and store.add("done", 0) < 2:
+        time.sleep(0.01)
+
+
+def test_ranks_that_are_started_again_do_not_read_what_others_wrote_before_them() -> None:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    shared = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared.set("meeting/1", "a word of one that is gone")
+    mp.spawn(_meet, (shared.port,), nprocs=2)  # type: ignore[attr-defined]
+    assert shared.check(["meeting/1"])
 
 
 @pytest.mark.slow
