@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from backends.torch.model import Decoder
 from parity_tests.cases import FEATURES, random_ids, random_weights
@@ -221,7 +222,7 @@ def _meet(rank: int, port: int) -> None:
     started = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in {**started, "TORCHELASTIC_MAX_RESTARTS": 1}.items()})
     store = fresh_store()
-    assert store is not None
+    assert isinstance(store, TCPStore)
     assert store.port != port
     store.set(f"rank {rank}", "came")
     assert store.get(f"rank {1 - rank}") == b"came"
@@ -231,8 +232,6 @@ def _meet(rank: int, port: int) -> None:
 
 
 def test_ranks_that_are_started_again_do_not_read_what_others_wrote_before_them() -> None:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
     shared = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared.set("meeting/1", "a word of one that is gone")
     mp.spawn(_meet, (shared.port,), nprocs=2)  # type: ignore[attr-defined]
