@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         """Become the stage of a pipeline that holds these layers: the first one embeds, the last one has the head."""
         self.span = span
         for i in set(range(self.spec.depth)) - set(span):
-            self.layers._modules[str(i)] = None  # the others keep their names
+            self.layers.register_module(str(i), None)  # the others keep their names
         gone = () if self.begins else ("embed", "positions", "embed_norm")
         for name in (*gone, *(() if self.ends else ("final_norm", "head"))):
             self._modules.pop(name, None)
