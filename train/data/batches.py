@@ -17,7 +17,6 @@ import torch
 
 from spec.errors import UserError
 from train.data.ahead import Ahead
-from train.data.order import batched
 from train.data.packing import IGNORE, Row, Rows, Sequences, gathered
 
 
@@ -157,7 +156,7 @@ class Batches:
             n = due(at, self.weights, length)
             row, at[n] = self.sources[n].next(at[n])
             chosen.append((self.sources[n].sequences, row))
-        groups = list(batched(chosen, micro))
+        groups = _grouped(chosen, micro)
         try:
             mine = [gathered(g) for g in groups[share::shares]]
             counted = mine if self._count is not None or shares == 1 else [gathered(g) for g in groups]
@@ -187,6 +186,10 @@ class Batches:
         self._ahead.close()
 
 
+def _grouped(chosen: Sequence[tuple[Sequences, Row]], micro: int) -> list[Sequence[tuple[Sequences, Row]]]:
+    return [chosen[start : start + micro] for start in range(0, len(chosen), micro)]
+
+
 def _change(name: str, then: Any, now: Any) -> str:
     if then == now:
         return ""
@@ -207,7 +210,7 @@ def validation_rows(
         numbers = np.linspace(0, s.pieces - 1, wanted).round().astype(np.int64)
         chosen += [(s, row) for row in s.pack(numbers)]
     chosen += [(held_out[0], ())] * (-len(chosen) % (micro * shares))
-    for group in list(batched(chosen, micro))[share::shares]:
+    for group in _grouped(chosen, micro)[share::shares]:
         yield gathered(group)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spec.errors import UserError
 from train.config import TrainConfig
 from train.data.batches import Batches, DataState
 from train.data.packing import Sequences
@@ -17,8 +18,13 @@ ORDER = 1
 def feed(c: TrainConfig, found: TokenData, length: int, ranks: Ranks) -> tuple[Batches, tuple[Sequences, ...]]:
     """The batches of a run, `length` tokens a sequence, and its validation sequences.
 
-    Raises `UserError` for a source without anything to train on.
+    Raises `UserError` for a source without anything to train on, and where ranks have found different text.
     """
+    if len(set(ranks.gather(found.fingerprint))) > 1:
+        raise UserError(
+            "data: the ranks found different text or tokenizers (give all nodes the same files and --data.cache, and "
+            "hf: datasets a @REVISION)"
+        )
     how = found.eos, c.data.packing, c.data.document_mask
     sources = [Sequences(s, length, *how) for s in found.train]
     held_out = [Sequences(s, length, *how) for s in found.validation]

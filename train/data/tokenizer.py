@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spec.errors import UserError
-from train.data.words import Words, words_of
+from train.data.words import GPT2, Words, words_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Fast
@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 END = "<|endoftext|>"
 """Begins, ends and separates documents."""
 
-PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""GPT-2's pre-tokenizer. llama.cpp has it as `gpt-2` and agrees with `tokenizers` on every code point, which it does
+PATTERN = GPT2
+"""How text is cut. llama.cpp has it as `gpt-2` and agrees with `tokenizers` on every code point, which it does
 not for the newer patterns' case-insensitive parts."""
-
-SAMPLE = 64 * 2**20
-"""Bytes of text that a tokenizer is trained on at most."""
 
 ACROSS = re.compile(r"[^\W_▁Ġ][▁Ġ ]")
 """A letter, and a space as tokenizers write it: a token that begins in one word and ends in another."""

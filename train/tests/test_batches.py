@@ -435,6 +435,7 @@ def test_what_changed_is_named(change: dict[str, Any], message: str) -> None:
 def test_counts_of_several_ranks_are_added_once_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = ranks_of(8, Degrees(pp=2, dp=2, tp=2))
     monkeypatch.setattr(Ranks, "sum", lambda self, *v: [x * 8 for x in v])
+    monkeypatch.setattr(Ranks, "gather", lambda self, v: [v] * 8)
     c = config.layered({"data": {"prefetch": 0}})
     found = TokenData((counted(401),), (), (1.0,), 0, 0, "f")
     batches, held_out = feed(c, found, 4, ranks)
@@ -460,6 +461,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
             out: dict[str, Any] = {"state": batches.state.as_dict(), "valid": [v for _, v in steps]}
             out["ids"] = [[rows.ids.tolist() for rows in mine] for mine, _ in steps]
             Path(folder, f"{packing}{rank}.json").write_text(json.dumps(out), encoding="utf-8")
+        with pytest.raises(UserError, match="the ranks found different text"):
+            feed(c, replace(_found(), fingerprint=f"{rank}"), 12, ranks)
 
 
 def test_two_processes_read_half_a_batch_each_and_know_the_whole_count(tmp_path: Path) -> None:

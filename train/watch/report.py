@@ -22,7 +22,7 @@ from train.watch.board import ENVIRONMENT
 from train.watch.charts import Series, chart
 from train.watch.console import clock
 from train.watch.journal import EVENTS, SAMPLES, STEPS, entries, history
-from train.watch.metrics import perplexity
+from train.watch.metrics import TIMING, perplexity
 from train.watch.png import plot, smoothed
 from train.watch.portability import crippled
 
@@ -205,9 +205,8 @@ def _charts(r: Record) -> list[dict[str, Any]]:
         ("MFU", [Series("", r.points("mfu"), 2)], {}),
     ]  # fmt: skip
     known = {"loss", "cross_entropy", "step", "lr", "grad_norm", "tokens", "skipped", "rollbacks", "perplexity"}
-    timing = {"seconds", "data_wait", "tokens_per_second", "tokens_per_second_smooth", "mfu", "memory"}
     names = dict.fromkeys(k for m in r.steps for k in m if not k.startswith("val_"))
-    plots += [(name, [Series("", r.points(name), 1)], {}) for name in names if name not in known | timing]
+    plots += [(name, [Series("", r.points(name), 1)], {}) for name in names if name not in known | TIMING]
     out: list[dict[str, Any]] = []
     for title, series, how in plots:
         if svg := chart(series, **how):
