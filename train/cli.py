@@ -89,11 +89,13 @@ def train(
     json
         Print the plan of --check as JSON.
     """
-    from train.config import layered, read
+    from spec.config import merge
+    from train.config import layered, parse, read
 
-    chosen = [read(config)] if config is not None else []
-    chosen.append({} if options is None else options.model_dump(exclude_unset=True))
-    settings = layered(*chosen)
+    chosen = merge(
+        {} if config is None else read(config), {} if options is None else options.model_dump(exclude_unset=True)
+    )
+    settings = parse(chosen) if resume else layered(chosen)  # what is given to a run is judged together with its own
     if force and (resume or go_on):
         given = "--resume" if resume else "--continue"
         raise UserError(f"{given} and --force contradict each other (continue the run, or replace it)")
@@ -105,22 +107,20 @@ def train(
     from rich.console import Console
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    from train import session
+
     console = Console()
     if check:
         from train.plan import show
 
-        show(settings, console, ranks, as_json=json)
+        show(session.resumed(chosen)[0] if resume else settings, console, ranks, as_json=json)
         return 0
-    from train import session
-
     if not resume and (go_on or session.restarted()):
         resume, force = session.going_on(settings)
     if resume:
-        from spec.config import merge
-
-        settings, out, changed = session.resumed(merge(chosen[0], chosen[-1]))
+        settings, out, changed = session.resumed(chosen)
         settings = settings.model_copy(update={"out": str(out)})
-        for line in changed:
+        for line in changed if first_rank() else ():
             console.print(f"changed since the run began: {line}", markup=False, highlight=False)
     result = session.train(settings, resume=resume, force=force, stop_after=stop_after, console=console)
     for line in summary(result):
@@ -166,11 +166,16 @@ def prepare(
     return 0
 
 
-def summary(result: Any) -> list[str]:
-    """How the run ended, and what to type next."""
+def first_rank() -> bool:
+    """Whether this process speaks for all that torchrun started."""
     import os
 
-    if os.environ.get("RANK", "0") != "0":
+    return os.environ.get("RANK", "0") == "0"
+
+
+def summary(result: Any) -> list[str]:
+    """How the run ended, and what to type next."""
+    if not first_rank():
         return []
     m, out = result.metrics, Path(result.out)
     if result.step < result.steps and not result.ended:

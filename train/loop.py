@@ -139,7 +139,8 @@ def train_step(run: Run) -> Metrics:
 
 def judge(run: Run, loss: float, norm: float) -> Verdict | None:
     """Whether a step is kept from the optimizer, and what then; on all ranks alike."""
-    found = run.guard.judge(run.config.watch, loss, norm, warm=run.step > run.config.warmup)
+    warm = run.step > optim.warmup_of(run.config, run.step, run.batches.state.tokens)
+    found = run.guard.judge(run.config.watch, loss, norm, warm=warm)
     if not run.ranks.sum(float(found is not None))[0]:
         return None
     return next(v for v in run.ranks.gather(found) if v is not None)

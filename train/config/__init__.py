@@ -7,7 +7,7 @@ from train.config.loss import Experts, Loss
 from train.config.optim import Optimizer, Schedule
 from train.config.run import Checkpoint, Samples, Validation, Watch
 from train.config.system import Memory, Parallel
-from train.config.top import TrainConfig, differences, dump, layered, parse, read
+from train.config.top import TrainConfig, differences, dump, layered, parse, read, resumed
 
 __all__ = [
     "Batch",
@@ -28,4 +28,5 @@ __all__ = [
     "layered",
     "parse",
     "read",
+    "resumed",
 ]

@@ -140,6 +140,15 @@ def layered(*layers: Mapping[str, Any]) -> TrainConfig:
     return config.model_copy(update={"data": config.data.absolute()})
 
 
+def resumed(saved: TrainConfig, *layers: Mapping[str, Any]) -> TrainConfig:
+    """A run's own configuration with `layers` over it. Where the kind of schedule changes, the fields that not every
+    kind has are the new one's. Raises `SpecError`."""
+    data = saved.model_dump()
+    if any(layer.get("schedule", {}).get("kind", saved.schedule.kind) != saved.schedule.kind for layer in layers):
+        data["schedule"] |= dict.fromkeys(("final", "decay", "decay_shape"))
+    return layered(data, *layers)
+
+
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """`optimizer.lr: 0.001 -> 0.0005`, one line a field."""
 
@@ -153,4 +162,4 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     return [f"{key}: {a[key]} -> {b[key]}" for key in a if a[key] != b[key]]
 
 
-__all__ = ["TrainConfig", "differences", "dump", "layered", "parse", "read"]
+__all__ = ["TrainConfig", "differences", "dump", "layered", "parse", "read", "resumed"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from train.optim.build import Optimizer, build
 from train.optim.clip import clip, gradient_norm
 from train.optim.kinds import kind
-from train.optim.schedule import describe, factor
+from train.optim.schedule import describe, factor, warmup_of
 from train.optim.state import load_state, state, wanted
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "load_state",
     "state",
     "wanted",
+    "warmup_of",
 ]

@@ -15,6 +15,12 @@ DECAYS: Mapping[str, Callable[[float], float]] = {
 """From 1 to 0 while `done` goes from 0 to 1: linear, Hägele et al. 2024, and Loshchilov & Hutter 2017."""
 
 
+def warmup_of(c: TrainConfig, step: int, tokens: int) -> float:
+    """Steps of warm-up; of one by tokens, in steps of the mean size so far."""
+    by_tokens = c.schedule.warmup_tokens
+    return c.warmup if by_tokens is None else step * by_tokens / max(1, tokens)
+
+
 def factor(c: TrainConfig, step: int, tokens: int) -> float:
     """The share of the peak learning rate at step 1..steps, `tokens` seen with this step's.
 
@@ -27,8 +33,7 @@ def factor(c: TrainConfig, step: int, tokens: int) -> float:
         inverse_sqrt      sqrt((w + 1) / step)  (Vaswani et al. 2017)
         constant          1
     """
-    s = c.schedule
-    warmup = c.warmup if s.warmup_tokens is None else step * s.warmup_tokens / max(1, tokens)
+    s, warmup = c.schedule, warmup_of(c, step, tokens)
     if step <= warmup:
         return step / (warmup + 1)
     if s.kind == "inverse_sqrt":

@@ -321,6 +321,19 @@ def test_a_run_publishes_the_average_and_goes_on_from_the_weights(
     assert not torch.equal(published["embed.weight"], whole["model/embed.weight"])
 
 
+def test_what_a_resumed_run_is_given_is_judged_with_its_own(
+    options: Callable[..., dict[str, Any]], train: Callable[..., session.Result]
+) -> None:
+    data = options(steps=4, schedule={"kind": "wsd", "warmup": 1})
+    train(data, stop_after=2)
+    changed = session.resumed({"out": data["out"], "schedule": {"decay": 0.25}})
+    assert changed[2] == ["schedule.decay: 0.2 -> 0.25"]
+    changed = session.resumed({"out": data["out"], "schedule": {"kind": "cosine"}})
+    assert (changed[0].schedule.kind, changed[0].schedule.final, changed[0].schedule.decay) == ("cosine", 0.05, None)
+    with pytest.raises(SpecError, match=r"schedule\.decay: 0\.9 .* before the warm-up"):
+        session.resumed({"out": data["out"], "schedule": {"decay": 0.9}})
+
+
 # ---- schedules
 
 
