@@ -83,6 +83,7 @@ class Pipelined:
     ranks: Ranks
     stage: Stage
     criterion: Objective = field(default_factory=Objective)
+    shapes: Shapes = field(default_factory=Shapes)
 
     def backward(self, micro_batches: Sequence[Rows], scale: float) -> Tensor:
         """Forward and backward over A passes; the losses' sum times `scale`."""
@@ -94,12 +95,14 @@ class Pipelined:
         if self.decoder.ends:
             extras = [self.criterion.extras(i, s) for i, _, s in parts]
             more["extras"] = [torch.cat(e) for e in zip(*extras, strict=True)]
-        return self.stage.train(len(parts), ids, scale, criterion=self.criterion, **more)
+        with self.shapes.stance(*ids.shape, segments is None, self.decoder.training):
+            return self.stage.train(len(parts), ids, scale, criterion=self.criterion, **more)
 
     @torch.no_grad()
     def score(self, rows: Rows) -> Tensor:
         """The summed cross-entropy of one forward pass, whatever is trained on."""
         ids, targets, segments = rows.tensors(self.ranks.device)
-        loss = self.stage.score(ids, lambda x: self.decoder(x, targets, segments=segments))
+        with self.shapes.stance(*ids.shape, segments is None, self.decoder.training):
+            loss = self.stage.score(ids, lambda x: self.decoder(x, targets, segments=segments))
         parallel.settle(self.decoder)
         return loss

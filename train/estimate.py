@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 
+from backends.torch.loss import rows_at_once
 from spec import config, cost
 from spec.config import MoE, Spec
 from spec.params import Param, params
@@ -18,9 +19,6 @@ from train.parallel import Degrees
 MOMENTS: Mapping[str, float] = {"adamw": 8, "adamw8bit": 2.04, "muon": 4, "lion": 4, "adafactor": 0, "sgd": 4}
 """Bytes that an optimizer keeps for each element of what it works on, float32 but for 8-bit AdamW (a scale for 256).
 SOAP's and Adafactor's depend on the shape."""
-
-LOGITS = {"cpu": 2**23}
-"""Logits that the loss holds at once (`backends.torch.loss`), by device type; elsewhere 2^28."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,8 @@ class Placement:
 def placement(p: Param, d: Degrees) -> Placement:
     """Where the elements of a parameter are (`parallel.shard`)."""
     *_, module, leaf = p.name.split(".")
+    if leaf == "correction":
+        return Placement("copies", 1, 1)
     if p.role == "experts" or ".experts." in p.name:
         return Placement("experts", d.ep, d.dp * d.tp // d.ep)
     if d.tp > 1 and module in ("q", "k", "v", "gate", "up"):
@@ -64,7 +64,7 @@ def describe(how: str, d: Degrees) -> str:
         "readers": f"heads and inner widths (rows) over tp {d.tp}, ",
         "writers": f"heads and inner widths (columns) over tp {d.tp}, ",
     }.get(how, "")
-    n = {"experts": d.dp * d.tp // d.ep, "readers": d.dp, "writers": d.dp}.get(how, d.dp * d.tp)
+    n = {"experts": d.dp * d.tp // d.ep, "readers": d.dp, "writers": d.dp, "copies": 1}.get(how, d.dp * d.tp)
     if n == 1:
         return (first.removesuffix(", ") or "whole on each rank of its stage") + copies
     over = "dp x tp" if d.tp > 1 and how in ("experts", "whole") else "dp"
@@ -82,7 +82,7 @@ class Stage:
     gradients: float
     moments: float
     gathered: float
-    """Weights and gradients of the layers at work, whole, and of the root."""
+    """Weights and gradients of the layers at work, whole, and of the root; of all layers in a pipeline."""
     activations: float
     flops: float
     traffic: Mapping[str, float]
@@ -119,13 +119,16 @@ def stage(c: TrainConfig, spec: Spec, d: Degrees, layers: range, place: int, wid
         if p.name.startswith("layers."):
             blocks[p.name.split(".")[1]] = blocks.get(p.name.split(".")[1], 0) + at.gathered(p)
     gathered = (sum(sorted(blocks.values())[-2:]) + root) * width * 2 if several else 0  # one works, the next one comes
+    if d.pp > 1:  # torch's schedules keep weights and gradients whole from a step's first pass to its last
+        gathered = (sum(blocks.values()) + root) * (width + 4)
     alive = 1 if d.pp == 1 else min(passes, d.pp - place) if c.parallel.schedule == "1f1b" else passes
     tokens = micro * length
     kept = alive * tokens * sum(_kept(spec.layers[i], spec.width, d.tp, c.memory, n) for n, i in enumerate(layers))
     again = max(_inner(spec.layers[i], spec.width, d.tp) for i in layers) if c.memory.checkpointing != "none" else 0
     logits = 0
     if layers.stop == spec.depth:
-        logits = 2 * 4 * min(tokens // d.tp * spec.vocab_size, LOGITS.get(device, 2**28)) + tokens // d.tp * spec.width
+        rows = min(tokens // d.tp, rows_at_once(spec.vocab_size, device))
+        logits = 2 * 4 * rows * spec.vocab_size + tokens // d.tp * spec.width
     activations = width * (kept + tokens * again) + logits
     return Stage(
         layers,
@@ -219,7 +222,7 @@ def _traffic(
         elements, share = at.gathered(p), (at.shards - 1) / at.shards
         gathers = 2 if p.name.startswith("layers.") else 1
         out["fsdp gather"] += gathers * passes * elements * width * share
-        out["fsdp reduce"] += 4 * elements * share
+        out["fsdp reduce"] += 4 * elements * share * (passes if d.pp == 1 else 1)
         out["hsdp reduce"] += 8 * at.own(p) * (d.replicate - 1) / d.replicate
     stream = passes * micro * length * spec.width * width
     again = 1.5 if c.memory.checkpointing in ("full", "selective") else 1.0  # the recomputed forward pass

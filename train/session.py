@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +65,13 @@ def resumed(chosen: Mapping[str, Any]) -> tuple[TrainConfig, Path, list[str]]:
     The run's own configuration counts, and what the user chose now is laid over it. Raises `UserError` where there is
     no run, or where the spec would be another.
     """
-    out = out_folder(config.layered(chosen))
+    out = out_folder(config.parse(chosen))
     found = checkpoint.newest(out)
     own = (found or out) / checkpoint.CONFIG
     if not own.is_file():
         raise UserError(f"{out}: no run to resume (leave --resume out to begin one, or name its folder with --out)")
     saved = config.parse(config.read(own), str(own))
-    changed = config.layered(saved.model_dump(), chosen)
+    changed = config.resumed(saved, chosen)
     if found is not None and "spec" in chosen and load_spec(changed.spec).hash != load_spec(found).hash:
         raise UserError(f"spec: {changed.spec} is not the spec that {out} was begun with (choose another --out)")
     if found is not None and changed.tokenizer != saved.tokenizer:
@@ -87,7 +86,7 @@ def restarted() -> bool:
 
 
 def going_on(c: TrainConfig) -> tuple[bool, bool]:
-    """Whether to resume, and whether to replace what lies in the run's folder: what was begun there and saved nothing."""
+    """Whether to resume, and whether to replace what lies in the run's folder: what was begun and saved nothing."""
     out = out_folder(c)
     return checkpoint.newest(out) is not None, checkpoint.unsaved(out)
 
@@ -98,12 +97,11 @@ def _first_rank_first(ranks: Ranks) -> Iterator[None]:
     if ranks.world == 1:
         yield
         return
-    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     if not ranks.first:
-        dist.barrier(patient)
+        dist.barrier(ranks.control)
     yield
     if ranks.first:
-        dist.barrier(patient)
+        dist.barrier(ranks.control)
 
 
 def train(
@@ -125,6 +123,10 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
         if ranks.first:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    optim.kind(c.optimizer)
+    shares = ranks.degrees.data
+    parallel.check_batch(c.batch, ranks.degrees)
+    parallel.check_passes(c.parallel, c.batch.sequences // shares // (c.batch.micro or c.batch.sequences // shares))
     found = ranks.agree(checkpoint.newest(out_folder(c))) if resume else None
     with _first_rank_first(ranks):  # it may be fetched
         spec = load_spec(found) if found is not None else init.spec_of(c)
@@ -135,12 +137,8 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
     length = c.data.length or spec.context
     described = losses.describe(c, spec, length)
     parallel.check(spec, ranks.degrees, length)
-    optim.kind(c.optimizer)
     checkpoint.check_exports(spec, c.checkpoint.export)
-    shares = ranks.degrees.data
-    parallel.check_batch(c.batch, ranks.degrees)
     stages = parallel.spans(spec, ranks.degrees.pp)
-    parallel.check_passes(c.parallel, c.batch.sequences // shares // (c.batch.micro or c.batch.sequences // shares))
     precision, wraps = _arithmetic(c, ranks, say)
     folder = out / "training"
     chosen = trackers(c.watch, folder)

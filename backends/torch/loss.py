@@ -24,11 +24,17 @@ LEAST_ROWS = 256
 """Rows that are projected at once however large the vocabulary is: fewer would spend their time on adding up the
 weight's gradients."""
 
+
 Criterion = Callable[..., Tensor]
 """(logits [N, V], targets [N], *extras [N, ...]) -> summed loss of the valid targets."""
 
 ChunkLogits = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(hidden states [N, D], weight [V, D], bias [V]) -> logits [N, V]."""
+
+
+def rows_at_once(vocab: int, device: str) -> int:
+    """Rows of a chunk, on a device of this type."""
+    return max(LEAST_ROWS, CHUNK_ELEMENTS.get(device, 2**28) // vocab)
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -49,7 +55,7 @@ def chunked_loss(
 def _eager(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: Sequence[Tensor], logits: ChunkLogits, criterion: Criterion
 ) -> Tensor:
-    size = max(LEAST_ROWS, CHUNK_ELEMENTS.get(x.device.type, 2**28) // weight.shape[0])
+    size = rows_at_once(weight.shape[0], x.device.type)
     if torch.is_grad_enabled():
         return _ChunkedLoss.apply(x, weight, bias, rows, logits, criterion, size)  # type: ignore[no-any-return]
     return _total([criterion(logits(c, weight, bias), *r) for c, *r in _chunks(x, rows, size)], x)

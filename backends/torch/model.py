@@ -240,7 +240,7 @@ class Decoder(nn.Module):
         own = dict(self.named_parameters())
         for p in params(self.spec):
             if p.name in own:
-                _assign(own[p.name], initial(self.spec, p, seed))
+                assign(own[p.name], initial(self.spec, p, seed))
 
 
 def within_documents(segments: Tensor) -> Tensor:
@@ -276,7 +276,8 @@ def _gain_offset(spec: Spec, name: str) -> float:
     return norm.offset if norm is not None else 0.0
 
 
-def _assign(parameter: Tensor, values: Tensor) -> None:
+@torch.no_grad()
+def assign(parameter: Tensor, values: Tensor) -> None:
     """Copy whole values into a parameter, or its shard of them into a distributed one."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from backends.torch.model import assign
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import load
 from spec.params import params
-from train import parallel
 from train.config import TrainConfig
 from train.data.tokens import cache_folder
 
@@ -63,9 +63,9 @@ def fill(decoder: nn.Module, path: str) -> None:
 
     Every rank reads what it has a part of. Raises `UserError` for weights that are not finite.
     """
-    with opened(path) as source, torch.no_grad():
+    with opened(path) as source:
         for name, p in decoder.named_parameters():
-            p.copy_(parallel.like(torch.from_numpy(source.tensor(name)), p))
+            assign(p, torch.from_numpy(source.tensor(name)))
 
 
 def tokenizer_of(c: TrainConfig) -> Path | None:

@@ -13,7 +13,6 @@ from backends.torch.model import Decoder
 from backends.torch.modules import Router
 from spec.config import MoE, Spec
 from spec.errors import UserError
-from train import parallel
 from train.config import Experts
 from train.parallel import Ranks
 
@@ -102,7 +101,7 @@ class Routers:
             assert router.correction is not None and router.statistics is not None, "checked"
             loads = self.loads[n, : len(router.statistics) - MORE]
             step = self.step_size * (loads.mean() - loads).sign().to(router.correction.dtype)
-            router.correction.add_(parallel.like(step, router.correction))
+            router.correction.add_(step)
 
 
 FIGURES = ("imbalance", "imbalance_worst", "unused", "entropy", "balance", "z")

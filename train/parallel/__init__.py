@@ -10,7 +10,7 @@ from train.parallel.peak import peak_flops
 from train.parallel.pipeline import Stage, check_passes, spans
 from train.parallel.precision import DTYPES, Scaler, autocast, choose_precision, convert_to_fp8, prepare, scaler
 from train.parallel.recompute import recomputing
-from train.parallel.shard import accumulating, allocate, like, settle, shard, whole
+from train.parallel.shard import accumulating, allocate, settle, shard, whole
 
 __all__ = [
     "DTYPES",
@@ -33,7 +33,6 @@ __all__ = [
     "degrees",
     "describe",
     "keep_memory",
-    "like",
     "peak_flops",
     "prepare",
     "ranks",

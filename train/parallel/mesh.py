@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,9 @@ from train.parallel.meeting import fresh_store
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+PATIENCE = timedelta(days=7)
+"""How long ranks wait for one that does something alone: fetches, tokenises, exports. One that died is noticed."""
 
 DIMENSIONS = ("pp", "replicate", "dp", "tp")
 """The mesh, outermost first: neighbours share a layer, and pipeline stages talk least."""
@@ -84,7 +88,7 @@ class Ranks:
     mesh: DeviceMesh | None = None
     """All of `DIMENSIONS`, those of one rank too; none for a single process."""
     control: Any = None
-    """A gloo group of all ranks, for objects and for work beside the training."""
+    """A patient gloo group of all ranks, for objects and for work beside the training."""
 
     @property
     def first(self) -> bool:
@@ -162,7 +166,8 @@ def ranks(device: str, parallel: Parallel, *, grouped: bool = False) -> Iterator
     shape = tuple(getattr(found, d) for d in DIMENSIONS)
     mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=DIMENSIONS)
     try:
-        yield Ranks(dist.get_rank(), world, chosen, found, mesh, dist.new_group(backend="gloo"))
-        dist.barrier()  # gloo may abort a rank whose peer has left while its own threads still end
+        control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Ranks(dist.get_rank(), world, chosen, found, mesh, control)
+        dist.barrier(control)  # gloo may abort a rank whose peer has left while its own threads still end
     finally:
         dist.destroy_process_group()

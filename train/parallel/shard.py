@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.torch.model import Decoder
-from backends.torch.modules import Block
+from backends.torch.modules import Block, Router
 from train.parallel.mesh import Ranks
 from train.parallel.precision import DTYPES
 from train.parallel.tensor import blocks, expert_parallel, tensor_parallel
@@ -43,7 +43,8 @@ def shard(
     averaged: the loss is already divided by the global count of targets.
 
     Weights that several ranks divide among them are sharded over `dp`. All others are sharded over dp x tp, whose
-    ranks have different tokens.
+    ranks have different tokens. Routers' corrections every rank has whole, in float32: small updates would vanish in
+    the 16 bits that FSDP gathers.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
@@ -62,7 +63,9 @@ def shard(
     for block in blocks(decoder):
         for wrap in wraps:
             wrap(block)
+    corrections = [m.correction for m in decoder.modules() if isinstance(m, Router)]
     options: Any = {"mp_policy": policy(precision, next(decoder.parameters()).dtype)}
+    options["ignored_params"] = {p for p in corrections if p is not None}
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type != "cpu")
     for block in blocks(decoder):
@@ -108,18 +111,25 @@ def _divide_experts(
 
 
 def allocate(decoder: nn.Module, device: torch.device, *, offload: bool = False) -> None:
-    """Memory for a decoder that was built on the meta device: on `device`, with `offload` only what is no parameter."""
+    """Memory for a decoder that was built on the meta device: on `device`, with `offload` only what FSDP does not
+    move there itself."""
+    from torch.distributed.tensor import DTensor
+
     decoder.to_empty(device="cpu" if offload else device)
     if offload:
         for module in decoder.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
+            for p in module.parameters(recurse=False):
+                if not isinstance(p, DTensor):
+                    p.data = p.data.to(device)
 
 
 def accumulating(decoder: nn.Module, last: bool) -> None:
-    """Reduce gradients over the ranks only with the last forward pass of a step."""
-    if hasattr(decoder, "set_requires_gradient_sync"):
-        decoder.set_requires_gradient_sync(last)  # type: ignore[operator]
+    """Between copies of the shards (HSDP), sum gradients only with the last pass of a step. To shards they are reduced
+    with each: no rank ever has them whole."""
+    if hasattr(decoder, "set_requires_all_reduce"):
+        decoder.set_requires_all_reduce(last)  # type: ignore[operator]
 
 
 def settle(decoder: nn.Module) -> None:
@@ -133,13 +143,3 @@ def whole(t: Tensor) -> Tensor:
     t = t.detach()
     full = getattr(t, "full_tensor", None)
     return (full() if full is not None else t).cpu()
-
-
-def like(values: Tensor, parameter: Tensor) -> Tensor:
-    """`values` where and as `parameter` is: on its device, and sharded as it is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    values = values.to(parameter.device)
-    if not isinstance(parameter, DTensor):
-        return values.clone()
-    return distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -221,15 +221,49 @@ def test_what_the_spec_does_not_have_is_refused_by_name() -> None:
     check(FEATURES["moe_sigmoid"], Experts(bias_update=0.001))  # its first layer is dense
 
 
+def _ranks(rank: int, degrees: Degrees) -> Ranks:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", tuple(getattr(degrees, d) for d in DIMENSIONS), mesh_dim_names=DIMENSIONS)
+    return Ranks(rank, 2, CPU, degrees, mesh, dist.new_group())
+
+
+def _check_half(ranks: Ranks, settings: Experts, folder: Path) -> None:
+    """Where FSDP gathers weights in 16 bits, corrections act in 32; a checkpoint holds them once, not by rank."""
+    from train.checkpoint.tensors import Reader, save
+
+    with torch.device("meta"):
+        model = Decoder(FEATURES["moe_sigmoid"])
+    parallel.shard(model, ranks, "bfloat16")
+    parallel.allocate(model, CPU)
+    model.init_weights()
+    routers = Routers(model, settings, ranks)
+    seen: list[Any] = []
+    for r in routers.own.values():
+        assert r.correction is not None
+        r.correction.fill_(1.001)  # 16 bits make 1 of it
+        r.register_forward_hook(lambda r, *_: seen.append((r.weight.dtype, *r.correction[:1].tolist())))  # type: ignore[arg-type, union-attr, index]
+    rows = batch(model.spec)
+    Whole(model, ranks, "bfloat16").backward([part(rows, slice(ranks.rank, None, 2))], SCALE)
+    assert set(seen) == {(torch.bfloat16, torch.tensor(1.001).item())}
+    routers.collect(rows.valid, layers=False)
+    routers.correct()
+    own = {n: p.detach() for n, p in model.named_parameters() if n.endswith("correction")}
+    save(own, folder / "saved", ranks.control)
+    reader = Reader(folder / "saved")
+    assert {n: tuple(shape) for n, (shape, _) in reader.tensors.items()} == {n: tuple(p.shape) for n, p in own.items()}
+    read = {n: torch.empty_like(p) for n, p in own.items()}
+    reader.load(read, ranks.control)
+    assert all(torch.equal(read[n], p) for n, p in own.items())
+    assert len(reader.read_metadata().storage_data) == len(own)
+
+
 def _distributed(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    from torch.distributed.device_mesh import init_device_mesh
-
     settings = Experts(balance=BALANCE, z=Z, bias_update=0.01)
     for degrees in (Degrees(dp=2), Degrees(tp=2), Degrees(pp=2)):
-        mesh = init_device_mesh("cpu", tuple(getattr(degrees, d) for d in DIMENSIONS), mesh_dim_names=DIMENSIONS)
-        ranks = Ranks(rank, 2, CPU, degrees, mesh)
+        ranks = _ranks(rank, degrees)
         for documents in (False, True):
             whole, alone = build("moe_sigmoid", settings)
             rows = batch(whole.spec)
@@ -260,6 +294,7 @@ def _distributed(rank: int, folder: str) -> None:
             for n, p in whole.named_parameters():
                 if n.endswith("correction") and n in own:
                     assert torch.equal(parallel.whole(own[n]), p), n
+    _check_half(_ranks(rank, Degrees(dp=2)), settings, Path(folder))
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Divided layers against one process, on gloo: gradients, losses and decoding in float64, and whole runs in float32."""
+"""Divided layers against one process, on gloo: gradients, losses and decoding in float64; and what is planned."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.tensor import DTensor
 
-from backends.torch.model import Decoder
+from backends.torch.model import Decoder, assign
 from parity_tests.cases import FEATURES, random_ids, random_weights
 from spec import Spec, SpecError, UserError, parse
 from train import config, estimate, parallel, plan
@@ -72,9 +73,8 @@ def _divided(spec: Spec, ranks: Ranks, *wraps: Any) -> Decoder:
     parallel.shard(model, ranks, "float32", wraps)
     model.to_empty(device="cpu")
     weights = {name: torch.from_numpy(w).double() for name, w in random_weights(spec).items()}
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(parallel.like(weights[name], p))
+    for name, p in model.named_parameters():
+        assign(p, weights[name])
     return model
 
 
@@ -93,6 +93,8 @@ def _check_gradients(spec: Spec, ranks: Ranks, *wraps: Any) -> None:
         part = model(ids[mine], targets[mine], segments=segments[mine])
         part.backward()
         loss += part.detach()
+        if ranks.degrees.replicate == 1:
+            assert all(isinstance(p.grad, DTensor) for p in model.parameters() if p.requires_grad)
     dist.all_reduce(loss)
     assert abs(loss.item() / exact.item() - 1) < 1e-12
     largest = max(float(p.grad.norm()) for p in whole.parameters() if p.grad is not None)
@@ -137,7 +139,7 @@ def _check_traffic(ranks: Ranks) -> None:
 def _check_memory(spec: Spec, ranks: Ranks) -> None:
     """Nobody has more than a share of the weights, which the plan knows exactly."""
     model = _divided(spec, ranks)
-    own: int = sum(p.to_local().numel() for p in model.parameters())  # type: ignore[attr-defined]
+    own = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
     assert own < 1.1 * total / (ranks.world // ranks.degrees.replicate) + 64
     most = torch.tensor(own)
