@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from spec.config import Model, Positive, Probability
 from spec.errors import Problem, nearest
-from train.config.fields import NonNegative, absolute, file_of
+from train.config.fields import NonNegative, absolute, file_of, unused
 
 if TYPE_CHECKING:
     from train.config.top import TrainConfig
@@ -62,23 +62,18 @@ def problems(c: TrainConfig) -> list[Problem]:
     """Fields of `loss` that contradict each other."""
     loss = c.loss
     out: list[Problem] = []
-
-    def unused(names: tuple[str, ...], rule: str, fix: str) -> None:
-        for name in names:
-            value: Any = getattr(loss, name)
-            if value != Loss.model_fields[name].default:
-                out.append(Problem(f"loss.{name}", value, rule, fix))
-
     if loss.kind == "distillation":
         if loss.teacher is None:
             rule = "is missing, and loss.kind is distillation"
             out.append(Problem("loss.teacher", None, rule, "name the teacher's folder"))
         if loss.text_weight == 0:
-            unused(("label_smoothing",), "smooths the cross-entropy, and loss.text_weight is 0", "leave one out")
+            rule = "smooths the cross-entropy, and loss.text_weight is 0"
+            out += unused("loss", loss, ("label_smoothing",), rule, "leave one out")
     else:
         only = ("teacher", "temperature", "divergence", "text_weight")
-        unused(only, f"is for distillation, and loss.kind is {loss.kind}", "loss.kind: distillation, or leave it out")
+        rule = f"is for distillation, and loss.kind is {loss.kind}"
+        out += unused("loss", loss, only, rule, "loss.kind: distillation, or leave it out")
     if loss.kind not in KINDS:
         rule = f"is for {' and '.join(KINDS)}, and loss.kind is a function of yours"
-        unused(("label_smoothing", "z"), rule, "leave it out, and let the function do it")
+        out += unused("loss", loss, ("label_smoothing", "z"), rule, "leave it out, and let the function do it")
     return out

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from spec.config import Model, Positive
 from spec.errors import Problem
-from train.config.fields import Count, NonNegative, Size
+from train.config.fields import Count, NonNegative, Size, unused
 
 if TYPE_CHECKING:
     from train.config.top import TrainConfig
@@ -127,11 +127,17 @@ def problems(c: TrainConfig) -> list[Problem]:
     if w.spike != "off" and w.spike_window >= c.steps:
         rule = f"applied steps come before the first that is judged, and steps={c.steps}"
         out.append(Problem("watch.spike_window", w.spike_window, rule, "lower it, or watch.spike off"))
-    if c.validation.patience is not None and c.data.validation == 0 and c.data.validation_source is None:
+    if w.spike == "off":
+        names = ("spike_std", "spike_norm", "spike_window")
+        out += unused("watch", w, names, "is a threshold of watch.spike, which is off")
+    if c.data.validation == 0 and c.data.validation_source is None:
         fix = "data.validation 0.05, or data.validation_source"
-        out.append(
-            Problem("validation.patience", c.validation.patience, "waits for scores, and nothing is held out", fix)
+        out += unused(
+            "validation", c.validation, ("patience", "at_start"), "needs scores, and nothing is held out", fix
         )
+    if not c.checkpoint.export:
+        rule = "is for checkpoint.export, which names no target"
+        out += unused("checkpoint", c.checkpoint, ("export_every",), rule, "checkpoint.export gguf:q4, or leave it out")
     if c.samples.every and not c.samples.prompts:
         out.append(Problem("samples.every", c.samples.every, "has no prompts to continue", 'samples: {prompts: [""]}'))
     return out

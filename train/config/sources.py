@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from spec.config import Model, Positive
 from spec.errors import Problem
-from train.config.fields import Size
+from train.config.fields import Size, unused
 
 if TYPE_CHECKING:
     from train.config.top import TrainConfig
@@ -84,6 +84,9 @@ def problems(c: TrainConfig) -> list[Problem]:
     data = c.data
     if data.mixture is not None and data.source != STDLIB:
         out.append(Problem("data.source", data.source, "contradicts data.mixture", "put it into the mixture"))
+    if data.mixture is not None and data.validation_source is None:
+        names = tuple(n for n in Source.model_fields if n != "source")
+        out += unused("data", data, names, "is not that of a mixture's sources", "put it into each of data.mixture")
     if data.mixture == ():
         out.append(Problem("data.mixture", "[]", "names no source", "remove it, or list some"))
     every = (
@@ -97,6 +100,8 @@ def problems(c: TrainConfig) -> list[Problem]:
             out.append(Problem(f"{where}.messages", s.messages, f"contradicts prompt={s.prompt}", "name one of both"))
         if s.template is not None and not s.chat:
             out.append(Problem(f"{where}.template", s.template, "has no chats", "name the column with messages"))
-        if s.limit is not None and not s.source.startswith(HUB):
-            out.append(Problem(f"{where}.limit", s.limit, "is for hf: datasets", "remove it"))
+        if not s.source.startswith(HUB):
+            out += unused(where, s, ("limit", "split"), "is for hf: datasets", "remove it")
+        if s.chat:
+            out += unused(where, s, ("text",), "is not read, since rows are chats", "remove it")
     return out

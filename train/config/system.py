@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 
 from spec.config import Model
 from spec.errors import Problem
-from train.config.fields import Fraction, Size
+from train.config.fields import Fraction, Size, unused
 
 if TYPE_CHECKING:
     from train.config.top import TrainConfig
@@ -75,9 +75,9 @@ def problems(c: TrainConfig) -> list[Problem]:
     if m.checkpointing == "budget" and c.compile == "false":
         fix = "compile true, or memory.checkpointing selective"
         out.append(Problem("memory.checkpointing", m.checkpointing, "is decided while compiling, which is off", fix))
-    if m.checkpointing == "budget" and m.every > 1:
-        rule, fix = "does nothing under a budget, which is that of every layer", "memory.every 1, or a larger budget"
-        out.append(Problem("memory.every", m.every, rule, fix))
+    own = {"none": (), "full": ("every",), "selective": ("every", "save"), "budget": ("budget",)}
+    others = tuple(name for name in ("every", "save", "budget") if name not in own[m.checkpointing])
+    out += unused("memory", m, others, f"does nothing with memory.checkpointing={m.checkpointing}")
     if m.checkpointing == "selective" and not m.save:
         fix = "memory.checkpointing full, or name matmul or attention"
         out.append(Problem("memory.save", m.save, "keeps nothing", fix))

@@ -194,6 +194,10 @@ def test_fp8_keeps_names_and_what_does_not_fit() -> None:
     [
         ({"memory": {"checkpointing": "budget"}, "compile": False}, "memory.checkpointing: 'budget' is decided while"),
         ({"memory": {"checkpointing": "budget", "every": 2}}, "memory.every: 2"),
+        (
+            {"memory": {"budget": 0.3}},
+            r"memory.budget: 0.3 does nothing with memory.checkpointing=none \(leave it at 0.5",
+        ),
         ({"memory": {"checkpointing": "selective", "save": ()}}, "memory.save: "),
         ({"memory": {"checkpointing": "half"}}, "memory.checkpointing"),
         ({"precision": "fp8", "parallel": {"tp": 2}}, "precision: 'fp8' does not go together with tensor"),

@@ -340,6 +340,9 @@ def test_a_runs_sources_have_full_paths_and_survive_yaml() -> None:
         ({"prompt": "q", "completion": "a", "messages": "m"}, "data.messages: 'm' contradicts prompt=q"),
         ({"template": "chatml"}, "data.template: .* has no chats"),
         ({"source": "a", "limit": 5}, "data.limit: 5 is for hf: datasets"),
+        ({"source": "a", "split": "test"}, "data.split: 'test' is for hf: datasets"),
+        ({"messages": "m", "text": "t"}, "data.text: 't' is not read, since rows are chats"),
+        ({"mixture": [{"source": "a"}], "text": "t"}, "data.text: 't' is not that of a mixture's sources"),
     ],
 )
 def test_sources_that_contradict_themselves_are_named(data: dict[str, Any], why: str) -> None:

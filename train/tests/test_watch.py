@@ -650,7 +650,16 @@ def test_a_level_that_no_backend_has_is_refused_before_anything(options: Options
         ),
         (
             {"validation": {"patience": 2}, "data": {"validation": 0}},
-            r"validation\.patience: 2 waits for scores, and nothing is held out",
+            r"validation\.patience: 2 needs scores, and nothing is held out",
+        ),
+        (
+            {"validation": {"at_start": True}, "data": {"validation": 0}},
+            r"validation\.at_start: True needs scores, and nothing is held out",
+        ),
+        ({"watch": {"spike_std": 3}}, r"watch\.spike_std: 3\.0 is a threshold of watch\.spike, which is off"),
+        (
+            {"checkpoint": {"export_every": 50}},
+            r"checkpoint\.export_every: 50 is for checkpoint\.export, which names no",
         ),
         ({"samples": {"every": 5, "prompts": []}}, r"samples\.every: 5 has no prompts"),
         ({"profile": "9..4"}, r"profile: '9\.\.4' ends before it begins \(try 4\.\.9\)"),
