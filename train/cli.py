@@ -115,7 +115,7 @@ def train(
 
         show(session.resumed(chosen)[0] if resume else settings, console, ranks, as_json=json)
         return 0
-    if not resume and (go_on or session.restarted()):
+    if not resume and (go_on or session.restarted(chosen)):
         resume, force = session.going_on(settings)
     if resume:
         settings, out, changed = session.resumed(chosen)

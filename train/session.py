@@ -80,9 +80,15 @@ def resumed(chosen: Mapping[str, Any]) -> tuple[TrainConfig, Path, list[str]]:
     return changed, out, config.differences(saved, shown)
 
 
-def restarted() -> bool:
-    """Whether torchrun started this process again, since a rank was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarted(chosen: Mapping[str, Any]) -> bool:
+    """Whether torchrun started this process again since a rank was lost, and the run in the folder is the one that it
+    began: not another one, which made it end."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return False
+    try:
+        return not resumed(chosen)[2]
+    except UserError:
+        return False
 
 
 def going_on(c: TrainConfig) -> tuple[bool, bool]:

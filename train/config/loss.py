@@ -67,8 +67,8 @@ def problems(c: TrainConfig) -> list[Problem]:
             rule = "is missing, and loss.kind is distillation"
             out.append(Problem("loss.teacher", None, rule, "name the teacher's folder"))
         if loss.text_weight == 0:
-            rule = "smooths the cross-entropy, and loss.text_weight is 0"
-            out += unused("loss", loss, ("label_smoothing",), rule, "leave one out")
+            rule = "belongs to the cross-entropy, and loss.text_weight is 0"
+            out += unused("loss", loss, ("label_smoothing", "z"), rule, "leave one out")
     else:
         only = ("teacher", "temperature", "divergence", "text_weight")
         rule = f"is for distillation, and loss.kind is {loss.kind}"

@@ -312,6 +312,19 @@ def test_whether_a_run_goes_on_is_seen_from_its_folder(options: Options, train: 
     assert session.going_on(c) == (False, True)
 
 
+def test_what_torchrun_starts_again_is_its_own_run(
+    options: Options, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = options(steps=4)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not session.restarted(data)  # nothing is there yet
+    train(data, stop_after=2)
+    assert session.restarted(data)
+    assert not session.restarted({**data, "seed": 1})
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not session.restarted(data)
+
+
 @pytest.mark.slow
 def test_one_command_begins_goes_on_and_ends(options: Options, tmp_path: Path) -> None:
     file = written(options(steps=6), tmp_path)

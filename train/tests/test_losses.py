@@ -250,7 +250,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"kind": "a/mine.py:f", "label_smoothing": 0.1}, "loss.label_smoothing: 0.1 is for cross_entropy"),
         (
             {"kind": "distillation", "teacher": "x", "text_weight": 0, "label_smoothing": 0.1},
-            "loss.label_smoothing: 0.1 smooths the cross-entropy, and loss.text_weight is 0",
+            "loss.label_smoothing: 0.1 belongs to the cross-entropy, and loss.text_weight is 0",
         ),
     ],
 )
