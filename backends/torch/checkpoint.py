@@ -40,9 +40,9 @@ def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | Path, dt
         mode = partial.stat().st_mode
         save_file(whole, partial, metadata={"format": "pt"})
         partial.chmod(mode)  # safetensors lets nobody but the owner read
-        _flush(partial)
+        flush(partial)
         os.replace(partial, path)
-        _flush(path.parent)
+        flush(path.parent)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: cannot write the weights: {e}") from None
     finally:
@@ -57,7 +57,8 @@ def _whole(t: Tensor, dtype: torch.dtype | None) -> Tensor:
     return t.to("cpu", dtype or t.dtype).contiguous()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """A file or folder to the disk."""
     if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
         return
     handle = os.open(path, os.O_RDONLY)

@@ -12,14 +12,3 @@ def write(path: Path, content: bytes) -> None:
         f.write(content)
         f.flush()
         os.fsync(f.fileno())
-
-
-def flush(path: Path) -> None:
-    """A file or folder to the disk."""
-    if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,11 +20,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.torch.checkpoint import INDEX, WEIGHTS
+from backends.torch.checkpoint import INDEX, WEIGHTS, flush
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import dump
-from train.checkpoint.files import flush, write
+from train.checkpoint.files import write
 
 STATE, TENSORS, CONFIG = "training/state.json", "training/tensors", "training/config.yaml"
 SHARDS = "model-step-*-of-*.safetensors"

@@ -31,7 +31,7 @@ RESEED = 2**32
 def tensors(run: Run) -> dict[str, Tensor]:
     """What this rank has, as it is: its shards of the weights and of the optimizer's state, and its random states."""
     named = {f"model/{name}": p.detach() for name, p in run.decoder.named_parameters()}
-    named |= {f"{OPTIMIZER}{name}": t for name, t in optim.state(run.optimizer, run.decoder).items()}
+    named |= {f"{OPTIMIZER}{name}": t for name, t in optim.state(run.optimizer).items()}
     return named | {f"random/{run.ranks.rank}/{k}": t for k, t in random_state(run.ranks.device).items()}
 
 
@@ -86,7 +86,7 @@ def restore(run: Run, folder: Path) -> dict[str, Any]:
         reader = Reader(folder / TENSORS)
         shapes = {name: shape for name, (shape, _) in reader.tensors.items()}
         kept = {n.removeprefix(OPTIMIZER): shape for n, shape in shapes.items() if n.startswith(OPTIMIZER)}
-        moments = optim.wanted(run.optimizer, run.decoder, kept)
+        moments = optim.wanted(run.optimizer, kept)
         random = random_state(run.ranks.device) if world == run.ranks.world else {}
         into = {f"model/{name}": p.detach() for name, p in run.decoder.named_parameters()}
         into |= {f"{OPTIMIZER}{name}": t for name, t in moments.items()}
@@ -96,7 +96,7 @@ def restore(run: Run, folder: Path) -> dict[str, Any]:
         raise
     except (Exception, CheckpointException) as e:  # whatever unpickling half a file may raise
         raise _damaged(folder, e) from None
-    optim.load_state(run.optimizer, run.decoder, moments)
+    optim.load_state(run.optimizer, moments)
     if random:
         restore_random_state(random, run.ranks.device)
     else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from train import parallel
-from train.optim.shares import local, shard
+from train.optim.shares import as_shard, local
 
 
 class Average:
@@ -56,5 +56,5 @@ class Average:
         if not self.values:
             return {}
         own = dict(self.decoder.named_parameters())
-        values = {f"{name}/ema": shard(t, own[name]) for name, t in self.values.items()}
+        values = {f"{name}/ema": as_shard(t, own[name]) for name, t in self.values.items()}
         return {**values, "ema/updates": torch.tensor(self.updates)}

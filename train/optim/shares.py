@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
+from train.parallel.shard import from_parts, whole
+
 
 def local(t: Tensor) -> Tensor:
     """This rank's part of a tensor, in the same memory."""
@@ -32,39 +34,23 @@ def gradient(p: Tensor) -> Tensor | None:
     return grad
 
 
-def whole(t: Tensor) -> Tensor:
-    """A tensor gathered on the mesh's device; every rank of its mesh takes part."""
-    t = t.detach()
-    if not isinstance(t, DTensor):
-        return t
-    here, kind = t.to_local(), t.device_mesh.device_type
-    if here.device.type != kind:  # offloaded
-        return _wrap(here.to(kind), t.device_mesh, t.placements, t.shape).full_tensor()
-    return t.full_tensor()
-
-
-def _wrap(t: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
-    stride = [prod(shape[i + 1 :]) for i in range(len(shape))]
-    return DTensor.from_local(t, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
-
-
-def like(t: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+def cut(t: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
     """This rank's part of a whole tensor that every rank has."""
-    replicated = _wrap(t.contiguous(), mesh, [Replicate()] * mesh.ndim, t.shape)
+    replicated = from_parts(t.contiguous(), mesh, [Replicate()] * mesh.ndim, t.shape)
     return replicated.redistribute(placements=placements).to_local()
 
 
-def shard(t: Tensor, p: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+def as_shard(t: Tensor, p: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     """A rank's tensor as a part of one that is sharded like `p`, of this whole shape (that of `p`)."""
-    return _wrap(t, p.device_mesh, p.placements, shape or p.shape) if isinstance(p, DTensor) else t
+    return from_parts(t, p.device_mesh, p.placements, shape or p.shape) if isinstance(p, DTensor) else t
 
 
-def like_shard(t: Tensor, p: Tensor) -> Tensor:
+def part_of(t: Tensor, p: Tensor) -> Tensor:
     """This rank's part of a tensor that is sharded like `p`, or whole on every rank."""
     if isinstance(t, DTensor):
         return t.to_local()
     t = t.to(p.device)
-    return like(t, p.device_mesh, p.placements) if isinstance(p, DTensor) and t.dim() else t
+    return cut(t, p.device_mesh, p.placements) if isinstance(p, DTensor) and t.dim() else t
 
 
 class Local:
@@ -105,11 +91,11 @@ class Local:
             return t
         columns = here.shape[1] // t.shape[1] if here.dim() > 1 else 0  # that share a number, as a scale
         assert t.shape[0] == here.shape[0] and (not columns or t.shape[1] * columns == here.shape[1]), self.name
-        return shard(t, p, (p.shape[0], p.shape[1] // columns) if columns else p.shape)
+        return as_shard(t, p, (p.shape[0], p.shape[1] // columns) if columns else p.shape)
 
     def parts(self, t: Tensor, count: int) -> Sequence[Tensor]:
         """The `count` tensors of an entry, which may also be whole on every rank."""
-        return t.unbind() if count > 1 else [like_shard(t, self.parameter)]
+        return t.unbind() if count > 1 else [part_of(t, self.parameter)]
 
     def _columns(self) -> int:
         """The width of a rank's part of a row; 1 where the ranks' differ."""
@@ -168,7 +154,7 @@ class Owned(Local):
             for d in range(self.mesh.ndim):
                 if self.mesh.size(d) > 1 and self.place[d + 1 :] == self.owner[d + 1 :]:
                     dist.broadcast(values, group=self.mesh.get_group(d), group_src=self.owner[d])
-            local(self.parameter).copy_(like(values, self.mesh, self.placements))
+            local(self.parameter).copy_(cut(values, self.mesh, self.placements))
         self.release()
 
     def release(self) -> None:

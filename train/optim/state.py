@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spec.errors import UserError
 from train.optim.build import Optimizer, Part
-from train.optim.shares import Local, like_shard
+from train.optim.shares import Local, part_of
 
 
 def _set(holder: Any, key: Any, t: Tensor) -> None:
@@ -82,7 +82,7 @@ def _shares(optimizer: Optimizer) -> Iterator[tuple[Part, int, Local]]:
 
 
 @torch.no_grad()
-def state(optimizer: Optimizer, decoder: nn.Module) -> dict[str, Tensor]:
+def state(optimizer: Optimizer) -> dict[str, Tensor]:
     """All that this rank has of the optimizer's state, the average of the weights included, in its own memory where it
     can be: a later step changes it. Parameters that never had a gradient have none."""
     out: dict[str, Tensor] = {}
@@ -93,27 +93,27 @@ def state(optimizer: Optimizer, decoder: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def wanted(optimizer: Optimizer, decoder: nn.Module, available: Mapping[str, Any]) -> dict[str, Tensor]:
+def wanted(optimizer: Optimizer, available: Mapping[str, Any]) -> dict[str, Tensor]:
     """Which of the entries `available` (name -> whole shape) this rank needs, as tensors for a checkpoint to fill.
 
     The optimizer's own state is spoiled: `load_state` must follow. Raises `UserError` where the entries are those of
     another optimizer.
     """
     _begin(optimizer)
-    ours = state(optimizer, decoder)
+    ours = state(optimizer)
     _compare({k: tuple(t.shape) for k, t in ours.items()}, {k: tuple(v) for k, v in available.items()})
     return {k: t for k, t in ours.items() if k in available}
 
 
 @torch.no_grad()
-def load_state(optimizer: Optimizer, decoder: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Take over entries by name, those of `wanted` filled or any whole ones; names of other ranks' are passed over.
 
     The average of the weights begins anew where the checkpoint has none: load the weights first. Raises `UserError`
     where the entries are those of another optimizer.
     """
     _begin(optimizer)
-    ours = state(optimizer, decoder)
+    ours = state(optimizer)
     _compare({k: tuple(t.shape) for k, t in ours.items()}, {k: tuple(t.shape) for k, t in tensors.items()})
     counted: set[tuple[int, int]] = set()
     for part, index, share in _shares(optimizer):
@@ -137,7 +137,7 @@ def load_state(optimizer: Optimizer, decoder: nn.Module, tensors: Mapping[str, T
         if "ema/updates" in tensors:
             average.updates = int(tensors["ema/updates"])
             for name, p in average.decoder.named_parameters():
-                average.values[name].copy_(like_shard(tensors[f"{name}/ema"], p))
+                average.values[name].copy_(part_of(tensors[f"{name}/ema"], p))
         else:
             average.updates, average.values = 0, {}
 

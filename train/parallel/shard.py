@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from train.parallel.tensor import blocks, expert_parallel, tensor_parallel
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.tensor import DTensor, Placement
 
 
 def policy(precision: str, stored: torch.dtype) -> MixedPrecisionPolicy:
@@ -139,7 +141,21 @@ def settle(decoder: nn.Module) -> None:
 
 
 def whole(t: Tensor) -> Tensor:
-    """A tensor, gathered if it is sharded, on the CPU. Every rank must take part."""
+    """A tensor, gathered on its mesh's device if it is sharded; every rank of the mesh takes part."""
+    from torch.distributed.tensor import DTensor
+
     t = t.detach()
-    full = getattr(t, "full_tensor", None)
-    return (full() if full is not None else t).cpu()
+    if not isinstance(t, DTensor):
+        return t
+    here, kind = t.to_local(), t.device_mesh.device_type
+    if here.device.type != kind:  # offloaded
+        t = from_parts(here.to(kind), t.device_mesh, t.placements, t.shape)
+    return t.full_tensor()
+
+
+def from_parts(t: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+    """A tensor of this whole shape, of which each rank gives its part; nothing is sent."""
+    from torch.distributed.tensor import DTensor
+
+    stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(t, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
