@@ -201,6 +201,7 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
     tracer = watch.Profile(traced, folder / "profile", ranks.device, board.say)
     try:
         say(_intent(spec, c, run, length))
+        ranks.agree(None)  # all have read what they need of the folder, which may hold their `init`
         if ranks.first:
             if force and not resume:
                 checkpoint.clear(out)

@@ -120,8 +120,8 @@ def _damaged(folder: Path, error: BaseException) -> UserError:
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """The states of torch's generators, by device type."""
     out = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        out["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type in ("cuda", "xpu"):
+        out[device.type] = getattr(torch, device.type).get_rng_state(device)
     if device.type == "mps":
         out["mps"] = torch.mps.get_rng_state()
     return out
@@ -130,7 +130,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 def restore_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
     """Put the generators back."""
     torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type in ("cuda", "xpu") and device.type in states:
+        getattr(torch, device.type).set_rng_state(states[device.type], device)
     if device.type == "mps" and "mps" in states:
         torch.mps.set_rng_state(states["mps"])
