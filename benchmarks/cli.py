@@ -81,7 +81,10 @@ def mfu(
 ) -> None:
     """The share of a GPU's peak arithmetic that training reaches (MFU), with compiled layers, on one GPU."""
     from benchmarks.mfu import Options, benchmark, print_row
+    from spec.errors import UserError
 
+    if min(batch, length, steps) < 1:
+        raise UserError("--batch, --length and --steps are at least 1")
     options = Options(spec, batch, length, steps, precision, kernel, checkpointing)
     _show(benchmark(options, lambda line: print(line, file=sys.stderr)), json, print_row)
 

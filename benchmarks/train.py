@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -41,17 +42,20 @@ class Tool:
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # one that rests must not keep the cores
         command = [sys.executable, "-m", "benchmarks.trainer", name, json.dumps(size)]
         self.name = name
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (not a pipe, which nobody reads until it is full)
         self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=environment
         )
 
     def answer(self) -> dict[str, Any]:
         """Wait for the next line. Raises `UserError` with the last line that the process said before it ended."""
-        assert self._child.stdout is not None and self._child.stderr is not None
+        assert self._child.stdout is not None
         line = self._child.stdout.readline()
         if not line:
-            said = self._child.stderr.read().strip().splitlines() or [""]
-            raise UserError(f"{self.name} ended with status {self._child.wait()}: {said[-1]}")
+            status = self._child.wait()
+            self._said.seek(0)
+            said = self._said.read().strip().splitlines() or [""]
+            raise UserError(f"{self.name} ended with status {status}: {said[-1]}")
         return json.loads(line)
 
     def train(self, steps: int) -> dict[str, Any]:
@@ -67,6 +71,7 @@ class Tool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._child.kill()
         self._child.communicate()
+        self._said.close()
 
 
 def benchmark(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
