@@ -28,6 +28,9 @@ def check_batch(batch: Batch, d: Degrees) -> None:
 
 
 def _problems(spec: Spec, d: Degrees, length: int) -> Iterator[Problem]:
+    if length > spec.context:
+        rule = f"is beyond the spec's context={spec.context}, which the model is shipped with"
+        yield Problem("data.length", length, rule, f"raise the spec's context, or try {spec.context}")
     if d.tp > 1:
         everything = gcd(length, *(size for _, size in _divided(spec)))
         works = [n for n in near_divisors(everything, d.tp) if n > 1]

@@ -256,6 +256,7 @@ def test_shared_layers_compile_into_one_graph(tmp_path: Path) -> None:
         ("llama", Degrees(tp=4), 48, "parallel.tp: 4 does not divide attention.kv_heads=2 (try 2)"),
         ("odd_heads", Degrees(tp=2), 48, "parallel.tp: 2 does not divide attention.kv_heads=3 (use parallel.tp 1, or"),
         ("llama", Degrees(tp=2), 47, "parallel.tp: 2 does not divide sequences of data.length=47"),
+        ("llama", Degrees(), 4800, "data.length: 4800 is beyond the spec's context="),
         ("mha", Degrees(tp=3), 48, "parallel.tp: 3 does not divide attention.heads=4 (try 2 or 4)"),
         ("moe_sigmoid", Degrees(tp=4), 48, "parallel.tp: 4 does not divide attention.kv_heads=2"),
         ("moe_sigmoid", Degrees(dp=4, ep=4), 48, "parallel.ep: 4 does not divide mlp.experts=6 (try 2)"),
