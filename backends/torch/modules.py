@@ -201,8 +201,11 @@ class GroupedLinear(nn.Module):
         return y if self.bias is None else y + _local(self.bias).unflatten(0, (-1, self.out))[owner].to(y.dtype)
 
     def _grouped(self, x: Tensor) -> bool:
-        """Whether torch's grouped product takes it: rows of whole 16 bytes on both sides, and not float64."""
+        """Whether torch's grouped product takes it: rows of whole 16 bytes on both sides, and not float64; in a graph
+        bfloat16 on CUDA alone (the shapes' rule of torch 2.13 knows no other)."""
         aligned = all(n * x.element_size() % 16 == 0 for n in (x.shape[-1], self.out))
+        if torch.compiler.is_compiling():
+            return aligned and x.dtype == torch.bfloat16 and x.is_cuda
         return aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -23,6 +23,7 @@ from parity_tests.cases import FEATURES, random_weights
 from spec import Spec
 from spec.config import MoE
 from spec.errors import UserError
+from spec.load import load as load_spec
 from train import parallel
 from train.config import Experts
 from train.data.batches import Rows
@@ -391,3 +392,20 @@ def test_balancing_balances_and_costs_no_loss(
     (uneven, plain), (even, balanced) = ends
     assert even < 1 + 0.6 * (uneven - 1)
     assert balanced < plain + 0.03
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_compiled_layers_whose_rows_could_be_grouped_compute_what_plain_ones_do(autocast: bool) -> None:
+    """Widths of whole 16 bytes: torch's grouped product would take them, and no graph of it does on a CPU."""
+    spec = load_spec("tiny-moe")
+    losses: list[Tensor] = []
+    for compiled in (False, True):
+        decoder = Decoder(spec)
+        decoder.init_weights(0)
+        for block in decoder.layers if compiled else ():
+            block.compile(backend="aot_eager", fullgraph=True)
+        ids = torch.randint(0, spec.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses.append(decoder(ids, ids))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-3 if autocast else 1e-5, atol=0)
