@@ -462,7 +462,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
             out["ids"] = [[rows.ids.tolist() for rows in mine] for mine, _ in steps]
             Path(folder, f"{packing}{rank}.json").write_text(json.dumps(out), encoding="utf-8")
         with pytest.raises(UserError, match="the ranks found different text"):
-            feed(c, replace(_found(), fingerprint=f"{rank}"), 12, ranks)
+            feed(config.layered({}), replace(_found(), fingerprint=f"{rank}"), 12, ranks)
 
 
 def test_two_processes_read_half_a_batch_each_and_know_the_whole_count(tmp_path: Path) -> None:
