@@ -121,6 +121,7 @@ def train(
     """Run it. With `resume`, `c` is what `resumed` returned. Raises `UserError` for all that the user can fix."""
     console = console or Console()
     with parallel.ranks(c.device, c.parallel, grouped=c.memory.offload) as ranks:
+        c, resume, force = ranks.agree((c, resume, force))  # what each saw of a shared disk may differ
         return _train(c, ranks, resume, force, stop_after, console)
 
 
