@@ -73,8 +73,8 @@ _add_float_resolver()
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
-def read_yaml(text: str, source: str) -> dict[str, Any]:
-    """A YAML mapping, or a `UserError` that names line and column."""
+def read_yaml(text: str, source: str, what: str = "a spec") -> dict[str, Any]:
+    """A YAML mapping, or a `UserError` that names line and column, and what it should be."""
     if len(text) > LIMIT:
         raise UserError(f"{source}: {len(text):,} characters are more than such a file ever has ({LIMIT:,} are read)")
     try:
@@ -84,11 +84,11 @@ def read_yaml(text: str, source: str) -> dict[str, Any]:
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         raise UserError(f"{place}: not valid YAML: {e.problem or e}") from None
     except RecursionError:
-        raise UserError(f"{source}: nested too deeply to be a spec") from None
+        raise UserError(f"{source}: nested too deeply to be {what}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as e:  # the latter: a date that is none, `!!int` of a word
         raise UserError(f"{source}: not valid YAML: {str(e).splitlines()[0][:200]}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{source}: a spec is a mapping of fields, not {type(data).__name__}")
+        raise UserError(f"{source}: {what} is a mapping of fields, not {type(data).__name__}")
     return data
 
 

@@ -42,6 +42,9 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 }
 """Of each optimizer the fields that it has, with their defaults. Those of `options` bear the library's own names."""
 
+CHOICES: Mapping[str, tuple[str, ...]] = {"adjust_lr_fn": ("original", "match_rms_adamw")}
+"""What an option that is a word may be."""
+
 OWN = ("lr", "rest_lr", "betas", "eps", "momentum", "nesterov", "weight_decay", "options")
 """Fields that not every optimizer has."""
 
@@ -172,7 +175,7 @@ def _optimizer(o: Optimizer) -> list[Problem]:
         return out
     own = KINDS[o.kind]
     for name in OWN:
-        if name not in own and getattr(o, name) is not None:
+        if name not in own and name != "options" and getattr(o, name) is not None:
             has = ", ".join(n for n in own if n != "options")
             out.append(Problem(f"optimizer.{name}", getattr(o, name), f"{o.kind} has none", f"it has {has}"))
     known: Mapping[str, Any] = own.get("options", {})
@@ -184,6 +187,8 @@ def _optimizer(o: Optimizer) -> list[Problem]:
         elif not isinstance(value, (int, float) if isinstance(known[name], float) else type(known[name])):
             rule = f"is no {type(known[name]).__name__}"
             out.append(Problem(path, value, rule, f"{known[name]} is the default"))
+        elif name in CHOICES and value not in CHOICES[name]:
+            out.append(Problem(path, value, f"is no {name} of {o.kind}", nearest(str(value), CHOICES[name])))
     if o.nesterov and o.momentum == 0:
         out.append(Problem("optimizer.nesterov", True, "needs a momentum", "momentum: 0.9, or nesterov: false"))
     return out

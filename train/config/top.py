@@ -116,7 +116,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
-    data = read_yaml(text, str(path)) if text.strip() else {}
+    data = read_yaml(text, str(path), "a run's configuration") if text.strip() else {}
     return parse(data, str(path)).model_dump(exclude_unset=True)
 
 
@@ -142,8 +142,13 @@ def layered(*layers: Mapping[str, Any]) -> TrainConfig:
 
 def resumed(saved: TrainConfig, *layers: Mapping[str, Any]) -> TrainConfig:
     """A run's own configuration with `layers` over it. Where the kind of schedule changes, the fields that not every
-    kind has are the new one's. Raises `SpecError`."""
+    kind has are the new one's. Raises `SpecError`, and `UserError` for another optimizer, which the run's moments are
+    not of."""
     data = saved.model_dump()
+    kind = saved.optimizer.kind
+    if other := next((k for layer in layers if (k := layer.get("optimizer", {}).get("kind", kind)) != kind), None):
+        hint = "leave it out, or begin another run from the weights: --init CHECKPOINT --out ANOTHER"
+        raise UserError(f"optimizer.kind: {kind} -> {other} cannot be changed on resume ({hint})")
     if any(layer.get("schedule", {}).get("kind", saved.schedule.kind) != saved.schedule.kind for layer in layers):
         data["schedule"] |= dict.fromkeys(("final", "decay", "decay_shape"))
     return layered(data, *layers)

@@ -132,6 +132,17 @@ def kind(o: Optimizer) -> Kind:
     return found
 
 
+def check(o: Optimizer) -> None:
+    """Raises `UserError` for what `kind` refuses, and for values that the library refuses, before there is a model."""
+    made = kind(o)
+    if o.kind not in KINDS:
+        return
+    try:
+        made.make([{"params": [torch.zeros(8, 8)], "lr": o.peak, "weight_decay": o.weight_decay or 0.0}], o)
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise UserError(f"optimizer: {o.kind} refuses its settings: {' '.join(str(e).split())[:200]}") from None
+
+
 def _users(name: str) -> Callable[[Groups, Optimizer], torch.optim.Optimizer]:
     """`path/to/file.py:name`, called with parameter groups and `optimizer.options`. It sees whole tensors, so that it
     need not know of shards."""

@@ -81,3 +81,25 @@ def test_not_utf8(tmp_path: Path) -> None:
     path.write_bytes(b"steps: \xff")
     with pytest.raises(UserError, match="not UTF-8 at byte 7"):
         config.read(path)
+
+
+def test_another_optimizer_is_refused_on_resume_in_one_line() -> None:
+    saved = config.layered({})
+    for kind in ("muon", "lion", "adafactor"):
+        with pytest.raises(UserError, match=rf"^optimizer\.kind: adamw -> {kind} cannot be changed on resume \(.*\)$"):
+            config.resumed(saved, {"optimizer": {"kind": kind}})
+    assert config.resumed(saved, {"optimizer": {"kind": "adamw", "lr": 1e-4}}).optimizer.lr == 1e-4
+
+
+def test_options_are_judged_by_the_optimizer_that_has_them() -> None:
+    from train import optim
+
+    with pytest.raises(UserError) as e:
+        config.layered({"optimizer": {"options": {"foo": 3}}})
+    assert str(e.value) == "optimizer.options.foo: 3 is no option of adamw (adamw has no options)"
+    with pytest.raises(UserError, match=r"optimizer.options.adjust_lr_fn: 'nope' is no adjust_lr_fn of muon"):
+        config.layered({"optimizer": {"kind": "muon", "options": {"adjust_lr_fn": "nope"}}})
+    with pytest.raises(UserError, match=r"optimizer: adafactor refuses its settings: .*beta2_decay"):
+        optim.check(config.layered({"optimizer": {"kind": "adafactor", "options": {"beta2_decay": 1.0}}}).optimizer)
+    for kind in config.optim.KINDS:
+        optim.check(config.layered({"optimizer": {"kind": kind}}).optimizer)
