@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -23,10 +24,13 @@ from spec.errors import UserError
 from spec.load import load
 from spec.params import params
 from train.config import TrainConfig
+from train.data import tokenizer
 from train.data.tokens import cache_folder
 
 if TYPE_CHECKING:
     from convert.sources import Source
+
+log = logging.getLogger(__name__)
 
 FREE = ("version", "name", "context", "init", "pattern", "overrides", "block", "dropout", "scaling")
 """What a spec may change of the one that its weights were trained with: how long sequences are, what is dropped out.
@@ -69,15 +73,18 @@ def fill(decoder: nn.Module, path: str) -> None:
 
 
 def tokenizer_of(c: TrainConfig) -> Path | None:
-    """The tokenizer of `init`, where the run has no other: its own folder, or one made in the cache of what a Hugging
-    Face folder or a GGUF file has."""
-    if c.init is None or c.tokenizer is not None:
+    """The tokenizer of `init`, where the run names none: its own folder, or one made in the cache of what a Hugging
+    Face folder or a GGUF file has. Raises `UserError` where there is none, or the run's has other ids."""
+    if c.init is None:
         return None
     cache = cache_folder(c.data.cache)
     with opened(c.init) as source:
         found = source.tokenizer
-        if found is None:
+        if c.tokenizer is not None:
+            _same_tokens(source, c.tokenizer)
             return None
+        if found is None:
+            raise UserError(f"init: {c.init} has no tokenizer (give the one of its weights: --tokenizer FOLDER)")
         if (source.path / "spec.yaml").is_file():
             return source.path
         from backends.folder import write_tokenizer
@@ -97,6 +104,15 @@ def tokenizer_of(c: TrainConfig) -> Path | None:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return folder
+
+
+def _same_tokens(source: Source, given: str) -> None:
+    """Raise `UserError` where a tokenizer is not that of the weights; it may have tokens beside theirs."""
+    own = tokenizer.load(given)
+    if source.tokenizer is None:
+        log.warning("tokenizer: %s has none to compare %s with; it must be that of its weights", source.path, given)
+    elif found := tokenizer.difference(source.tokenizer.json, own, more=True):
+        raise UserError(f"tokenizer: {given}: {source.path} {found} (leave --tokenizer out, and it is that of init)")
 
 
 def _agree(c: TrainConfig, given: Spec, own: Spec) -> None:

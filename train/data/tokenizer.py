@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,9 @@ ACROSS = re.compile(r"[^\W_▁Ġ][▁Ġ ]")
 
 VERSION = 2
 """Part of the cache's key: raise it when training changes."""
+
+PROBE = 'def größe(x):\n    return {"α": x[0] + 1}  # naïve 3.14\n\n\tIt\'s  "quoted"; they\'ll go 東京 🙂.'
+"""Text in which tokenizers differ."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,22 @@ def cached(
         partial.unlink(missing_ok=True)
         raise UserError(f"{file}: {e.strerror} (choose another folder with --data.cache)") from None
     return fresh
+
+
+def difference(model: Mapping[str, Any], own: TextTokenizer, *, more: bool = False) -> str | None:
+    """How `own` gives other ids than the tokenizer.json of a model, as the end of a sentence about that model; none
+    where it does not. `more` lets `own` have tokens beside those of the model."""
+    from tokenizers import Tokenizer as Fast
+
+    theirs = Fast.from_str(json.dumps(model))
+    theirs.encode_special_tokens = True
+    a, b = (dict(t.get_vocab(with_added_tokens=True)) for t in (theirs, own.fast))
+    if differing := sorted({token for token, _ in (a.items() - b.items() if more else a.items() ^ b.items())}):
+        shown = ", ".join(repr(t) for t in differing[:3])
+        return f"has other tokens than the run's tokenizer: {len(differing)} differ ({shown})"
+    if len({tuple(t.encode(PROBE, add_special_tokens=False).ids) for t in (theirs, own.fast)}) > 1:
+        return "cuts text into tokens otherwise than the run's tokenizer"
+    return None
 
 
 def load(path: str | Path) -> TextTokenizer:

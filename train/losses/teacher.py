@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +9,11 @@ import torch
 from backends.torch.model import Decoder
 from spec.config import Spec
 from spec.errors import UserError
-from train.data.tokenizer import TextTokenizer
+from train.data.tokenizer import TextTokenizer, difference
 from train.parallel import Ranks
 
 if TYPE_CHECKING:
     from convert.sources import Source
-
-PROBE = 'def größe(x):\n    return {"α": x[0] + 1}  # naïve 3.14\n\n\tIt\'s  "quoted"; they\'ll go 東京 🙂.'
-"""Text in which tokenizers differ."""
 
 
 def load(path: str, spec: Spec, tokenizer: TextTokenizer, length: int, dtype: torch.dtype, ranks: Ranks) -> Decoder:
@@ -68,19 +64,8 @@ def _shard(decoder: Decoder, ranks: Ranks) -> None:
 
 
 def _same_tokens(source: Source, tokenizer: TextTokenizer) -> None:
-    from tokenizers import Tokenizer as Fast
-
     where = f"loss.teacher: {source.path}"
     if source.tokenizer is None:
         raise UserError(f"{where} has no tokenizer to compare with the run's (put its tokenizer.json there)")
-    theirs = Fast.from_str(json.dumps(source.tokenizer.json))
-    theirs.encode_special_tokens = True
-    vocabularies = [dict(t.get_vocab(with_added_tokens=True)) for t in (theirs, tokenizer.fast)]
-    fix = f"give the run the teacher's: --tokenizer {source.path}"
-    if vocabularies[0] != vocabularies[1]:
-        differing = sorted({t for t, _ in vocabularies[0].items() ^ vocabularies[1].items()})
-        shown = ", ".join(repr(t) for t in differing[:3])
-        raise UserError(f"{where} has other tokens than the run's tokenizer: {len(differing)} differ ({shown}); {fix}")
-    ids = [t.encode(PROBE, add_special_tokens=False).ids for t in (theirs, tokenizer.fast)]
-    if ids[0] != ids[1]:
-        raise UserError(f"{where} cuts text into tokens otherwise than the run's tokenizer; {fix}")
+    if found := difference(source.tokenizer.json, tokenizer):
+        raise UserError(f"{where} {found}; give the run the teacher's: --tokenizer {source.path}")

@@ -30,6 +30,7 @@ from train import checkpoint, config, parallel, session
 from train.checkpoint import init, newest, number
 from train.checkpoint.tensors import Reader, Stager, quiet, save
 from train.config import Parallel
+from train.data import tokenizer
 from train.data.feed import feed
 from train.data.prepare import text
 from train.tests.conftest import saved_tensors
@@ -404,6 +405,24 @@ def test_a_hugging_face_folder_is_fine_tuned_from_its_own_loss(
         expected = float(tuned(ids, targets)) / targets.numel()
     assert losses(again["out"])[0] == pytest.approx(expected, rel=1e-6)
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (tmp_path / "tuned" / "tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_that_is_not_that_of_the_weights_is_refused(
+    llama: Path, options: Options, train: Train, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name, content in tokenizer.train(["another text " * 50], 303, 96).files().items():
+        (other / name).write_bytes(content)
+    data = options(init=str(llama), data__length=24)
+    del data["spec"]
+    with pytest.raises(UserError, match=r"tokenizer: .*other: .*llama has other tokens than the run's tokenizer: \d+"):
+        train({**data, "tokenizer": str(other)})
+    assert init.tokenizer_of(config.layered({**data, "tokenizer": str(tmp_path / "tokenizer")})) is None
+    (llama / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"init: .*llama has no tokenizer \(give .*--tokenizer"):
+        train(data)
+    assert not (tmp_path / "run" / "training").exists()
 
 
 def test_a_spec_that_the_weights_do_not_fit_is_refused(llama: Path, options: Options, tmp_path: Path) -> None:
