@@ -200,10 +200,12 @@ def validate(run: Run) -> Score | None:
     found = run.ranks.sum(*sums.tolist(), *valid)
     totals, counts = found[: len(valid)], [n / run.ranks.degrees.readers for n in found[len(valid) :]]
     mean = sum(totals) / max(1.0, sum(counts))
-    tokens, size = (sum(of(s.split) for s in run.held_out) for of in (lambda s: len(s.tokens), lambda s: s.bytes))
+    splits = [s.split for s in run.held_out]
+    bits = None  # of answers alone, nobody has counted the bytes
+    if all(s.mask is None for s in splits):
+        bits = mean / math.log(2) * sum(len(s.tokens) for s in splits) / max(1, sum(s.bytes for s in splits))
     each = [total / max(1.0, count) for total, count in zip(totals, counts, strict=True)]
-    names = [s.split.name for s in run.held_out]
-    return Score(mean, mean / math.log(2) * tokens / max(1, size), by_name(names, each) if len(each) > 1 else {})
+    return Score(mean, bits, by_name([s.name for s in splits], each) if len(each) > 1 else {})
 
 
 def fit(run: Run, saver: Saver, board: Board, last: int, stop: Stop, profile: Profile | None = None) -> Metrics | None:
@@ -258,7 +260,8 @@ def begin(run: Run, saver: Saver, board: Board) -> None:
     if "rollback" in (w.nonfinite, w.spike):
         saver.save(run)
     if run.config.validation.at_start and (found := validate(run)) is not None:
-        board.say(f"step 0  validation loss {found.loss:.4f} = {found.bits_per_byte:.3f} bits/byte")
+        bits = "" if found.bits_per_byte is None else f" = {found.bits_per_byte:.3f} bits/byte"
+        board.say(f"step 0  validation loss {found.loss:.4f}{bits}")
         board.event("start", 0, 0, "validation", val_loss=found.loss, val_bits_per_byte=found.bits_per_byte)
 
 

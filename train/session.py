@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from spec.config import Spec
 from spec.errors import UserError
 from spec.load import load as load_spec
 from spec.show import short
-from train import checkpoint, config, loop, losses, optim, parallel, watch
+from train import checkpoint, config, loop, losses, optim, parallel, ready, watch
 from train.checkpoint import init
 from train.config import TrainConfig
 from train.data import tokenizer
@@ -74,6 +74,8 @@ def resumed(chosen: Mapping[str, Any]) -> tuple[TrainConfig, Path, list[str]]:
     changed = config.resumed(saved, chosen)
     if found is not None and "spec" in chosen and load_spec(changed.spec).hash != load_spec(found).hash:
         raise UserError(f"spec: {changed.spec} is not the spec that {out} was begun with (choose another --out)")
+    if found is not None and changed.init != saved.init:
+        raise UserError(f"init: {out} goes on from its own weights (leave --init out, or choose another --out)")
     if found is not None and changed.tokenizer != saved.tokenizer:
         raise UserError(f"tokenizer: {out} was begun with another, and has its own (leave --tokenizer out)")
     shown = changed.model_copy(update={"out": saved.out})  # the folder may have moved; that changes nothing
@@ -120,39 +122,44 @@ def train(
 ) -> Result:
     """Run it. With `resume`, `c` is what `resumed` returned. Raises `UserError` for all that the user can fix."""
     console = console or Console()
-    with parallel.ranks(c.device, c.parallel, grouped=c.memory.offload) as ranks:
+    with parallel.ranks(c.device, c.parallel, grouped=c.memory.offload) as ranks, ExitStack() as held:
         c, resume, force = ranks.agree((c, resume, force))  # what each saw of a shared disk may differ
-        return _train(c, ranks, resume, force, stop_after, console)
+        return _train(c, ranks, held, resume, force, stop_after, console)
 
 
-def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: int | None, console: Console) -> Result:
+def _train(
+    c: TrainConfig,
+    ranks: Ranks,
+    held: ExitStack,
+    resume: bool,
+    force: bool,
+    stop_after: int | None,
+    console: Console,
+) -> Result:
     def say(line: str) -> None:
         if ranks.first:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    optim.kind(c.optimizer)
-    shares = ranks.degrees.data
-    parallel.check_batch(c.batch, ranks.degrees)
-    parallel.check_passes(c.parallel, c.batch.sequences // shares // (c.batch.micro or c.batch.sequences // shares))
     found = ranks.agree(checkpoint.newest(out_folder(c))) if resume else None
     with _first_rank_first(ranks):  # it may be fetched
         spec = load_spec(found) if found is not None else init.spec_of(c)
+        given = found or init.tokenizer_of(c) or c.tokenizer
     out = out_folder(c, spec)
-    taken = checkpoint.occupied(out)
-    if taken and not resume and not force:
-        raise UserError(f"{out}: {taken} is already there (--resume continues the run, --force replaces it, or --out)")
+    ready.check(c, spec, ranks.degrees, ranks.device, out, given, resume=resume, force=force)
     length = c.data.length or spec.context
     described = losses.describe(c, spec, length)
-    parallel.check(spec, ranks.degrees, length)
-    checkpoint.check_exports(spec, c.checkpoint.export)
     stages = parallel.spans(spec, ranks.degrees.pp)
     precision, wraps = _arithmetic(c, ranks, say)
     folder = out / "training"
     chosen = trackers(c.watch, folder)
+    held.enter_context(checkpoint.alone(out, ranks))
+    there = ranks.agree(checkpoint.newest(out) if resume else checkpoint.occupied(out))
+    if there != found if resume else there and not force:
+        raise UserError(f"{out}: another run was just there (start again)")
     if found is None:
         portability.tell(spec, c.init or c.spec, c.quant, console if ranks.first else None)
     with _first_rank_first(ranks):
-        tok, data = text(c, spec, console if ranks.first else Console(quiet=True), found or init.tokenizer_of(c))
+        tok, data = text(c, spec, console if ranks.first else Console(quiet=True), given)
     batches, held_out = feed(c, data, length, ranks)
     for line in outlook(batches, c.steps, c.batch.sequences):
         say(f"order: {line}")
@@ -219,11 +226,9 @@ def _train(c: TrainConfig, ranks: Ranks, resume: bool, force: bool, stop_after: 
 
 
 def _arithmetic(c: TrainConfig, ranks: Ranks, say: Callable[[str], None]) -> tuple[str, list[Callable[[Block], None]]]:
-    """The precision, and what is done to each layer. Raises `UserError` for what the device does not have."""
+    """The precision, and what is done to each layer."""
     precision, why = parallel.choose_precision(c.precision, ranks.device)
     m = c.memory
-    if m.offload and ranks.device.type not in ("cuda", "xpu"):
-        raise UserError(f"memory.offload: weights are in the memory of {ranks.device} already (memory.offload false)")
     budget, moving = m.checkpointing == "budget", ranks.degrees.ep > 1
     compiled, reason = parallel.choose_compile(c.compile, ranks.device, experts_move=moving, budget=budget)
     say(f"device: {parallel.describe(ranks.device, c.device)}, {ranks.world} rank(s)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from train.checkpoint.export import check as check_exports
 from train.checkpoint.files import write
 from train.checkpoint.folder import CONFIG, STATE, TENSORS, RunFolder, clear, newest, number, occupied, steps, unsaved
+from train.checkpoint.lock import alone
 from train.checkpoint.saver import Best, Saver, best_of
 from train.checkpoint.state import read, restore
 
@@ -15,6 +16,7 @@ __all__ = [
     "Best",
     "RunFolder",
     "Saver",
+    "alone",
     "best_of",
     "check_exports",
     "clear",

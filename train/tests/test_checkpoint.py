@@ -27,7 +27,7 @@ from convert.sources import open_source
 from spec.errors import UserError
 from spec.load import load as load_spec
 from train import checkpoint, config, parallel, session
-from train.checkpoint import init, newest, number
+from train.checkpoint import init, lock, newest, number
 from train.checkpoint.tensors import Reader, Stager, quiet, save
 from train.config import Parallel
 from train.data import tokenizer
@@ -477,3 +477,37 @@ def test_checkpoints_are_exported_beside_the_training(options: Options, train: T
         trained = load_file(tmp_path / "run" / "model.safetensors")
         assert all(torch.equal(torch.from_numpy(source.tensor(n)), trained[n]) for n in source.names())
     assert [number(p) for p in checkpoint.steps(tmp_path / "run")][-1] == 10
+
+
+# One run at a time.
+
+
+HOLD = """
+import sys, torch
+from pathlib import Path
+from train.checkpoint import alone
+from train.parallel import Ranks
+with alone(Path(sys.argv[1]), Ranks(0, 1, torch.device("cpu"))):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_run_at_a_time(
+    options: Options, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is refused before it touches anything; what was killed holds nothing."""
+    monkeypatch.setattr(lock, "WAIT", 0.2)
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=r"run: another run is training there \(wait for its end, or .*--out\)"):
+            train(options(steps=1))
+        assert [p.name for p in out.iterdir()] == [lock.LOCK]
+        other.kill()
+    assert train(options(steps=1)).step == 1
+    with pytest.raises(UserError, match="no such file"):
+        train(options("refused", data__source=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "refused").exists()

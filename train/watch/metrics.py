@@ -22,7 +22,8 @@ class Score(NamedTuple):
 
     loss: float
     """Nats a token."""
-    bits_per_byte: float
+    bits_per_byte: float | None
+    """None where only answers are learnt: their tokens are not all of the text."""
     parts: Mapping[str, float]
     """The loss of each source, where there are several."""
 
