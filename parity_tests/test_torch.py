@@ -176,7 +176,7 @@ def test_a_kernel_equals_the_mathematics_or_refuses(name: str, kernel: str) -> N
     ids, segments, _ = packed(spec)
     model, reference = decoder(spec, attention=kernel), decoder(spec, attention="math")
     if kernel == "sdpa" and any(b.attention.sinks or b.attention.softcap for b in spec.layers):
-        with pytest.raises(UserError, match=r"attention='sdpa' cannot run .* it has no (sinks|softcap)"):
+        with pytest.raises(UserError, match=r"kernel 'sdpa' cannot run .* it has no (sinks|softcap)"):
             run(model, ids)
         return
     full = run(reference, ids)
@@ -255,7 +255,7 @@ def test_flash_stays_reachable() -> None:
 @pytest.mark.parametrize("setting", ["flash", "flex", "varlen"])
 def test_a_kernel_that_cannot_run_is_refused_in_one_line(setting: str) -> None:
     model, ids = decoder(FEATURES["llama"], attention=setting), torch.from_numpy(random_ids(FEATURES["llama"]))
-    with pytest.raises(UserError, match=f"attention='{setting}'") as e:
+    with pytest.raises(UserError, match=f"kernel '{setting}'") as e:
         model(ids)  # on a CPU: no such kernel; no backward pass; no CUDA device
     assert "\n" not in str(e.value)
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
-from pydantic import ValidationError
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from pydantic import BaseModel, ValidationError
 
 from backends.threads import share_cores
 from spec.errors import SpecError, UserError, problems_from
@@ -38,7 +38,16 @@ def explain(error: CycloptsError) -> Any:
     cause = error.__cause__ or error.__context__
     if isinstance(cause, ValidationError):
         return "\n".join(f"--{p}" for p in problems_from(cause, {}, TrainConfig))
+    if isinstance(error, UnknownOptionError) and (found := _sectioned(error.token.keyword or error.token.value)):
+        return f"Unknown option: {error.token.keyword or error.token.value}. Did you mean {' or '.join(found)}?"
     return str(error)
+
+
+def _sectioned(option: str) -> list[str]:
+    """`--optimizer.lr` for `--lr`: the sections' fields of that name."""
+    name = option.removeprefix("--").replace("-", "_")
+    sections = {s: type(f.default) for s, f in TrainConfig.model_fields.items() if isinstance(f.default, BaseModel)}
+    return [f"--{s}.{name.replace('_', '-')}" for s, model in sections.items() if name in model.model_fields]
 
 
 app = App(
@@ -103,25 +112,27 @@ def train(
         raise UserError(f"--stop-after: {stop_after} must be at least 1")
     if not check and (ranks is not None or json):
         raise UserError("--ranks and --json belong to --check (torchrun --nproc-per-node N starts N ranks)")
+    if ranks is not None and ranks < 1:
+        raise UserError(f"--ranks: {ranks} must be at least 1")
     _need_torch()
     from rich.console import Console
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     from train import session
 
-    console = Console()
-    if check:
-        from train.plan import show
-
-        show(session.resumed(chosen)[0] if resume else settings, console, ranks, as_json=json)
-        return 0
+    console, changed = Console(), list[str]()
     if not resume and (go_on or session.restarted(chosen)):
         resume, force = session.going_on(settings)
     if resume:
         settings, out, changed = session.resumed(chosen)
         settings = settings.model_copy(update={"out": str(out)})
-        for line in changed if first_rank() else ():
-            console.print(f"changed since the run began: {line}", markup=False, highlight=False)
+    if check:
+        from train.plan import show
+
+        show(settings, console, ranks, as_json=json, resume=resume, force=force)
+        return 0
+    for line in changed if first_rank() else ():
+        console.print(f"changed since the run began: {line}", markup=False, highlight=False)
     result = session.train(settings, resume=resume, force=force, stop_after=stop_after, console=console)
     for line in summary(result):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -173,13 +184,24 @@ def first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _launcher() -> str:
+    """What starts as many processes as there are now."""
+    import os
+
+    world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "python"
+    nodes = f"--nnodes {world // local} " if world > local else ""
+    return f"torchrun {nodes}--nproc-per-node {local}"
+
+
 def summary(result: Any) -> list[str]:
     """How the run ended, and what to type next."""
     if not first_rank():
         return []
     m, out = result.metrics, Path(result.out)
     if result.step < result.steps and not result.ended:
-        resume = f"python -m train --out {out} --resume"
+        resume = f"{_launcher()} -m train --out {out} --resume"
         return ["", f"stopped and saved at step {result.step} of {result.steps}; continue with", f"  {resume}"]
     loss = "" if m is None or m.val_loss is None else f", validation loss {m.val_loss:.4f} nats/token"
     bits = "" if m is None or m.val_bits_per_byte is None else f" = {m.val_bits_per_byte:.3f} bits/byte"
@@ -235,10 +257,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         app(argv, exit_on_error=False, print_error=False)
     except CycloptsError as e:
-        print(explain(e), file=sys.stderr)
+        if first_rank():  # all have the same command line
+            print(explain(e), file=sys.stderr)
+        else:
+            _let_speak(seconds=10)
         sys.exit(2)
     except (UserError, SpecError) as e:
-        _let_speak(seconds=2, all_alike=True)
+        _let_speak(seconds=10, all_alike=True)
         print(e, file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,11 +12,11 @@ from rich.table import Table
 
 from spec import cost
 from spec.config import Spec
-from spec.errors import UserError
+from spec.load import load
 from spec.params import params
 from spec.show import print_targets, short, size
-from train import estimate, losses, optim, parallel
-from train.checkpoint import init
+from train import estimate, losses, optim, parallel, ready
+from train.checkpoint import init, newest
 from train.config import TrainConfig
 from train.data import prepare
 from train.data.tokens import cache_folder
@@ -59,33 +58,21 @@ def degrees(c: TrainConfig, ranks: int | None) -> Degrees:
     return parallel.degrees(p, ranks or parallel.world_size())
 
 
-def make(c: TrainConfig, ranks: int | None = None) -> Plan:
+def make(c: TrainConfig, ranks: int | None = None, *, resume: bool = False, force: bool = False) -> Plan:
     """The plan. Raises `UserError` with a line for everything that would stop the run."""
-    spec = init.spec_of(c)
+    found = newest(out_folder(c)) if resume else None
+    spec = init.spec_of(c) if found is None else load(found)
     d = degrees(c, ranks)
     length = c.data.length or spec.context
     micro = c.batch.micro or max(1, c.batch.sequences // d.data)
     passes = max(1, c.batch.sequences // d.data // micro)
     device = parallel.choose_device(c.device)
+    given = found or init.tokenizer_of(c) or c.tokenizer
+    ready.check(c, spec, d, device, out_folder(c, spec), given, resume=resume, force=force)
     precision, why = parallel.choose_precision(c.precision, device)
-    problems: list[str] = []
-
-    def ask(check: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        try:
-            return check(*args, **options)
-        except UserError as e:
-            problems.append(str(e))
-
-    ask(losses.describe, c, spec, length)
-    ask(optim.kind, c.optimizer)
-    ask(parallel.check, spec, d, length)
-    ask(parallel.check_batch, c.batch, d)
-    ask(parallel.check_passes, c.parallel, passes)
-    spans = ask(parallel.spans, spec, d.pp)
+    spans = parallel.spans(spec, d.pp)
     budget = c.memory.checkpointing == "budget"
-    compiled = ask(parallel.choose_compile, c.compile, device, experts_move=d.ep > 1, budget=budget)
-    if problems:
-        raise UserError("\n".join(problems))
+    compiled = parallel.choose_compile(c.compile, device, experts_move=d.ep > 1, budget=budget)
     width = parallel.DTYPES[precision].itemsize
     stages = [estimate.stage(c, spec, d, span, n, width, device.type) for n, span in enumerate(spans)]
     reasons = {"precision": why, "compile": f"layers are {'' if compiled[0] else 'not '}compiled ({compiled[1]})"}
@@ -133,22 +120,31 @@ def facts(c: TrainConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def show(c: TrainConfig, console: Console, ranks: int | None = None, *, as_json: bool = False) -> None:
+def show(
+    c: TrainConfig,
+    console: Console,
+    ranks: int | None = None,
+    *,
+    as_json: bool = False,
+    resume: bool = False,
+    force: bool = False,
+) -> None:
     """Print the plan. Raises `UserError` for what would stop the run."""
     from backends.targets import targets
 
-    plan = make(c, ranks)
+    plan = make(c, ranks, resume=resume, force=force)
+    text = prepare.described(c.data, cache_folder(c.data.cache))
     if as_json:
         console.out(json.dumps(facts(c, plan), indent=2), highlight=False)
         return
-    console.print(_rows(_summary(c, plan)))
+    console.print(_rows(_summary(c, plan, text)))
     if plan.degrees.world > 1:
         console.print(_table(HAS, ("", ""), placements(plan).items()))
     console.print(_costs(plan))
-    print_targets(c.init or c.spec, targets(plan.spec))
+    print_targets(c.init or c.spec, targets(plan.spec, levels=c.quant))
 
 
-def _summary(c: TrainConfig, plan: Plan) -> dict[str, str]:
+def _summary(c: TrainConfig, plan: Plan, text: str) -> dict[str, str]:
     spec, d, found = plan.spec, plan.degrees, facts(c, plan)
     per_step = c.batch.sequences * plan.length
     degrees = " x ".join(f"{name} {n}" for name, n in asdict(d).items() if name != "ep") + f" (ep {d.ep})"
@@ -156,7 +152,7 @@ def _summary(c: TrainConfig, plan: Plan) -> dict[str, str]:
     bubble = f", {plan.bubble:.0%} of a step spent waiting ({c.parallel.schedule})" if d.pp > 1 else ""
     return {
         "spec": f"{spec.name}: {short(cost.count(spec).total)} parameters, {spec.depth} layers, width {spec.width}",
-        "data": prepare.described(c.data, cache_folder(c.data.cache)),
+        "data": text,
         "loss": losses.describe(c, spec, plan.length),
         "tokenizer": c.tokenizer or f"byte-level BPE of {spec.vocab_size} tokens, trained on the data",
         "ranks": f"{d.world} = {degrees}",

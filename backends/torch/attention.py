@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -194,7 +194,7 @@ def choose(a: Attention, setting: str, r: Request) -> tuple[Kernel, str]:
     if setting != "auto":
         why = obstacle(setting, a, r)  # type: ignore[arg-type]
         if why:
-            raise UserError(f"attention={setting!r} cannot run causal attention{wanted}: {why} (use 'auto' or 'math')")
+            raise UserError(f"the kernel {setting!r} cannot run causal attention{wanted}: {why} (use 'auto' or 'math')")
         return setting, f"causal attention{wanted}: asked for"  # type: ignore[return-value]
     passed: list[str] = []
     for kernel in preference(present, r.device.type):
@@ -209,6 +209,25 @@ def choose(a: Attention, setting: str, r: Request) -> tuple[Kernel, str]:
             return kernel, f"causal attention{wanted} in {_name(r.dtype)} on {r.device.type}{rest}"
         passed.append(f"not {kernel}: {why}")
     raise AssertionError("math serves everything")
+
+
+def chosen(
+    kinds: Iterable[Attention],
+    setting: str,
+    tokens: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    packed: bool = False,
+    training: bool = True,
+    strict: bool = False,
+) -> dict[str, str]:
+    """Which kernel a training step over `tokens` tokens will use and why, for each attention setting. Raises
+    `UserError` where there is none."""
+    slots = torch.arange(tokens, device=device)[None]
+    step = Step("packed" if packed else "causal", slots, slots, slots * 0 if packed else None)
+    request = Request(step, 0, dtype, training, True, strict=strict)
+    return {reason: kernel for kernel, reason in (choose(a, setting, request) for a in kinds)}
 
 
 def plan(a: Attention, setting: str, r: Request) -> Plan:

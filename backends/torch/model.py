@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backends.torch.attention import Request, choose, plan
+from backends.torch.attention import Request, chosen, plan
 from backends.torch.balance import Balance
 from backends.torch.cache import Cache, full
 from backends.torch.loss import Criterion, cross_entropy_sum
@@ -225,10 +225,16 @@ class Decoder(nn.Module):
     def kernels(self, tokens: int, *, packed: bool = False, dtype: torch.dtype | None = None) -> dict[str, str]:
         """Which kernel a training step over `tokens` tokens will use and why, for each distinct attention setting."""
         weight = next(self.parameters())
-        slots = torch.arange(tokens, device=weight.device)[None]
-        step = Step("packed" if packed else "causal", slots, slots, slots * 0 if packed else None)
-        request = Request(step, 0, dtype or weight.dtype, self.training, True, strict=self.strict)
-        return {reason: kernel for kernel, reason in (choose(a, self.attention, request) for a in self.kinds)}
+        return chosen(
+            self.kinds,
+            self.attention,
+            tokens,
+            device=weight.device,
+            dtype=dtype or weight.dtype,
+            packed=packed,
+            training=self.training,
+            strict=self.strict,
+        )
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

@@ -120,13 +120,14 @@ def tokenize(
 ) -> TokenData:
     """Every source as tokens, from the cache or made now. Raises `UserError`."""
     made = [tokens.prepare(c, tok, cache, workers or cores(), progress) for c in text.corpora]
-    train = tuple(split for split, _, _ in made[: len(text.train)])
-    held = tuple(split for _, split, _ in made if split.documents)
+    train = tuple(split for split, *_ in made[: len(text.train)])
+    held = tuple(split for _, split, *_ in made if split.documents)
+    left_out = tuple(line for *_, lines in made for line in lines)
     for c, split in zip(text.train, train, strict=True):
         if not split.documents:
-            raise UserError(f"{c.name}: nothing in it to train on")
-    every = hashlib.sha256("\n".join(fingerprint for *_, fingerprint in made).encode())
-    return TokenData(train, held, text.weights, tok.eos, tok.bos, every.hexdigest())
+            raise UserError("\n".join([*left_out, f"{c.name}: nothing in it to train on"]))
+    every = hashlib.sha256("\n".join(fingerprint for _, _, fingerprint, _ in made).encode())
+    return TokenData(train, held, text.weights, tok.eos, tok.bos, every.hexdigest(), left_out)
 
 
 def text(
@@ -138,18 +139,26 @@ def text(
     found = read(c.data, cache)
     say(console, f"data: {found.name}, {found.files:,} file(s), {found.size / 1e6:,.1f} MB")
     tok = tokenizer_of(found, given or c.tokenizer, spec.vocab_size, spec.context, cache)
-    if tok.size > spec.vocab_size:
-        raise UserError(
-            f"spec.vocab_size: {spec.vocab_size} is fewer than the tokenizer's {tok.size} tokens (raise it)"
-        )
+    fits(tok, spec)
     if tok.size < spec.vocab_size:
         say(console, f"tokenizer: {tok.size} tokens; the spec's other {spec.vocab_size - tok.size} rows stay unused")
     with shown(console, "tokenising", sum(p.size for s in found.corpora for p in s.parts)) as progress:
         data = tokenize(found, tok, cache, c.data.workers, progress)
+    for line in data.left_out:
+        say(console, f"data: {line}")
     for what, splits in (("to train on", data.train), ("held out", data.validation)):
         count, documents = sum(len(s.tokens) for s in splits), sum(s.documents for s in splits)
         say(console, f"tokens: {count:,} {what}, {documents:,} document(s)")
     return tok, data
+
+
+def fits(tok: TextTokenizer, spec: Spec) -> None:
+    """Raises `UserError` for a tokenizer that ends no document, or has more ids than the spec."""
+    if tok.size > spec.vocab_size:
+        raise UserError(
+            f"spec.vocab_size: {spec.vocab_size} is fewer than the tokenizer's {tok.size} tokens (raise it)"
+        )
+    _ = tok.eos  # raises where there is none
 
 
 def say(console: Console, line: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from spec.errors import UserError
 from spec.load import read_yaml
 from train import config
-from train.cli import main
+from train.cli import main, summary
 
 
 def cli(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -30,6 +30,9 @@ def cli(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
         (("--schedule.warmup", "600"), "schedule.warmup: 600 leaves no step of steps=600"),
         (("--spec", "tinny", "--check"), "did you mean tiny?"),
         (("--device", "tpu"), "--device: 'tpu'"),
+        (("--lr", "1e-3"), "Unknown option: --lr. Did you mean --optimizer.lr?"),
+        (("--export-every", "3"), "Did you mean --checkpoint.export-every?"),
+        (("--check", "--ranks", "-2"), "--ranks: -2 must be at least 1"),
         (("--resume", "--force"), "contradict"),
         (("--stop-after", "0"), "--stop-after: 0 must be at least 1"),
         (("--data", "/no/such/folder", "--check"), "/no/such/folder: no such file or folder"),
@@ -93,6 +96,7 @@ def test_another_optimizer_is_refused_on_resume_in_one_line() -> None:
 
 def test_options_are_judged_by_the_optimizer_that_has_them() -> None:
     from train import optim
+    from train.config.optim import KINDS
 
     with pytest.raises(UserError) as e:
         config.layered({"optimizer": {"options": {"foo": 3}}})
@@ -101,5 +105,62 @@ def test_options_are_judged_by_the_optimizer_that_has_them() -> None:
         config.layered({"optimizer": {"kind": "muon", "options": {"adjust_lr_fn": "nope"}}})
     with pytest.raises(UserError, match=r"optimizer: adafactor refuses its settings: .*beta2_decay"):
         optim.check(config.layered({"optimizer": {"kind": "adafactor", "options": {"beta2_decay": 1.0}}}).optimizer)
-    for kind in config.optim.KINDS:
+    for kind in KINDS:
         optim.check(config.layered({"optimizer": {"kind": kind}}).optimizer)
+
+
+def test_a_configuration_that_is_no_mapping_is_called_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("- steps\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a run's configuration is a mapping of fields, not list"):
+        config.read(path)
+
+
+def test_the_check_and_the_run_refuse_the_same_before_any_text_is_read(
+    tmp_path: Path, spec_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr("train.session.text", never)
+    file = tmp_path / "file"
+    file.write_text("", encoding="utf-8")
+    run = ["--spec", str(spec_file), "--device", "cpu", "--out", str(file / "run"), "--tokenizer", "/nope"]
+    run += ["--quant", "zz", "--checkpoint.export", "foo:f32", "--attention.kernel", "flash"]
+    run += ["--data.messages", "m", "--data.template", str(tmp_path / "none.jinja")]
+    code, checked = cli(capsys, *run, "--check")
+    assert (code, checked) == cli(capsys, *run)
+    assert code == 2
+    for said in (
+        f"{file / 'run'}: cannot be written: ",
+        "checkpoint.export: foo:f32: ",
+        "quant: zz: no such precision level",
+        "attention.kernel: the kernel 'flash' cannot run causal attention",
+        "/nope: No such file",
+    ):
+        assert sum(said in line for line in checked.splitlines()) == 1, said
+    run[run.index("/nope")] = str(file)
+    assert "not a tokenizer" in cli(capsys, *run, "--check")[1]
+    at = run.index("--tokenizer")
+    del run[at : at + 2]
+    assert "none.jinja: No such file" in cli(capsys, *run, "--check")[1]
+
+
+def test_a_folder_that_holds_a_run_is_refused_by_the_check_too(
+    tmp_path: Path, spec_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "training").mkdir(parents=True)
+    run = ["--spec", str(spec_file), "--device", "cpu", "--out", str(tmp_path / "run"), "--check"]
+    assert "training is already there" in cli(capsys, *run)[1]
+    assert cli(capsys, *run, "--force")[0] == 0
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["training"]
+
+
+def test_the_hint_to_go_on_names_what_started_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.session import Result
+
+    stopped = Result(Path("runs/x"), 3, 9, 2, None)
+    assert summary(stopped)[-1] == "  python -m train --out runs/x --resume"
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert summary(stopped)[-1] == "  torchrun --nnodes 2 --nproc-per-node 4 -m train --out runs/x --resume"

@@ -17,7 +17,7 @@ from backends.torch.checkpoint import empty
 from spec.errors import UserError
 from spec.load import load as load_spec
 from spec.params import params
-from train import checkpoint, config, loop, optim, session
+from train import checkpoint, config, loop, optim, ready, session
 from train.checkpoint import newest, number
 from train.data.feed import feed
 from train.engine import Whole
@@ -84,6 +84,10 @@ def test_another_spec_is_refused_on_resume(options: Options, train: Train, tmp_p
     other.write_text(spec_file.read_text(encoding="utf-8").replace("depth: 2", "depth: 3"), encoding="utf-8")
     with pytest.raises(UserError, match="is not the spec that"):
         train({"out": str(tmp_path / "run"), "spec": str(other)}, resume=True)
+    with pytest.raises(UserError, match=r"steps: 1, and .*run is at step 2 already"):
+        train({"out": str(tmp_path / "run"), "steps": 1}, resume=True)
+    with pytest.raises(UserError, match=r"init: .*run goes on from its own weights"):
+        train({"out": str(tmp_path / "run"), "init": str(tmp_path / "other")}, resume=True)
     spec_file.unlink()  # the run has its own
     assert train({"out": str(tmp_path / "run")}, resume=True).step == 8
 
@@ -227,12 +231,10 @@ def test_who_decays(fields: dict[str, bool], expected: set[str], spec_file: Path
     assert sum(len(g["params"]) for g in groups) == len(roles)
 
 
-def test_batches_that_ranks_cannot_share_are_refused(
-    options: Options, train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_that_ranks_cannot_share_are_refused(options: Options, tmp_path: Path) -> None:
     c = config.layered(options(batch__sequences=3))
     with pytest.raises(UserError, match=r"batch\.sequences: 3 does not divide evenly over 2 ranks"):
-        session._train(c, Ranks(0, 2, torch.device("cpu"), Degrees(dp=2)), False, False, None, Console(file=StringIO()))
+        ready.check(c, load_spec(c.spec), Degrees(dp=2), torch.device("cpu"), tmp_path / "run", None)
 
 
 def test_a_text_of_a_few_bytes_trains(options: Options, train: Train, tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ def _config(**fields: Any) -> TrainConfig:
 
 def test_the_plan_names_everything_that_would_stop_the_run() -> None:
     with pytest.raises(UserError) as e:
-        plan.make(_config(parallel={"tp": 8, "dp": 3, "pp": 3}, batch={"sequences": 4}))
+        plan.make(_config(parallel={"tp": 8, "dp": 3, "pp": 3}, batch={"sequences": 4}), force=True)
     text = str(e.value)
     for start in (
         "parallel.tp: 8 does not divide",
@@ -304,8 +304,8 @@ def test_the_plan_names_everything_that_would_stop_the_run() -> None:
 
 
 def test_the_plan_of_more_ranks_has_less_of_everything_on_each() -> None:
-    one = plan.make(_config(batch={"sequences": 16})).stages[0]
-    many = plan.make(_config(batch={"sequences": 16}, parallel={"dp": 4, "tp": 2}))
+    one = plan.make(_config(batch={"sequences": 16}), force=True).stages[0]
+    many = plan.make(_config(batch={"sequences": 16}, parallel={"dp": 4, "tp": 2}), force=True)
     assert many.degrees.world == 8
     stage = many.stages[0]
     for name in ("weights", "gradients", "moments"):
@@ -318,8 +318,8 @@ def test_the_plan_of_more_ranks_has_less_of_everything_on_each() -> None:
 
 def test_the_plan_of_a_pipeline_has_a_stage_each_and_its_idle_share() -> None:
     spec = {"batch": {"sequences": 8, "micro": 1}, "parallel": {"pp": 2}}
-    found = plan.make(_config(spec="mistral-7b", **spec))
-    whole = plan.make(_config(spec="mistral-7b", batch={"sequences": 8, "micro": 1}))
+    found = plan.make(_config(spec="mistral-7b", **spec), force=True)
+    whole = plan.make(_config(spec="mistral-7b", batch={"sequences": 8, "micro": 1}), force=True)
     assert [s.layers.start for s in found.stages] == [0, found.stages[1].layers.start]
     assert found.bubble == pytest.approx(1 / 9)
     assert sum(s.parameters for s in found.stages) == whole.stages[0].parameters
