@@ -161,6 +161,8 @@ def _train(
     with _first_rank_first(ranks):
         tok, data = text(c, spec, console if ranks.first else Console(quiet=True), given)
     batches, held_out = feed(c, data, length, ranks)
+    if not held_out and (c.data.validation or c.data.validation_source):
+        say("validation: none, since the data is too small to hold a part out (name other: data.validation_source)")
     for line in outlook(batches, c.steps, c.batch.sequences):
         say(f"order: {line}")
     with torch.device("meta"):  # so that no rank ever has the whole model

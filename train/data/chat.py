@@ -38,6 +38,10 @@ PROBE = "\ue000"
 Span = tuple[int, int]
 
 
+class Unfit(ValueError):
+    """A chat that can't be learnt exactly. Real data has some: they are left out, and counted by this reason."""
+
+
 def template_of(source: Source, tokenizer: TextTokenizer) -> str:
     """The template that a source's chats are written with. Raises `UserError` where there is none."""
     if source.template is None:
@@ -67,14 +71,17 @@ class Chats:
     answers_only: bool
 
     def encode(self, messages: Sequence[Message]) -> tuple[str, list[int], NDArray[np.bool_] | None]:
-        """A chat as text, ids, and the mask of its targets (none: all count). Raises `ValueError` saying why not."""
+        """A chat as text, ids, and the mask of its targets (none: all count). Raises `ValueError` saying why not, an
+        `Unfit` one where others of the same data may do."""
+        if "tool_calls" not in self.template and any("tool_calls" in m for m in messages):
+            raise Unfit("the chat template does not write their tool calls")
         text = self.render(messages)
         encoding = self.tokenizer.marked.encode(text, add_special_tokens=False)
         if not self.answers_only:
             return text, encoding.ids, None
         spans = self.spans(messages, text)
         if not spans:
-            raise ValueError("nothing in it is written by an assistant (data.answers_only: false learns from all)")
+            raise ValueError("nothing in it is written by an assistant (answers_only: false in YAML learns from all)")
         return text, encoding.ids, self._mask(text, encoding, spans)
 
     def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
@@ -178,9 +185,7 @@ class Chats:
         begin, end = encoding.offsets[token]
         inside = self._specials.search(text, begin, end)
         if inside is None or inside.start() < edge < inside.end():
-            raise ValueError(
-                f"the token {text[begin:end]!r} lies across the edge of an answer (does that begin or end with space?)"
-            )
+            raise Unfit("a token lies across the edge of an answer (which begins or ends with space?)")
 
 
 def _unmarked(rendered: str) -> tuple[str, list[Span]]:
@@ -243,4 +248,4 @@ def plain(messages: Sequence[Message]) -> str:
     return "\n".join(str(m["content"]) for m in messages)
 
 
-__all__ = ["CHATML_TOKENS", "Chats", "environment", "plain", "template_of"]
+__all__ = ["CHATML_TOKENS", "Chats", "Unfit", "environment", "plain", "template_of"]

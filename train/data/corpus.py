@@ -78,11 +78,14 @@ def read(source: Source, validation: float = 0.0, *, held: Held = "share", cache
     root, files = _files(source, cache)
     found: list[tuple[Path, str, digests.Digest]] = []
     for path in files:
+        if source.chat and rows.kind(path) == "text":
+            log.warning("%s: left out, it has no rows (chats are in .jsonl, .json or .parquet files)", path)
+            continue
         digest = digests.digest(path, rows.kind(path), cache)
         if digest is not None:
             found.append((path, path.relative_to(root).as_posix(), digest))
     if not found:
-        raise UserError(f"{source.source}: no text in it")
+        raise UserError(f"{source.source}: no {'chats' if source.chat else 'text'} in it")
     total = sum(d.size for *_, d in found)
     piece = min(pieces.PIECE, max(1024, total // 20))
     parts: list[Part] = []

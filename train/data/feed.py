@@ -71,5 +71,10 @@ def outlook(batches: Batches, steps: int, total: int) -> list[str]:
         epochs = steps * total * part / sum(parts) / s.count
         full = "" if s.packing == "stream" else f", {s.inputs / s.count / s.length:.0%} full"
         name = f"{s.split.name}: {weight:.1%} of the tokens, " if len(sources) > 1 else ""
+        if s.split.mask is not None and (longer := s.longer):
+            out.append(
+                f"{s.split.name}: {longer:,} of {s.split.documents:,} chats are longer than {s.length} tokens, and are "
+                "cut: answers behind the cut are learnt without what was said before (raise data.length)"
+            )
         out.append(f"{name}{about}{epochs:.2f} epochs of {about}{s.count:,.0f} sequences ({s.packing}{full})")
     return out

@@ -115,6 +115,13 @@ class Sequences:
         return len(rows) * self.inputs / sum(size for row in rows for _, size in row)
 
     @property
+    def longer(self) -> int:
+        """Documents with more inputs than a row has."""
+        offsets, beside = self.split.offsets, self.split.overlap - 1
+        starts = range(0, self.split.documents, CHUNK)
+        return sum(int((np.diff(offsets[n : n + CHUNK + 1]) + beside > self.length).sum()) for n in starts)
+
+    @property
     def windows(self) -> int:
         """Windows of an epoch."""
         return -(-self.pieces // WINDOW)

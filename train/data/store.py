@@ -100,3 +100,5 @@ class TokenData:
     bos: int | None
     fingerprint: str
     """Of everything that changes tokens or their order in the splits: content, tokenizer, options. Not of weights."""
+    left_out: tuple[str, ...] = ()
+    """Lines for people: which documents of the sources are not here."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from spec.errors import UserError
 from train.config.sources import Source
 from train.data import workers
-from train.data.chat import Chats, template_of
+from train.data.chat import Chats, Unfit, template_of
 from train.data.corpus import Corpus, read_part
 from train.data.document import Document, Part
 from train.data.files import reason
@@ -30,7 +31,7 @@ from train.data.long import encode
 from train.data.store import Shards, Split
 from train.data.tokenizer import TextTokenizer
 
-VERSION = 3
+VERSION = 4
 """Part of the cache's key: raise it when tokens or their layout change."""
 
 SMALLEST, LARGEST, MOST = 4 * 2**20, 256 * 2**20, 256
@@ -84,8 +85,9 @@ def prepare(
     cache: Path,
     count: int = 1,
     progress: Callable[[int], None] = lambda n: None,
-) -> tuple[Split, Split, str]:
-    """A source as tokens, to train on and held out, from the cache or made now by `count` processes; and their hash.
+) -> tuple[Split, Split, str, list[str]]:
+    """A source as tokens, to train on and held out, from the cache or made now by `count` processes; their hash; and
+    what was left out of it, a line each.
 
     `progress` receives bytes done. Raises `UserError` for documents that cannot be used, and where the tokens cannot be
     written.
@@ -104,11 +106,18 @@ def prepare(
             workers.run(job, missing, count, progress)
             _finish(job)
         train, held = (_open(job, name, corpus.name) for name in SPLITS)
+        left_out = _left_out(job, corpus.name)
     except OSError as e:
         done = sum(job.record(n).is_file() for n in range(len(shards)))
         kept = f"; {done} of {len(shards)} shards are kept" if done else ""
         raise UserError(f"{folder}: cannot store the tokens: {reason(e)}{kept} (try --data.cache FOLDER)") from None
-    return train, held, fingerprint
+    return train, held, fingerprint, left_out
+
+
+def _left_out(job: Job, name: str) -> list[str]:
+    meta = json.loads((job.folder / "meta.json").read_text(encoding="utf-8"))
+    counts = sum((Counter(found) for found in meta["left_out"]), Counter())
+    return [f"{name}: {n:,} chat(s) left out: {why}" for why, n in sorted(counts.items())]
 
 
 def _shards(parts: Sequence[Part]) -> Iterator[tuple[Part, ...]]:
@@ -165,15 +174,17 @@ def make(job: Job, shard: int, progress: Callable[[int], None] = lambda n: None)
             for stream in streams:
                 stream.write([tok.eos])
         chats = None if job.template is None else Chats(job.template, tok, job.source.answers_only)
+        left_out: dict[str, int] = {}
         for part in job.shards[shard]:
             for group in _groups(read_part(part, job.source)):
-                for d, ids, mask, size in _encoded(group, tok, chats, begin):
+                for d, ids, mask, size in _encoded(group, tok, chats, begin, left_out):
                     stream = streams[d.key < job.below]
                     stream.write(ids, mask)
                     stream.lengths.append(len(ids))
                     stream.bytes += size
             progress(part.size)
-        record = {name: stream.close() for name, stream in zip(SPLITS, streams, strict=True)}
+        made = {name: stream.close() for name, stream in zip(SPLITS, streams, strict=True)}
+        record = {**made, "left_out": left_out}
         partial = job.folder / f".{shard:05d}.json.{os.getpid()}.partial"
         partial.write_text(json.dumps(record), encoding="utf-8")
         _rename(partial, job.record(shard))
@@ -198,9 +209,14 @@ def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _encoded(
-    group: Sequence[Document], tok: TextTokenizer, chats: Chats | None, begin: list[int]
+    group: Sequence[Document],
+    tok: TextTokenizer,
+    chats: Chats | None,
+    begin: list[int],
+    left_out: dict[str, int],
 ) -> Iterator[tuple[Document, Sequence[int] | NDArray[Any], NDArray[np.bool_] | None, int]]:
-    """Each document's tokens, from its beginning to its end, their mask, and the bytes of its text."""
+    """Each document's tokens, from its beginning to its end, their mask, and the bytes of its text; those that are left
+    out are counted by their reason."""
     if chats is None:
         texts = [d.content for d in group]
         for d, ids in zip(group, encode(tok, [t for t in texts if isinstance(t, str)]), strict=True):
@@ -212,6 +228,9 @@ def _encoded(
             text, ids, mask = chats.encode(d.content)
         except UserError:
             raise
+        except Unfit as e:
+            left_out[str(e)] = left_out.get(str(e), 0) + 1
+            continue
         except ValueError as e:
             raise UserError(f"{d.where}: {e}") from None
         yield d, ids, mask, len(text.encode())
@@ -262,7 +281,8 @@ def _finish(job: Job) -> None:
         _rename(partial, path)
     meta = job.folder / "meta.json"
     partial = meta.with_name(f".{meta.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({name: [r[name] for r in records] for name in SPLITS}), encoding="utf-8")
+    every = {name: [r[name] for r in records] for name in (*SPLITS, "left_out")}
+    partial.write_text(json.dumps(every), encoding="utf-8")
     _rename(partial, meta)
     for left in job.folder.glob(".*.partial"):  # by processes that were killed
         left.unlink(missing_ok=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from spec.errors import UserError
-from train import config
+from train import config, session
 from train.data import prepare, tokenizer
 from train.data.chat import CHATML_TEMPLATE, Chats
 from train.data.tokenizer import TextTokenizer
@@ -221,3 +223,72 @@ def test_templates_that_are_not_there_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.jinja").write_text("{% for %}", encoding="utf-8")
     with pytest.raises(UserError, match="the chat template does not parse"):
         prepared({**data, "template": str(tmp_path / "bad.jinja")}, tmp_path / "cache")
+
+
+def test_chats_that_others_may_stand_in_for_are_left_out_and_counted(tmp_path: Path) -> None:
+    tok = tokenizer.train(["user:\n\n\nbeta " * 300], 400, 32)
+    (tmp_path / "tok").mkdir()
+    for name, content in tok.files().items():
+        (tmp_path / "tok" / name).write_bytes(content)
+    template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    (tmp_path / "plain.jinja").write_text(template)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    asked = {"role": "user", "content": "beta"}
+    rows = [
+        {"messages": [asked, answer]}
+        for answer in (
+            {"role": "assistant", "content": "beta"},
+            {"role": "assistant", "content": "\n\nbeta"},
+            {"role": "assistant", "content": "\n\n beta"},
+            call,
+        )
+    ]
+    cache = tmp_path / "cache"
+    cache.mkdir()
+
+    def made(rows: Sequence[dict[str, Any]]) -> Any:
+        file = chats_file(tmp_path / "chats.jsonl", rows)
+        how = {"source": str(file), "messages": "messages", "template": str(tmp_path / "plain.jinja")}
+        c = config.layered({"data": {"validation": 0.0, **how}})
+        return prepare.tokenize(prepare.read(c.data, cache), tokenizer.load(tmp_path / "tok"), cache)
+
+    for _ in range(2):  # made, and from the cache
+        data = made(rows)
+        assert data.train[0].documents == 1
+        assert [line.partition("chats.jsonl: ")[2] for line in data.left_out] == [
+            "2 chat(s) left out: a token lies across the edge of an answer (which begins or ends with space?)",
+            "1 chat(s) left out: the chat template does not write their tool calls",
+        ]
+    with pytest.raises(UserError, match=r"1 chat\(s\) left out: .*tool calls\n.*nothing in it to train on"):
+        made(rows[3:])
+    with pytest.raises(ValueError, match="does not write their tool calls"):
+        Chats(CHATML, tok, False).encode([asked, {**call, "content": ""}])
+
+
+def test_a_run_says_what_it_makes_of_chats(
+    options: Callable[..., dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    (folder / "README.md").write_text("about these chats")
+    long = [{"role": "user", "content": "alpha " * 40}, CHAT[1]]
+    chats_file(folder / "chats.jsonl", [{"messages": CHAT[:2]}, {"messages": long}] * 10)
+    how = {"data__messages": "messages", "data__template": "chatml"}
+    said = StringIO()
+
+    def go(source: Path, out: str, **more: Any) -> session.Result:
+        c = config.layered(options(out, data__source=str(source), steps=1, **how, **more))
+        return session.train(c, console=Console(file=said, width=10_000))
+
+    result = go(folder, "run", validation__at_start=True)
+    assert "README.md: left out, it has no rows" in caplog.text
+    assert "chats are longer than 32 tokens, and are cut" in said.getvalue()
+    m = result.metrics
+    assert m is not None and m.val_loss is not None and m.val_bits_per_byte is None
+    assert "bits/byte" not in said.getvalue()
+    assert "too small to hold" not in said.getvalue()
+    go(chats_file(tmp_path / "one.jsonl", [{"messages": CHAT[:2]}]), "small")
+    assert "validation: none, since the data is too small" in said.getvalue()
+    with pytest.raises(UserError, match="no chats in it"):
+        go(folder / "README.md", "readme")
