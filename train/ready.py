@@ -42,13 +42,13 @@ def check(
     """
     length = c.data.length or spec.context
     share = max(1, c.batch.sequences // degrees.data)
-    problems: list[str] = []
+    problems: list[UserError] = []
 
     def ask(what: Callable[..., Any], *args: Any, **options: Any) -> None:
         try:
             what(*args, **options)
         except UserError as e:
-            problems.append(str(e))
+            problems.append(e)
 
     ask(_folder, c, out, resume, force)
     ask(losses.describe, c, spec, length)
@@ -64,8 +64,10 @@ def check(
     ask(parallel.choose_compile, c.compile, device, experts_move=moving, budget=budget)
     ask(_arithmetic, c, spec, length, device)
     ask(_text, c, spec, given)
+    if len(problems) == 1:  # as it is: a missing package is an error of its own kind
+        raise problems[0]
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(map(str, problems)))
 
 
 def _folder(c: TrainConfig, out: Path, resume: bool, force: bool) -> None:
