@@ -96,8 +96,35 @@ def test_a_short_run_has_the_losses_of_transformers(options: Options, spec_file:
 
 @pytest.mark.slow
 def test_two_hundred_steps_on_the_embedded_corpus_have_the_losses_of_transformers(tmp_path: Path) -> None:
-    """`tiny` on the standard library's source."""
-    given = {"out": str(tmp_path / "run"), "steps": 200, "device": "cpu", "validation": {"every": 200}}
-    ours, expected = _compare(given, tmp_path / "run", 1e-3)
-    last = [sum(x[-20:]) / 20 for x in (ours, expected)]
-    assert last[0] == pytest.approx(last[1], rel=2e-4)
+    """`tiny` on the standard library's source. After some 30 steps rounding alone leads two runs apart, so the gate is
+    twice what it does between our own runs: accumulating, and with another attention kernel."""
+    common = {"steps": 200, "device": "cpu", "validation": {"every": 200}}
+    roundings: dict[str, dict[str, Any]] = {
+        "run": {},
+        "accumulated": {"batch": {"sequences": 4, "micro": 1}},
+        "math": {"attention": {"kernel": "math"}},
+    }
+    curves: list[list[float]] = []
+    for name, more in roundings.items():
+        c = config.layered({**common, **more, "out": str(tmp_path / name)})
+        session.train(c, console=Console(file=StringIO()))
+        curves.append([m["loss"] for m in history(tmp_path / name / "training" / "train.jsonl")])
+    ours, *controls = curves
+    alone = config.layered(common)
+    expected = theirs(load(alone.spec), alone)
+    for measure in (_apart, _ends_apart):
+        noise = max(measure(ours, x) for x in controls)
+        found = measure(ours, expected)
+        print(f"{measure.__name__}: {found:.1e}, by rounding alone {noise:.1e}")  # noqa: T201
+        assert found <= 2 * noise
+    assert _apart(ours[:25], expected[:25]) < 1e-5
+
+
+def _apart(a: list[float], b: list[float]) -> float:
+    """The largest difference of a step's loss, as a share of it."""
+    return max(abs(x / y - 1) for x, y in zip(a, b, strict=True))
+
+
+def _ends_apart(a: list[float], b: list[float]) -> float:
+    """The difference of the mean of the last 20 losses, as a share of it."""
+    return abs(sum(a[-20:]) / sum(b[-20:]) - 1)
