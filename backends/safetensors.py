@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +24,8 @@ STORED: Mapping[str, str] = {
     "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<u4", "U32": "<u4", "I64": "<i8", "U8": "u1",
 }  # fmt: skip
 """How the bytes of a dtype are handled in NumPy."""
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Hugging Face's names of one file, and of what says where the tensors of several are."""
 WIDTHS = {name: np.dtype(kind).itemsize for name, kind in STORED.items()}
 
 
@@ -72,9 +74,31 @@ def widen(x: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 
 def file_names(count: int) -> list[str]:
     """How Hugging Face names one file, or several."""
-    return ["model.safetensors"] if count == 1 else [
+    return [WEIGHTS] if count == 1 else [
         f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)
     ]  # fmt: skip
+
+
+def placed(groups: Iterable[Sequence[Tensor]], limit: int) -> dict[str, list[Tensor]]:
+    """File names and their tensors, in the given order: as many in a file as `limit` bytes hold, at least one group; a
+    group stays together."""
+    files: list[list[Tensor]] = [[]]
+    filled = 0
+    for group in groups:
+        size = sum(t.nbytes for t in group)
+        if files[-1] and filled + size > limit:
+            files.append([])
+            filled = 0
+        files[-1] += group
+        filled += size
+    return dict(zip(file_names(len(files)), files, strict=True))
+
+
+def index_table(files: Mapping[str, Iterable[Tensor]]) -> dict[str, Any]:
+    """What `INDEX` holds beside several files."""
+    held = [(t, name) for name, tensors in files.items() for t in tensors]
+    total = sum(t.nbytes for t, _ in held)
+    return {"metadata": {"total_size": total}, "weight_map": {t.name: name for t, name in held}}
 
 
 def header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

@@ -21,7 +21,7 @@ from backends.base import Planned, QuantizedTensor, Tokenizer, Values
 from backends.hf.config import config
 from backends.hf.fit import Fit, choose
 from backends.hf.store import TORCH, Slot, Store, describe, pack
-from backends.safetensors import FileWriter, header, narrow
+from backends.safetensors import INDEX, FileWriter, Tensor, header, index_table, narrow
 from backends.tokens import misread
 from spec.config import Spec
 from spec.errors import UserError
@@ -35,7 +35,6 @@ stamp = folder.stamp
 SCALES = "allotrope.scales"
 """Scales of quantized tensors that are stored as floats (a safetensors file under a name that no client looks for)."""
 LEVELS_KEY = "allotrope.levels"
-INDEX = "model.safetensors.index.json"
 
 
 def carried(spec: Spec, architecture: str, tokenizer: Tokenizer | None) -> Fit:
@@ -92,12 +91,13 @@ class FolderWriter:
             raise UserError(f"{out}: {e.strerror}") from None
         try:
             metadata = {"format": "pt", LEVELS_KEY: describe(store.levels)}
-            for name, tensors in store.shards().items():
+            shards = store.shards()
+            for name, tensors in shards.items():
                 self._open(FileWriter(out / name, tensors, metadata))
             if store.dense:
                 self._scales = FileWriter(out / SCALES, store.scales(), {"format": "pt"})
                 self._files.append(self._scales)
-            self._describe(tokenizer)
+            self._describe(tokenizer, shards)
             self._fill()
         except BaseException as e:
             self.abort()
@@ -109,14 +109,12 @@ class FolderWriter:
         self._files.append(file)
         self._of |= dict.fromkeys(file.tensors, file)
 
-    def _describe(self, tokenizer: Tokenizer | None) -> None:
+    def _describe(self, tokenizer: Tokenizer | None, shards: Mapping[str, Sequence[Tensor]]) -> None:
         """Every file that is no weights."""
         folder.write_json(self.path / "config.json", configuration(self._store, tokenizer))
         folder.write_tokenizer(self.path, tokenizer, self._spec.context)
-        if len({id(f) for f in self._of.values()}) > 1:
-            total = sum(t.nbytes for s in self._store.slots.values() for t in s.tensors())
-            weight_map = {name: file.path.name for name, file in self._of.items()}
-            folder.write_json(self.path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        if len(shards) > 1:
+            folder.write_json(self.path / INDEX, index_table(shards))
 
     def _fill(self) -> None:
         """What no tensor of the source provides: constants, and the shapes of packed tensors."""

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Planned, QuantizedTensor, Values
-from backends.hf.build import INDEX, LEVELS_KEY, SCALES, configuration
+from backends.hf.build import LEVELS_KEY, SCALES, configuration
 from backends.hf.carriers import told
 from backends.hf.fit import examine
 from backends.hf.store import BITS, GROUP, Slot, Store, codes_of, unpack
 from backends.hf.support import levels
 from backends.reading import differences, load_json, own_mark, read_back, tokenizer_problems
-from backends.safetensors import FileReader, narrow, widen
+from backends.safetensors import INDEX, WEIGHTS, FileReader, narrow, widen
 from spec.config import Spec
 from spec.errors import UserError
 from spec.layout import Run
@@ -25,7 +25,7 @@ from spec.params import params
 
 Floats = NDArray[np.float32]
 
-WEIGHTS, GENERATION = "model.safetensors", "generation_config.json"
+GENERATION = "generation_config.json"
 
 
 class Artifact:

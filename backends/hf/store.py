@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from backends.base import Floats, Planned, QuantizedTensor, Values
 from backends.hf.fit import Fit
 from backends.hf.names import FUSED_BY_SERVERS, RENAMED
-from backends.safetensors import Tensor, file_names
+from backends.safetensors import Tensor, placed
 from spec.layout import Bound, Layout
 from spec.params import Role, params
 
@@ -142,17 +142,7 @@ class Store:
 
     def shards(self) -> dict[str, list[Tensor]]:
         """Weight files by name. A module's tensors stay together."""
-        groups: list[list[Tensor]] = [[]]
-        filled = 0
-        for s in self.slots.values():
-            tensors = s.tensors()
-            size = sum(t.nbytes for t in tensors)
-            if groups[-1] and filled + size > SHARD:
-                groups.append([])
-                filled = 0
-            groups[-1] += tensors
-            filled += size
-        return dict(zip(file_names(len(groups)), groups, strict=True))
+        return placed((s.tensors() for s in self.slots.values()), SHARD)
 
     def scales(self) -> list[Tensor]:
         """Scales of what is stored as floats."""

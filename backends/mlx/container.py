@@ -10,11 +10,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from backends.folder import write_json
-from backends.safetensors import FileReader, FileWriter, Tensor, file_names
+from backends.safetensors import INDEX, WEIGHTS, FileReader, FileWriter, Tensor, index_table, placed
 from spec.errors import UserError
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD = 5 * 10**9
 """Bytes of a file, as mlx-lm splits them."""
 METADATA = {"format": "mlx"}
@@ -22,15 +20,7 @@ METADATA = {"format": "mlx"}
 
 def sharded(tensors: Sequence[Tensor], limit: int = SHARD) -> dict[str, list[Tensor]]:
     """File names and their tensors, in the given order."""
-    groups: list[list[Tensor]] = [[]]
-    filled = 0
-    for t in tensors:
-        if groups[-1] and filled + t.nbytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(t)
-        filled += t.nbytes
-    return dict(zip(file_names(len(groups)), groups, strict=True))
+    return placed(([t] for t in tensors), limit)
 
 
 class Output:
@@ -57,9 +47,7 @@ class Output:
         for f in self._files:
             f.close()
         if len(self._files) > 1:
-            total = sum(t.nbytes for f in self._files for t in f.tensors.values())
-            where = {name: f.path.name for name, f in self._of.items()}
-            write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+            write_json(self.folder / INDEX, index_table({f.path.name: f.tensors.values() for f in self._files}))
 
     def abort(self) -> None:
         """Close and delete."""

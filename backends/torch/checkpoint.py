@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backends.safetensors import INDEX, WEIGHTS
 from backends.torch.model import Decoder
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import load as load_spec
 from spec.params import params
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -20,7 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.torch.checkpoint import INDEX, WEIGHTS, flush
+from backends.safetensors import INDEX, WEIGHTS
+from backends.torch.checkpoint import flush
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import dump

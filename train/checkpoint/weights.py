@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from backends.safetensors import FileWriter, file_names
+from backends.safetensors import INDEX, FileWriter, index_table, placed
 from backends.safetensors import Tensor as Placed
-from backends.torch.checkpoint import INDEX
 from spec.config import Spec
 from spec.params import params
 from train.checkpoint.files import write
@@ -23,16 +22,7 @@ STORED = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16
 
 def shards(spec: Spec, dtype: str, limit: int) -> dict[str, list[Placed]]:
     """Files and their tensors, in canonical order: as many in a file as `limit` bytes hold, at least one."""
-    groups: list[list[Placed]] = [[]]
-    size = 0
-    for p in params(spec):
-        t = Placed(p.name, STORED[dtype][0], p.shape)
-        if groups[-1] and size + t.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(t)
-        size += t.nbytes
-    return dict(zip(file_names(len(groups)), groups, strict=True))
+    return placed(([Placed(p.name, STORED[dtype][0], p.shape)] for p in params(spec)), limit)
 
 
 def write_weights(reader: Reader, folder: Path, files: Mapping[str, list[Placed]], mine: Sequence[str]) -> None:
@@ -63,8 +53,5 @@ def _tensor(reader: Reader, name: str, t: Placed) -> NDArray[Any]:
 
 def write_index(folder: Path, files: Mapping[str, list[Placed]]) -> None:
     """model.safetensors.index.json, where there are several files."""
-    placed = {t.name: file for file, tensors in files.items() for t in tensors}
-    size = sum(t.nbytes for tensors in files.values() for t in tensors)
-    table = {"metadata": {"total_size": size}, "weight_map": placed}
     if len(files) > 1:
-        write(folder / INDEX, (json.dumps(table, indent=2) + "\n").encode())
+        write(folder / INDEX, (json.dumps(index_table(files), indent=2) + "\n").encode())
