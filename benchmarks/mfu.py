@@ -30,7 +30,6 @@ def benchmark(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Train on random tokens. Raises `UserError` where there is no CUDA device whose peak is known."""
     import torch
 
-    from backends.torch.model import Decoder
     from spec import cost
     from spec.load import load
     from train import config, optim, parallel
@@ -45,15 +44,12 @@ def benchmark(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     _, why = parallel.choose_compile("true", device)
     spec = load(options.spec)
     parallel.prepare(precision)
-    with torch.device("meta"):
-        decoder = Decoder(spec, length=options.length, attention=options.kernel)
-    decoder.strict = True
-    if precision == "fp8":
-        parallel.convert_to_fp8(decoder)
     memory = config.Memory(checkpointing=options.checkpointing)  # type: ignore[arg-type]
     ranks = parallel.Ranks(0, 1, device)
-    parallel.shard(decoder, ranks, precision, [parallel.recomputing(memory), parallel.compile_layer])
-    parallel.allocate(decoder, device)
+    wraps = [parallel.recomputing(memory), parallel.compile_layer]
+    decoder, _ = parallel.build(
+        spec, ranks, precision, wraps, length=options.length, kernel=options.kernel, strict=True
+    )
     decoder.init_weights(0)
     kernels = decoder.kernels(options.length, dtype=parallel.DTYPES[precision])
     settings = config.Optimizer(lr=1e-4)

@@ -72,17 +72,16 @@ def allotrope(size: dict[str, Any], *, compiled: bool) -> tuple[Step, int]:
     """The trainer's own decoder, engine, clipping and optimizer."""
     import torch
 
-    from backends.torch.model import Decoder
     from train import config, optim, parallel
     from train.data.batches import Rows
     from train.engine import Whole
 
     parallel.keep_memory()
     spec = specification(size)
-    decoder = Decoder(spec)
-    decoder.init_weights(0)
     ranks = parallel.Ranks(0, 1, torch.device("cpu"))
-    parallel.shard(decoder, ranks, size["precision"], [parallel.compile_layer] if compiled else [])
+    wraps = [parallel.compile_layer] if compiled else []
+    decoder, _ = parallel.build(spec, ranks, size["precision"], wraps, length=size["length"])
+    decoder.init_weights(0)
     settings = config.Optimizer(lr=1e-3)
     optimizer = optim.build(decoder, spec, settings)
     engine = Whole(decoder.train(), ranks, size["precision"])

@@ -105,9 +105,8 @@ def _of(spec: Spec, layers: range) -> Iterator[Param]:
 
 def stage(c: TrainConfig, spec: Spec, d: Degrees, layers: range, place: int, width: int, device: str) -> Stage:
     """The cost of one stage. `width`: bytes of a number in the forward pass; `place`: which stage it is, from 0."""
-    length = c.data.length or spec.context
-    micro = c.batch.micro or c.batch.sequences // d.data
-    passes = c.batch.sequences // d.data // micro
+    length = c.length(spec)
+    micro, passes = c.batch.at_once(d.data), c.batch.passes(d.data)
     own = {p: placement(p, d) for p in _of(spec, layers)}
     count = sum(at.own(p) for p, at in own.items())
     trained = {p: at for p, at in own.items() if not p.name.endswith(".correction")}
@@ -216,7 +215,7 @@ def _traffic(
     width: int,
 ) -> dict[str, float]:
     """Bytes that a rank sends in a step. A gather or scatter of n bytes over k ranks sends n (k - 1) / k of them."""
-    length = c.data.length or spec.context
+    length = c.length(spec)
     out = dict.fromkeys(("fsdp gather", "fsdp reduce", "hsdp reduce", "tp", "ep", "pp"), 0.0)
     for p, at in own.items():
         elements, share = at.gathered(p), (at.shards - 1) / at.shards

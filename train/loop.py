@@ -57,7 +57,7 @@ class Run:
     @property
     def micro(self) -> int:
         """Sequences of one forward pass."""
-        return self.config.batch.micro or self.config.batch.sequences // self.ranks.degrees.data
+        return self.config.batch.at_once(self.ranks.degrees.data)
 
 
 @dataclass

@@ -15,12 +15,13 @@ from spec.config import Spec
 from spec.load import load
 from spec.params import params
 from spec.show import print_targets, short, size
-from train import estimate, losses, optim, parallel, ready
+from train import estimate, optim, parallel, ready
 from train.checkpoint import init, newest
 from train.config import TrainConfig
 from train.data import prepare
 from train.data.tokens import cache_folder
 from train.parallel import Degrees
+from train.ready import Ready
 from train.session import out_folder
 
 HAS = "How the ranks divide the model"
@@ -38,9 +39,7 @@ class Plan:
     passes: int
     """Forward passes of a step on one rank."""
     length: int
-    precision: str
-    reasons: dict[str, str]
-    """Why this precision, and whether layers are compiled."""
+    ready: Ready
     device: str
 
     @property
@@ -63,20 +62,13 @@ def make(c: TrainConfig, ranks: int | None = None, *, resume: bool = False, forc
     found = newest(out_folder(c)) if resume else None
     spec = init.spec_of(c) if found is None else load(found)
     d = degrees(c, ranks)
-    length = c.data.length or spec.context
-    micro = c.batch.micro or max(1, c.batch.sequences // d.data)
-    passes = max(1, c.batch.sequences // d.data // micro)
     device = parallel.choose_device(c.device)
     given = found or init.tokenizer_of(c) or c.tokenizer
-    ready.check(c, spec, d, device, out_folder(c, spec), given, resume=resume, force=force)
-    precision, why = parallel.choose_precision(c.precision, device)
-    spans = parallel.spans(spec, d.pp)
-    budget = c.memory.checkpointing == "budget"
-    compiled = parallel.choose_compile(c.compile, device, experts_move=d.ep > 1, budget=budget)
-    width = parallel.DTYPES[precision].itemsize
-    stages = [estimate.stage(c, spec, d, span, n, width, device.type) for n, span in enumerate(spans)]
-    reasons = {"precision": why, "compile": f"layers are {'' if compiled[0] else 'not '}compiled ({compiled[1]})"}
-    return Plan(spec, d, stages, micro, passes, length, precision, reasons, parallel.describe(device, c.device))
+    known = ready.check(c, spec, d, device, out_folder(c, spec), given, resume=resume, force=force)
+    width = parallel.DTYPES[known.precision].itemsize
+    stages = [estimate.stage(c, spec, d, span, n, width, device.type) for n, span in enumerate(known.stages)]
+    micro, passes = c.batch.at_once(d.data), c.batch.passes(d.data)
+    return Plan(spec, d, stages, micro, passes, c.length(spec), known, parallel.describe(device, c.device))
 
 
 def placements(plan: Plan) -> dict[str, str]:
@@ -105,7 +97,7 @@ def facts(c: TrainConfig, plan: Plan) -> dict[str, Any]:
         "ranks": plan.degrees.world,
         "degrees": asdict(plan.degrees),
         "device": plan.device,
-        "precision": plan.precision,
+        "precision": plan.ready.precision,
         "sequences": {"step": c.batch.sequences, "rank": c.batch.sequences // plan.degrees.data, "pass": plan.micro},
         "passes": plan.passes,
         "length": plan.length,
@@ -130,8 +122,6 @@ def show(
     force: bool = False,
 ) -> None:
     """Print the plan. Raises `UserError` for what would stop the run."""
-    from backends.targets import targets
-
     plan = make(c, ranks, resume=resume, force=force)
     text = prepare.described(c.data, cache_folder(c.data.cache))
     if as_json:
@@ -141,7 +131,7 @@ def show(
     if plan.degrees.world > 1:
         console.print(_table(HAS, ("", ""), placements(plan).items()))
     console.print(_costs(plan))
-    print_targets(c.init or c.spec, targets(plan.spec, levels=c.quant))
+    print_targets(c.init or c.spec, plan.ready.targets)
 
 
 def _summary(c: TrainConfig, plan: Plan, text: str) -> dict[str, str]:
@@ -153,7 +143,7 @@ def _summary(c: TrainConfig, plan: Plan, text: str) -> dict[str, str]:
     return {
         "spec": f"{spec.name}: {short(cost.count(spec).total)} parameters, {spec.depth} layers, width {spec.width}",
         "data": text,
-        "loss": losses.describe(c, spec, plan.length),
+        "loss": plan.ready.loss,
         "tokenizer": c.tokenizer or f"byte-level BPE of {spec.vocab_size} tokens, trained on the data",
         "ranks": f"{d.world} = {degrees}",
         "step": f"{c.batch.sequences} sequences of {plan.length} = {per_step:,} tokens; a rank sees "
@@ -163,7 +153,7 @@ def _summary(c: TrainConfig, plan: Plan, text: str) -> dict[str, str]:
         "learning rate": optim.describe(c),
         "memory": f"about {size(found['memory'])} a rank, and what torch and the collectives take",
         "device": plan.device,
-        "precision": f"{plan.precision} ({plan.reasons['precision']}); {plan.reasons['compile']}",
+        "precision": plan.ready.arithmetic,
         "disk": f"{size((c.checkpoint.keep + 1) * state)} in {out_folder(c, spec)} while saving",
     }
 

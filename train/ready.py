@@ -1,14 +1,17 @@
-"""What stops a run before its first step. The run and `--check` ask alike, before anything is tokenised or built."""
+"""What stops a run before its first step, and what is known of it by then. The run and `--check` ask alike, before
+anything is tokenised or built."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from backends.targets import Target
 from backends.torch.attention import chosen
 from spec.config import Spec
 from spec.errors import UserError
@@ -21,7 +24,24 @@ from train.data.prepare import fits
 from train.data.tokenizer import TextTokenizer
 from train.parallel import Degrees
 from train.watch import portability
-from train.watch.trackers import trackers
+from train.watch.trackers import Tracker, trackers
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What nothing stands in the way of."""
+
+    stages: list[range]
+    """The layers of each stage of the pipeline."""
+    precision: str
+    compiled: bool
+    arithmetic: str
+    """The precision, whether layers are compiled, and why, for people."""
+    loss: str
+    """What is minimised, for people."""
+    targets: list[Target]
+    """What will carry the model at the levels of `quant`."""
+    trackers: list[tuple[str, Tracker]]
 
 
 def check(
@@ -34,40 +54,42 @@ def check(
     *,
     resume: bool = False,
     force: bool = False,
-) -> None:
-    """Raises `UserError` with a line for everything that would stop the run.
+) -> Ready:
+    """What is known of a run before it begins. Raises `UserError` with a line for everything that would stop it.
 
     `given` is the tokenizer, none = trained on the text. With `resume` the run goes on from the newest checkpoint in
     `out`, with `force` it replaces what is there.
     """
-    length = c.data.length or spec.context
-    share = max(1, c.batch.sequences // degrees.data)
+    length = c.length(spec)
     problems: list[UserError] = []
 
-    def ask(what: Callable[..., Any], *args: Any, **options: Any) -> None:
+    def ask(what: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:
-            what(*args, **options)
+            return what(*args, **options)
         except UserError as e:
             problems.append(e)
 
     ask(_folder, c, out, resume, force)
-    ask(losses.describe, c, spec, length)
+    loss = ask(losses.describe, c, spec, length)
     ask(optim.check, c.optimizer)
     ask(parallel.check, spec, degrees, length)
     ask(parallel.check_batch, c.batch, degrees)
-    ask(parallel.check_passes, c.parallel, max(1, share // (c.batch.micro or share)))
-    ask(parallel.spans, spec, degrees.pp)
+    ask(parallel.check_passes, c.parallel, c.batch.passes(degrees.data))
+    stages = ask(parallel.spans, spec, degrees.pp)
     ask(checkpoint.check_exports, spec, c.checkpoint.export)
-    ask(portability.tell, spec, c.init or c.spec, c.quant, None)
-    ask(trackers, c.watch, out / "training")
+    targets = ask(portability.carriers, spec, c.quant)
+    chosen_trackers = ask(trackers, c.watch, out / "training")
     budget, moving = c.memory.checkpointing == "budget", degrees.ep > 1
-    ask(parallel.choose_compile, c.compile, device, experts_move=moving, budget=budget)
-    ask(_arithmetic, c, spec, length, device)
+    compiled = ask(parallel.choose_compile, c.compile, device, experts_move=moving, budget=budget)
+    precision = ask(_arithmetic, c, spec, length, device)
     ask(_text, c, spec, given)
     if len(problems) == 1:  # as it is: a missing package is an error of its own kind
         raise problems[0]
     if problems:
         raise UserError("\n".join(map(str, problems)))
+    layers = f"layers are {'' if compiled[0] else 'not '}compiled ({compiled[1]})"
+    arithmetic = f"{precision[0]} ({precision[1]}); {layers}"
+    return Ready(stages, precision[0], compiled[0], arithmetic, loss, targets, chosen_trackers)
 
 
 def _folder(c: TrainConfig, out: Path, resume: bool, force: bool) -> None:
@@ -85,10 +107,11 @@ def _folder(c: TrainConfig, out: Path, resume: bool, force: bool) -> None:
         raise UserError(f"{out}: cannot be written: {e.strerror} in {there} (choose another --out)") from None
 
 
-def _arithmetic(c: TrainConfig, spec: Spec, length: int, device: torch.device) -> None:
+def _arithmetic(c: TrainConfig, spec: Spec, length: int, device: torch.device) -> tuple[str, str]:
+    """The precision, and why."""
     if c.memory.offload and device.type not in ("cuda", "xpu"):
         raise UserError(f"memory.offload: weights are in the memory of {device} already (memory.offload: false)")
-    precision, _ = parallel.choose_precision(c.precision, device)
+    precision, why = parallel.choose_precision(c.precision, device)
     packed = c.data.packing == "documents" or c.data.document_mask
     kinds = dict.fromkeys(b.attention for b in spec.layers)
     dtype, strict = parallel.DTYPES[precision], not c.attention.allow_fallback
@@ -96,6 +119,7 @@ def _arithmetic(c: TrainConfig, spec: Spec, length: int, device: torch.device) -
         chosen(kinds, c.attention.kernel, length, device=device, dtype=dtype, packed=packed, strict=strict)
     except UserError as e:
         raise UserError(f"attention.kernel: {e}") from None
+    return precision, why
 
 
 def _text(c: TrainConfig, spec: Spec, given: str | Path | None) -> None:

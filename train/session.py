@@ -16,7 +16,6 @@ from rich.console import Console
 
 from backends.text import Text
 from backends.torch.model import Decoder
-from backends.torch.modules import Block
 from spec import cost
 from spec.config import Spec
 from spec.errors import UserError
@@ -31,10 +30,8 @@ from train.data.prepare import text
 from train.data.store import TokenData
 from train.engine import Engine, Pipelined, Whole
 from train.parallel import Ranks
-from train.parallel.peak import peak_flops
 from train.watch import portability, profile
 from train.watch.console import Progressing
-from train.watch.trackers import trackers
 
 log = logging.getLogger(__name__)
 
@@ -145,119 +142,129 @@ def _train(
         spec = load_spec(found) if found is not None else init.spec_of(c)
         given = found or init.tokenizer_of(c) or c.tokenizer
     out = out_folder(c, spec)
-    ready.check(c, spec, ranks.degrees, ranks.device, out, given, resume=resume, force=force)
-    length = c.data.length or spec.context
-    described = losses.describe(c, spec, length)
-    stages = parallel.spans(spec, ranks.degrees.pp)
-    precision, wraps = _arithmetic(c, ranks, say)
-    folder = out / "training"
-    chosen = trackers(c.watch, folder)
+    known = ready.check(c, spec, ranks.degrees, ranks.device, out, given, resume=resume, force=force)
+    say(f"device: {parallel.describe(ranks.device, c.device)}, {ranks.world} rank(s)")
+    say(f"precision: {known.arithmetic}")
     held.enter_context(checkpoint.alone(out, ranks))
     there = ranks.agree(checkpoint.newest(out) if resume else checkpoint.occupied(out))
     if there != found if resume else there and not force:
         raise UserError(f"{out}: another run was just there (start again)")
-    if found is None:
-        portability.tell(spec, c.init or c.spec, c.quant, console if ranks.first else None)
+    if found is None and c.quant and ranks.first:
+        portability.tell(spec, c.init or c.spec, c.quant, known.targets, console)
     with _first_rank_first(ranks):
         tok, data = text(c, spec, console if ranks.first else Console(quiet=True), given)
-    batches, held_out = feed(c, data, length, ranks)
-    if not held_out and (c.data.validation or c.data.validation_source):
-        say("validation: none, since the data is too small to hold a part out (name other: data.validation_source)")
-    for line in outlook(batches, c.steps, c.batch.sequences):
-        say(f"order: {line}")
-    with torch.device("meta"):  # so that no rank ever has the whole model
-        decoder = Decoder(spec, length=length, attention=c.attention.kernel)
-    decoder.strict = not c.attention.allow_fallback
-    if len(stages) > 1:
-        decoder.keep(stages[ranks.place("pp")])
-    if precision == "fp8" and (kept := parallel.convert_to_fp8(decoder)):
-        say(f"fp8: {len(kept)} linears stay in bfloat16, since a width is no multiple of 16: {', '.join(kept[:3])} ...")
-    parallel.shard(decoder, ranks, precision, wraps, offload=c.memory.offload)
-    parallel.allocate(decoder, ranks.device, offload=c.memory.offload)
-    if found is None and c.init is not None:
-        init.fill(decoder, c.init)
-    elif found is None:
-        decoder.init_weights(c.seed)
-    kernels = decoder.kernels(length, packed=batches.masked, dtype=parallel.DTYPES[precision])
-    for reason, kernel in kernels.items():
-        say(f"attention: {kernel} ({reason})")
-    say(f"loss: {described}")
-    objective = losses.build(losses.Setting(c, spec, tok, length, parallel.DTYPES[precision], ranks))
-    torch.manual_seed(c.seed + ranks.rank)  # dropout
-    run = loop.Run(
-        c,
-        ranks,
-        decoder,
-        _engine(c, decoder, ranks, precision, objective),
-        optim.build(decoder, spec, c.optimizer),
-        batches,
-        held_out,
-        losses.Losses(objective, losses.routers_of(decoder, c.experts, ranks)),
-        scaler=parallel.scaler(precision),
-    )
+    run, kernels = _begun(c, spec, ranks, known, tok, data, found, say)
     best = None
     if found is not None:
         best = checkpoint.best_of(checkpoint.restore(run, found), found)
         say(f"resumed: step {run.step} of {c.steps}, {out}")
-    peak = peak_flops(ranks.device, precision, ranks.world)
-    run.meter = watch.Meter(ranks.device, cost.training_flops(spec, length), peak)
-    run.sampler = _sampler(run, tok, data, say)
-    files = checkpoint.RunFolder(out, spec, tok.files())
+    run.sampler = _sampler(run, tok, data, known.precision, say)
+    files, folder = checkpoint.RunFolder(out, spec, tok.files()), out / "training"
     last = min(c.steps, stop_after or c.steps)
     stop = loop.Stop()
     shown = Progressing(console, run.step, last, c.log_every, silent=not ranks.first)
-    board = watch.Board(shown, folder if ranks.first else None, c.model_dump(mode="json"), chosen)
+    board = watch.Board(shown, folder if ranks.first else None, c.model_dump(mode="json"), known.trackers)
     traced = profile.span(c.profile) if c.profile is not None and ranks.first else range(0)
     tracer = watch.Profile(traced, folder / "profile", ranks.device, board.say)
     try:
-        say(_intent(spec, c, run, length))
+        say(_intent(spec, c, run))
         ranks.agree(None)  # all have read what they need of the folder, which may hold their `init`
         if ranks.first:
             if force and not resume:
                 checkpoint.clear(out)
             _begin(files, c, found)
-            board.begin(run.step, run.batches.state.batches, watch.environment(c, ranks, precision, kernels))
+            environment = watch.environment(c, ranks, known.precision, kernels)
+            board.begin(run.step, run.batches.state.batches, environment)
         with stop.listening(), checkpoint.Saver(files, ranks, c, say, best) as saver:
             metrics = loop.fit(run, saver, board, last, stop, tracer)
     finally:
-        batches.close()
+        run.batches.close()
         tracer.close()
         board.close()
         board.report(picture=True)
     return Result(out, run.step, c.steps, stop.signal, metrics, run.ended)
 
 
-def _arithmetic(c: TrainConfig, ranks: Ranks, say: Callable[[str], None]) -> tuple[str, list[Callable[[Block], None]]]:
-    """The precision, and what is done to each layer."""
-    precision, why = parallel.choose_precision(c.precision, ranks.device)
-    m = c.memory
-    budget, moving = m.checkpointing == "budget", ranks.degrees.ep > 1
-    compiled, reason = parallel.choose_compile(c.compile, ranks.device, experts_move=moving, budget=budget)
-    say(f"device: {parallel.describe(ranks.device, c.device)}, {ranks.world} rank(s)")
-    say(f"precision: {precision} ({why}); layers are {'' if compiled else 'not '}compiled ({reason})")
-    parallel.prepare(precision)
+def _begun(
+    c: TrainConfig,
+    spec: Spec,
+    ranks: Ranks,
+    known: ready.Ready,
+    tok: tokenizer.TextTokenizer,
+    data: TokenData,
+    found: Path | None,
+    say: Callable[[str], None],
+) -> tuple[loop.Run, dict[str, str]]:
+    """A run at step 0, with its first weights unless it was `found`; and its attention kernels by reason."""
+    length, dtype, m = c.length(spec), parallel.DTYPES[known.precision], c.memory
+    batches, held_out = feed(c, data, length, ranks)
+    if not held_out and (c.data.validation or c.data.validation_source):
+        say("validation: none, since the data is too small to hold a part out (name other: data.validation_source)")
+    for line in outlook(batches, c.steps, c.batch.sequences):
+        say(f"order: {line}")
+    parallel.prepare(known.precision)
     if ranks.device.type == "cpu":
         parallel.keep_memory()
-    return precision, [parallel.recomputing(m), *([parallel.compile_layer] if compiled else [])]
+    wraps = [parallel.recomputing(m), *([parallel.compile_layer] if known.compiled else [])]
+    decoder, kept = parallel.build(
+        spec,
+        ranks,
+        known.precision,
+        wraps,
+        length=length,
+        kernel=c.attention.kernel,
+        strict=not c.attention.allow_fallback,
+        stages=known.stages,
+        offload=m.offload,
+    )
+    if kept:
+        say(f"fp8: {len(kept)} linears stay in bfloat16, since a width is no multiple of 16: {', '.join(kept[:3])} ...")
+    if found is None and c.init is not None:
+        init.fill(decoder, c.init)
+    elif found is None:
+        decoder.init_weights(c.seed)
+    kernels = decoder.kernels(length, packed=batches.masked, dtype=dtype)
+    for reason, kernel in kernels.items():
+        say(f"attention: {kernel} ({reason})")
+    say(f"loss: {known.loss}")
+    objective = losses.build(losses.Setting(c, spec, tok, length, dtype, ranks))
+    torch.manual_seed(c.seed + ranks.rank)  # dropout
+    run = loop.Run(
+        c,
+        ranks,
+        decoder,
+        _engine(c, decoder, ranks, known.precision, objective),
+        optim.build(decoder, spec, c.optimizer),
+        batches,
+        held_out,
+        losses.Losses(objective, losses.routers_of(decoder, c.experts, ranks)),
+        meter=watch.Meter(
+            ranks.device,
+            cost.training_flops(spec, length),
+            parallel.peak_flops(ranks.device, known.precision, ranks.world),
+        ),
+        scaler=parallel.scaler(known.precision),
+    )
+    return run, kernels
 
 
 def _engine(c: TrainConfig, decoder: Decoder, ranks: Ranks, precision: str, objective: losses.Objective) -> Engine:
     if ranks.degrees.pp == 1:
-        return Whole(decoder, ranks, precision, objective)
+        return Whole(decoder, ranks, precision, criterion=objective)
     stage = parallel.Stage(decoder, ranks, c.parallel.schedule, parallel.DTYPES[precision])
-    return Pipelined(decoder, ranks, stage, objective)
+    return Pipelined(decoder, ranks, stage, criterion=objective)
 
 
-def _intent(spec: Spec, c: TrainConfig, run: loop.Run, length: int) -> str:
+def _intent(spec: Spec, c: TrainConfig, run: loop.Run) -> str:
     """What is about to be done, in a line."""
     return (
         f"training {spec.name} ({short(cost.count(spec).total)} parameters) for {c.steps - run.step:,} steps of "
-        f"{c.batch.sequences} x {length} tokens; Ctrl-C saves and stops"
+        f"{c.batch.sequences} x {c.length(spec)} tokens; Ctrl-C saves and stops"
     )
 
 
 def _sampler(
-    run: loop.Run, tok: tokenizer.TextTokenizer, data: TokenData, say: Callable[[str], None]
+    run: loop.Run, tok: tokenizer.TextTokenizer, data: TokenData, precision: str, say: Callable[[str], None]
 ) -> watch.Sampler | None:
     """What writes samples, where they are wanted and every rank has a part of each layer."""
     c, d = run.config.samples, run.ranks.degrees
@@ -267,8 +274,8 @@ def _sampler(
         say("samples: none, since the layers are on different ranks (parallel.pp)")
         return None
     begin = data.eos if data.bos is None else data.bos
-    autocast = parallel.autocast(run.ranks, run.engine.precision) if isinstance(run.engine, Whole) else None
-    return watch.Sampler(c, run.decoder, run.ranks, Text(tok.fast, tok.config), [begin], autocast)
+    text, autocast = Text(tok.fast, tok.config), parallel.autocast(run.ranks, precision)
+    return watch.Sampler(c, run.decoder, run.ranks, text, [begin], autocast)
 
 
 def _begin(folder: checkpoint.RunFolder, c: TrainConfig, found: Path | None) -> None:

@@ -57,3 +57,11 @@ class Batch(Model):
     """Sequences in an optimizer step, over all ranks."""
     micro: Size | None = None
     """Sequences in one forward pass on one rank; none = the rank's share of the step. Fewer accumulate gradients."""
+
+    def at_once(self, shares: int) -> int:
+        """Sequences of one forward pass, where `shares` ranks have other ones."""
+        return self.micro or max(1, self.sequences // shares)
+
+    def passes(self, shares: int) -> int:
+        """Forward passes of a step."""
+        return max(1, self.sequences // shares // self.at_once(shares))

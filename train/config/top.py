@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from pydantic import BeforeValidator, Field, ValidationError
 
-from spec.config import Model
+from spec.config import Model, Spec
 from spec.errors import Problem, SpecError, UserError, problems_from
 from train.config.data import Batch, Data
 from train.config.fields import Count, Size
@@ -80,6 +80,10 @@ class TrainConfig(Model):
     def validate_every(self) -> int:
         """Steps between two validations."""
         return self.validation.every or max(20, self.steps // 5)
+
+    def length(self, spec: Spec) -> int:
+        """Tokens of a sequence."""
+        return self.data.length or spec.context
 
     def sampled(self, step: int) -> bool:
         """Whether samples are due by their own interval."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from train.parallel.compiling import Shapes, choose_compile, compile_layer
+from train.parallel.decoder import build
 from train.parallel.device import choose_device, describe, keep_memory
 from train.parallel.limits import check, check_batch
 from train.parallel.mesh import Degrees, Ranks, degrees, ranks, world_size
@@ -22,6 +23,7 @@ __all__ = [
     "accumulating",
     "allocate",
     "autocast",
+    "build",
     "check",
     "check_batch",
     "check_passes",

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,6 +35,7 @@ from train.data.packing import best_fit, gathered
 from train.data.shuffle import SMALL, permuted
 from train.data.store import Shards, Split, TokenData
 from train.parallel import Degrees, Ranks
+from train.tests.launch import begin, spawn
 
 PACKINGS = ["stream", "documents", "pad"]
 
@@ -449,9 +448,8 @@ def _found() -> TokenData:
     return TokenData((replace(plain, name="books"), chats), (), (2.0, 1.0), 0, 1, "f")
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(rank: int, ports: list[int], folder: str) -> None:
+    begin(rank, 2, *ports)
     with parallel.ranks("cpu", Parallel()) as ranks:
         for packing in PACKINGS:
             c = config.layered({"data": {"packing": packing, "prefetch": 2}})
@@ -466,10 +464,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_read_half_a_batch_each_and_know_the_whole_count(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
+    spawn(_rank, 2, str(tmp_path))
     for packing in PACKINGS:
         a, b = (json.loads((tmp_path / f"{packing}{r}.json").read_text(encoding="utf-8")) for r in range(2))
         batches, _ = feed(config.layered({"data": {"packing": packing}}), _found(), 12, ranks_of(1))

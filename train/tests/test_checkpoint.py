@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
@@ -34,6 +32,7 @@ from train.data import tokenizer
 from train.data.feed import feed
 from train.data.prepare import text
 from train.tests.conftest import saved_tensors
+from train.tests.launch import begin, spawn
 from train.watch import history
 
 Options = Callable[..., dict[str, Any]]
@@ -60,21 +59,9 @@ def losses(out: Path | str) -> list[float]:
     return [m["loss"] for m in history(Path(out) / "training" / "train.jsonl")]
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _begin(rank: int, world: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def _train(rank: int, world: int, ports: list[int], jobs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def _train(rank: int, ports: list[int], world: int, jobs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     for port, (data, how) in zip(ports, jobs, strict=True):
-        _begin(rank, world, port)
+        begin(rank, world, port)
         c = config.layered(data)
         if how.get("resume"):
             c, out, _ = session.resumed(data)
@@ -84,7 +71,7 @@ def _train(rank: int, world: int, ports: list[int], jobs: list[tuple[dict[str, A
 
 def on_ranks(world: int, *jobs: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Trainings one after another on gloo processes."""
-    mp.spawn(_train, (world, [_free_port() for _ in jobs], list(jobs)), nprocs=world)  # type: ignore[attr-defined]
+    spawn(_train, world, world, list(jobs), starts=len(jobs))
 
 
 @pytest.fixture
@@ -159,7 +146,7 @@ def _every_mesh(rank: int, ports: list[int], folder: Path, spec_file: str) -> No
     spec = load_spec(spec_file)
 
     def on_mesh(name: str, act: Callable[[Decoder, parallel.Ranks], None]) -> None:
-        _begin(rank, 4, ports.pop())
+        begin(rank, 4, ports.pop())
         with parallel.ranks("cpu", Parallel(**MESHES[name])) as ranks:
             with torch.device("meta"):
                 decoder = Decoder(spec)
@@ -194,8 +181,7 @@ def _compare(decoder: Decoder, ranks: parallel.Ranks, folder: Path) -> None:
 @pytest.mark.slow
 def test_what_any_mesh_wrote_every_other_reads(uneven: Options, tmp_path: Path) -> None:
     spec_file = uneven("any")["spec"]
-    ports = [_free_port() for _ in range(2 * len(MESHES))]
-    mp.spawn(_every_mesh, (ports, tmp_path, spec_file), nprocs=4)  # type: ignore[attr-defined]
+    spawn(_every_mesh, 4, tmp_path, spec_file, starts=2 * len(MESHES))
     whole = Decoder(load_spec(spec_file))
     whole.init_weights(3)
     quiet()

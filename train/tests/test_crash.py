@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -33,27 +32,11 @@ from train import checkpoint, config, session
 from train.checkpoint import RunFolder, Saver, newest, number
 from train.parallel import Ranks
 from train.tests.conftest import saved_tensors
+from train.tests.launch import ROOT, start
 from train.watch import history
 
 Options = Callable[..., dict[str, Any]]
 Train = Callable[..., session.Result]
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(options: dict[str, Any], folder: Path, *argv: str, limit: int | None = None) -> subprocess.Popen[str]:
-    """`python -m train` in a process of its own; `limit` is the largest file that it may write, in bytes."""
-    file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump(options), encoding="utf-8")
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", "--config", str(file), *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
@@ -296,21 +279,6 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert all(torch.equal(x[k], y[k]) for k in y)
 
 
-def torchrun(options: dict[str, Any], folder: Path, *argv: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """Two gloo ranks in processes of their own."""
-    file = folder / f"{Path(options['out']).name}.yaml"
-    file.write_text(yaml.safe_dump(options), encoding="utf-8")
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
-    return subprocess.Popen(
-        [sys.executable, "-m", *launch, "-m", "train", "--config", str(file), *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def workers(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
     """The processes of a launch by rank."""
     found: dict[str, psutil.Process] = {}
@@ -325,10 +293,10 @@ def workers(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
 def test_a_lost_rank_begins_again_at_the_last_checkpoint(options: Options, tmp_path: Path) -> None:
     """torchrun starts all ranks again, and without a flag they go on: the run ends as the undisturbed one."""
     data = options(steps=40, checkpoint__every=3, validation__every=1000)
-    whole = torchrun({**data, "out": str(tmp_path / "whole")}, tmp_path)
+    whole = start({**data, "out": str(tmp_path / "whole")}, tmp_path, ranks=2)
     _, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err
-    process = torchrun(data, tmp_path, restarts=2)
+    process = start(data, tmp_path, ranks=2, restarts=2)
     for rank, step in (("1", 7), ("0", 16)):
         wait_for(process, lambda step=step: steps_done(tmp_path / "run") >= step)
         workers(process)[rank].kill()
@@ -341,7 +309,7 @@ def test_a_lost_rank_begins_again_at_the_last_checkpoint(options: Options, tmp_p
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_saves(options: Options, tmp_path: Path) -> None:
-    process = torchrun(options(steps=100_000, checkpoint__every=100_000), tmp_path)
+    process = start(options(steps=100_000, checkpoint__every=100_000), tmp_path, ranks=2)
     wait_for(process, lambda: steps_done(tmp_path / "run") >= 2)
     process.terminate()
     process.communicate(timeout=120)
@@ -358,7 +326,7 @@ def test_kills_of_two_ranks_never_corrupt(asynchronous: bool, options: Options, 
     data = options(steps=400, checkpoint__every=1, validation__every=1000, checkpoint__asynchronous=asynchronous)
     out = tmp_path / "run"
     for n in range(10):
-        process = torchrun(data, tmp_path, "--continue")
+        process = start(data, tmp_path, "--continue", ranks=2)
         before = steps_done(out)
         wait_for(process, lambda before=before: steps_done(out) > before)
         found = workers(process)

@@ -7,20 +7,15 @@ over 20 steps that moves the loss by less than 2e-5 of it, and the norm by less 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from train import session
+from train.tests.launch import start
 from train.watch import history
-
-ROOT = Path(__file__).parents[2]
 
 Options = Callable[..., dict[str, Any]]
 Train = Callable[..., session.Result]
@@ -51,22 +46,6 @@ LAYOUTS = {
 DEFAULT = ("pp2", "fsdp2-tp2")
 
 
-def torchrun(ranks: int, options: dict[str, Any], folder: Path, *argv: str) -> None:
-    """Train on several gloo processes."""
-    file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump(options), encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launch, "-m", "train", "--config", str(file), *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 @pytest.mark.parametrize("layout", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
 def test_ranks_follow_the_one_process(layout: str, options: Options, train: Train, tmp_path: Path) -> None:
     spec = tmp_path / "untied.yaml"
@@ -78,7 +57,9 @@ def test_ranks_follow_the_one_process(layout: str, options: Options, train: Trai
     common = {"steps": 20, "batch__sequences": 8, "batch__micro": 2, "validation__every": 10}
     data = options(**common, optimizer__clip=0.5, spec=str(spec))
     train({**data, "out": str(tmp_path / "one")})
-    torchrun(ranks, {**data, "out": str(tmp_path / "many"), "parallel": degrees}, tmp_path)
+    process = start({**data, "out": str(tmp_path / "many"), "parallel": degrees}, tmp_path, ranks=ranks)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-5000:]
     one, many = (history(tmp_path / out / "training" / "train.jsonl") for out in ("one", "many"))
     assert len(one) == len(many) == 20
     for a, b in zip(one, many, strict=True):

@@ -387,8 +387,8 @@ def _student(spec: Spec, teacher: Path, ranks: Ranks) -> tuple[Any, Decoder]:
     tok = tokenizer.load(teacher)
     objective = losses.build(losses.Setting(c, spec, tok, 32, torch.float64, ranks))
     if ranks.degrees.pp == 1:
-        return Whole(model, ranks, "float32", objective), model
-    return Pipelined(model, ranks, Stage(model, ranks, "1f1b", torch.float64), objective), model
+        return Whole(model, ranks, "float32", criterion=objective), model
+    return Pipelined(model, ranks, Stage(model, ranks, "1f1b", torch.float64), criterion=objective), model
 
 
 def _distributed(rank: int, folder: str, teacher: Path) -> None:

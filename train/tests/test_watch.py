@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from rich.console import Console
 from tokenizers import Tokenizer as Fast
 from tokenizers.models import WordLevel
@@ -30,6 +28,7 @@ from train.checkpoint import newest, number
 from train.config import Samples, Watch
 from train.parallel import Ranks
 from train.tests.conftest import saved_tensors, write_text
+from train.tests.launch import begin, spawn
 from train.tests.test_loop import assert_equal, journal
 from train.watch import Board, Guard, Journal, Metrics, Sampler, Score, by_name, history
 from train.watch import report as reports
@@ -436,10 +435,8 @@ def test_samples_come_with_a_kernel_that_has_no_cache(options: Options) -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def _poisoned_ranks(rank: int, port: int, data: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _poisoned_ranks(rank: int, ports: list[int], data: dict[str, Any]) -> None:
+    begin(rank, 2, *ports)
     real = loop.gradients
 
     def gradients(run: loop.Run) -> tuple[float, torch.Tensor, int]:
@@ -452,12 +449,9 @@ def _poisoned_ranks(rank: int, port: int, data: dict[str, Any]) -> None:
 
 def test_two_ranks_write_samples_and_roll_back_together(options: Options, tmp_path: Path) -> None:
     """What is wrong on one rank alone is so for both."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     how = {"steps": 4, "samples__every": 2, "samples__tokens": 6, "checkpoint__every": 2, "quant": []}
     data = options(**how, watch__nonfinite="rollback")
-    mp.spawn(_poisoned_ranks, (port, data), nprocs=2)  # type: ignore[attr-defined]
+    spawn(_poisoned_ranks, 2, data)
     out = tmp_path / "run"
     [e] = events(out)
     assert (e["event"], e["step"], e["to"]) == ("rollback", 3, 2)

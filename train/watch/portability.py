@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -10,6 +11,9 @@ from spec.config import Spec
 from spec.errors import UserError
 from spec.params import Param, params
 from spec.show import print_targets
+
+if TYPE_CHECKING:
+    from backends.targets import Target
 
 _K = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq1", "iq2", "iq3", "iq4_xs", "tq")
 
@@ -52,19 +56,19 @@ def _by_width(matrices: Iterable[Param]) -> dict[int, list[str]]:
     return out
 
 
-def tell(spec: Spec, source: str, levels: Sequence[str], console: Console | None) -> None:
-    """Print the table, and a line for each dimension in the way. Raises `UserError` for a level that no backend has,
-    where nothing is to be printed too."""
+def carriers(spec: Spec, levels: Sequence[str]) -> list[Target]:
+    """Which backends carry the spec at these levels (at all of them where none is named). Raises `UserError` for a
+    level that no backend has."""
     from backends.targets import targets
 
-    if not levels:
-        return
     try:
-        found = targets(spec, levels=levels)
+        return targets(spec, levels=levels)
     except UserError as e:
         raise UserError(f"quant: {e}") from None
-    if console is None:
-        return
+
+
+def tell(spec: Spec, source: str, levels: Sequence[str], found: Sequence[Target], console: Console) -> None:
+    """Print the table, and a line for each dimension in the way."""
     print_targets(source, found, brief=True, console=console)
     for line in crippled(spec, levels):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -232,7 +232,7 @@ def _event(e: Mapping[str, Any]) -> dict[str, Any]:
 def _tables(r: Record) -> list[tuple[str, list[tuple[str, str]]]]:
     out: list[tuple[str, list[tuple[str, str]]]] = []
     if r.spec is not None:
-        s, length = r.spec, r.config.data.length or r.spec.context
+        s, length = r.spec, r.config.length(r.spec)
         n = cost.count(s)
         weights = ", ".join(f"{level} {size(cost.weight_bytes(s, level))}" for level in ("f16", "q8", "q4"))
         rows = [("parameters", f"{n.total:,}"), ("layers", f"{s.depth} of width {s.width:,}"),
