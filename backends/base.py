@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from spec.config import Spec
 from spec.errors import UserError
+from spec.levels import LEVELS
 
 Floats = NDArray[np.float32]
 
-PORTABLE = ("f32", "bf16", "f16", "q8", "q4")
-"""Levels that mean the same on every backend (`convert.levels` defines them)."""
+PORTABLE = tuple(LEVELS)
+"""Levels that mean the same on every backend."""
 
 
 class NotComparable(UserError):
@@ -58,6 +59,22 @@ class QuantizedTensor:
     def __getitem__(self, rows: slice | NDArray[np.intp]) -> QuantizedTensor:
         """A selection of rows; the q/k row permutation of interleaving formats commutes with the grid."""
         return QuantizedTensor(self.codes[rows], self.scales[rows], self.bits, self.group)
+
+    def grouped(self, group: int) -> QuantizedTensor:
+        """The same numbers with a scale for `group` weights: scales are repeated, or where neighbours are equal joined.
+        As it is where some of those differ: then `group` is no way to say it."""
+        cols = self.shape[1]
+        if group == self.group or cols % group:
+            return self
+        if self.group % group == 0:
+            return QuantizedTensor(self.codes, np.repeat(self.scales, self.group // group, 1), self.bits, group)
+        if group % self.group:
+            return self
+        apart = self.scales.reshape(len(self.scales), -1, group // self.group)
+        first = apart[..., :1]
+        if not (apart == first).all():
+            return self
+        return QuantizedTensor(self.codes, np.ascontiguousarray(first[..., 0]), self.bits, group)
 
     def dequantize(self) -> Floats:
         """[rows, cols], exact in float32."""
@@ -162,8 +179,8 @@ class Planned:
     name: str
     shape: tuple[int, ...]
     level: str
-    """`f32`, `f16`, `bf16` (float32 blocks to be rounded to that), `q8`, `q4` (QuantizedTensor blocks), or a backend's
-    native type by its own name (float32 blocks that the backend quantizes itself)."""
+    """`f32`, `f16`, `bf16` (float32 blocks to be rounded to that), `q8`, `q4`, `q4-g128` (QuantizedTensor blocks), or a
+    backend's native type by its own name (float32 blocks that the backend quantizes itself)."""
     wide: bool = False
     """Whether codes and scales are a source's own: then scales may have 11 significant bits, and be negative or 0."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from backends.base import Planned
-from convert.levels import LEVELS
+from convert.levels import CODES, GROUPS, LEVELS, fits, takes
 from spec.config import Spec
 from spec.errors import UserError, nearest
 from spec.params import Param, params
@@ -26,7 +26,7 @@ class Held:
     """What a source holds as codes and scales already."""
 
     levels: Mapping[str, str] = field(default_factory=dict)
-    """Tensor to `q4` or `q8`."""
+    """Tensor to `q4`, `q4-g128` or `q8`."""
     wide: bool = False
     """Whether its scales are those of another program: 11 significant bits, of any sign."""
 
@@ -41,8 +41,8 @@ def plan(spec: Spec, level: str, held: Held | None = None) -> list[Planned]:
     if level not in LEVELS:
         raise UserError(f"{level}: no portable level ({nearest(level, LEVELS)})")
     chosen = {p.name: _level(p, level) for p in params(spec)}
-    if level == "q4":
-        chosen.update(dict.fromkeys(_upgrades(spec, chosen, held), "q8"))
+    if CODES.get(level) == 4:
+        chosen.update(dict.fromkeys(_upgrades(spec, level, chosen, held), "q8"))
     return [
         Planned(p.name, p.shape, chosen[p.name], held.wide and kept(held.levels.get(p.name), chosen[p.name]))
         for p in params(spec)
@@ -50,27 +50,27 @@ def plan(spec: Spec, level: str, held: Held | None = None) -> list[Planned]:
 
 
 def kept(held: str | None, level: str) -> bool:
-    """Whether codes and scales go on as they are: to the same width, or from 4 bits to 8."""
-    return held == level or (held == "q4" and level == "q8")
+    """Whether codes and scales go on as they are: to the same level, from 4 bits to 8, from groups of 128 to 32."""
+    return held is not None and held in GROUPS and takes(level, CODES[held], GROUPS[held])
 
 
 def _level(p: Param, level: str) -> str:
     if not p.matrix:
         return "f32"
-    group = LEVELS[level].group
-    whole = group is None or (p.shape[-1] % group == 0 and p.name != "positions.weight")
-    return level if whole else "f16"
+    if level in GROUPS and (not fits(level, p.shape[-1]) or p.name == "positions.weight"):
+        return "f16"
+    return level
 
 
-def _upgrades(spec: Spec, chosen: Mapping[str, str], held: Held) -> Iterator[str]:
+def _upgrades(spec: Spec, level: str, chosen: Mapping[str, str], held: Held) -> Iterator[str]:
     """Matrices that become int8, greedily in the fixed order, each only if it still fits."""
     matrices = {p.name: p.size for p in params(spec) if p.matrix}
     spent = sum(n * LEVELS[chosen[name]].stored for name, n in matrices.items())
     allowed = BUDGET * sum(matrices.values())
     for name in _order(spec):
-        if chosen.get(name) != "q4" or held.levels.get(name) == "q4":
+        if chosen.get(name) != level or kept(held.levels.get(name), level):
             continue
-        extra = matrices[name] * (LEVELS["q8"].stored - LEVELS["q4"].stored)
+        extra = matrices[name] * (LEVELS["q8"].stored - LEVELS[level].stored)
         if spent + extra <= allowed:
             spent += extra
             yield name
@@ -113,8 +113,8 @@ def notes(spec: Spec, planned: Sequence[Planned], level: str) -> list[str]:
     if odd:
         names = ", ".join(f"{p.name} [{p.shape[0]}, {p.shape[1]}]" for p in odd[:3])
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        out.append(f"stays f16 (width no multiple of 32): {names}{more}")
-    if level == "q4":
+        out.append(f"stays f16 (width no multiple of {GROUPS.get(level, 32)}): {names}{more}")
+    if CODES.get(level) == 4:
         bits = bits_per_weight(planned)
         if bits > BUDGET:
             out.append(f"{bits:.2f} bits/weight: more than {BUDGET}, because of what stays f16")

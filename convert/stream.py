@@ -8,13 +8,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from backends.base import ContentHash, Planned, QuantizedTensor, Values
-from convert.levels import LEVELS
+from convert.levels import CODES, GROUPS, LEVELS, takes
 from convert.quantize import TooLarge, quantize, round_floats
-from convert.recipe import kept
 from convert.sources import Source
 from spec.errors import UserError
 
@@ -36,11 +35,11 @@ class Block:
 
 def rounded(name: str, level: str, start: int, rows: Values) -> Values:
     """Rows at a portable level; native levels pass as float32, their backend rounds. Codes and scales stay what they
-    are at a level of their own width, or of more. Raises `UserError`."""
+    are at a level that takes them so. Raises `UserError`."""
     try:
         if isinstance(rows, QuantizedTensor):
-            if kept(f"q{rows.bits}", level):
-                return QuantizedTensor(rows.codes, rows.scales, LEVELS[level].bits, rows.group)
+            if takes(level, rows.bits, rows.group):
+                return replace(rows.grouped(GROUPS[level]), bits=CODES[level])
             rows = rows.dequantize()
         chosen = LEVELS.get(level)
         if chosen is None:
