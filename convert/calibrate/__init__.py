@@ -1,0 +1,47 @@
+"""Calibrated rounding: a text is run through the model layer by layer, and every tensor is rounded for what it saw.
+
+Importing this needs no torch; `calibrate` does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convert.calibrate.settings import EFFORTS, Settings
+from convert.calibrate.store import Rounding
+from spec.errors import MissingDependency
+
+if TYPE_CHECKING:
+    from convert.recipe import Recipe
+    from convert.sources import Source
+
+__all__ = ["EFFORTS", "Progress", "Rounding", "Settings", "calibrate", "check"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name (`measure`, `sensitivity`, `calibrate`) and its units (layers) done and in all."""
+
+
+def check() -> None:
+    """Whether what calibrating needs is installed. Raises `MissingDependency`."""
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependency("--effort good and best run the model, which needs torch: pip install "
+                                "'allotrope[train]' (or --effort fast)")  # fmt: skip
+
+
+def calibrate(
+    source: Source, recipe: Recipe | str, settings: Settings, folder: str | Path, progress: Progress | None = None
+) -> Rounding:
+    """Round a source's matrices for a text, layer by layer, into a folder.
+
+    source: open, without a rounding. recipe: levels. folder: made where it is missing; one that an interrupted run of
+    the same source, recipe, settings and text left goes on from its last whole layer, bit for bit as if it had never
+    stopped, and one that is finished is only opened. Memory: one layer, its statistics, and nothing else that grows
+    with the model. Raises `UserError`; what is whole in the folder stays.
+    """
+    check()
+    from convert.calibrate.driver import run
+
+    return run(source, recipe, settings, Path(folder), progress or (lambda *_: None))
