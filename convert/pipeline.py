@@ -425,7 +425,6 @@ def _cores() -> int:
 def _expected(job: Job, t: Target) -> Result:
     source, spec = job.source, job.source.spec
     support = backends.part(t.backend, "support")
-    stored = {p.level: support.bits(p.level) for p in job.planned if p.level not in LEVELS}
     largest = max(source.rows(p.name) * (p.shape[-1] if len(p.shape) > 1 else 1) for p in job.planned)
     notes = [*source.notes, *t.support.notes, *recipe.notes(spec, job.planned, job.level)]
     return Result(
@@ -435,7 +434,7 @@ def _expected(job: Job, t: Target) -> Result:
         spec=spec,
         support=t.support,
         weights=source.weights,
-        bits=recipe.bits_per_weight(job.planned, stored),
+        bits=recipe.bits_per_weight(job.planned, support.bits),
         levels=dict(sorted(Counter(p.level for p in job.planned).items())),
         size=t.size,
         # float32 blocks read ahead and in work (with their codes), and the one being packed

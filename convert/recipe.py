@@ -1,24 +1,49 @@
-"""Which tensor is stored how at a portable level. No calibration: a fixed order decides what gets int8."""
+"""Which tensor is stored how: a level, globs that override it, and a budget that int8 is spent in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from math import prod
+from typing import Any
 
 from backends.base import Planned
+from convert import budget
+from convert.budget import BUDGET
 from convert.levels import CODES, GROUPS, LEVELS, fits, takes
 from spec.config import Spec
 from spec.errors import UserError, nearest
 from spec.params import Param, params
 
-BUDGET = 4.95
-"""Bits per weight that `q4` may spend over all matrices, scales counted."""
+__all__ = ["BUDGET", "Held", "Native", "Recipe", "bits_per_weight", "kept", "notes", "plan"]
 
-PAYS_MOST = ("head.weight", "embed.weight", "attn.v.weight", "mlp.down.weight", "mlp.shared.down.weight",
-             "attn.o.weight", "attn.k.weight")  # fmt: skip
-"""`q4` upgrades these to int8 while the budget lasts: what the logits are read from, then what sums up many terms
-or passes straight into the residual stream. Within a kind, outer layers come first (they are the sensitive ones)."""
+Gains = Mapping[str, float]
+"""Expected KL divergence that int8 instead of the recipe's level saves, by tensor."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a user asks for."""
+
+    level: str
+    """A portable level, or one of the target's own."""
+    overrides: tuple[tuple[str, str], ...] = ()
+    """(glob over canonical names, with or without `.weight`; level): the last that matches a matrix holds."""
+    bits: float | None = None
+    """Bits per weight over all matrices, scales counted, that are spent instead of 4.95."""
+    size: int | None = None
+    """Bytes of the largest artifact that are spent instead."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a level and nothing else."""
+        return self == Recipe(self.level)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, what is not said left out: as a recipe file has it."""
+        given = {"level": self.level, "overrides": dict(self.overrides), "bits": self.bits, "size": self.size}
+        return {k: v for k, v in given.items() if v}
 
 
 @dataclass(frozen=True)
@@ -29,29 +54,112 @@ class Held:
     """Tensor to `q4`, `q4-g128` or `q8`."""
     wide: bool = False
     """Whether its scales are those of another program: 11 significant bits, of any sign."""
+    recipe: Recipe | None = None
+    """What a checkpoint was trained for, through these levels' grid."""
 
 
-def plan(spec: Spec, level: str, held: Held | None = None) -> list[Planned]:
-    """Every parameter in canonical order with its storage at a portable level.
+@dataclass(frozen=True)
+class Native:
+    """A target's own types."""
+
+    target: str
+    levels: Sequence[str]
+    types: Callable[[str], Mapping[str, str]]
+    """What a level makes of every tensor."""
+    bits: Callable[[str], float]
+    """Stored bits per weight of a type."""
+
+
+def plan(
+    spec: Spec,
+    recipe: Recipe | str,
+    held: Held | None = None,
+    gains: Gains | None = None,
+    native: Native | None = None,
+    sized: Callable[[Sequence[Planned]], int] | None = None,
+) -> list[Planned]:
+    """Every parameter in canonical order with its storage.
 
     Vectors stay f32. Position tables and matrices whose rows are no whole groups are f16 where others are quantized.
-    What the source holds at 4 bits is not upgraded to 8, which could not bring anything back.
+    At 4 bits, matrices that no override names become int8 while the budget lasts: in order of `gains`, where they were
+    measured, else in a fixed order. What the source holds at 4 bits is not among them, as int8 could not bring anything
+    back; and what a checkpoint was trained for stays as it is. native: the types of the one target. sized: bytes of the
+    largest artifact of a plan, which a recipe with a size needs.
+
+    Raises `UserError` for a level that does not exist, an override that changes nothing, and a budget out of reach.
     """
-    held = held or Held()
-    if level not in LEVELS:
-        raise UserError(f"{level}: no portable level ({nearest(level, LEVELS)})")
-    chosen = {p.name: _level(p, level) for p in params(spec)}
-    if CODES.get(level) == 4:
-        chosen.update(dict.fromkeys(_upgrades(spec, level, chosen, held), "q8"))
-    return [
-        Planned(p.name, p.shape, chosen[p.name], held.wide and kept(held.levels.get(p.name), chosen[p.name]))
-        for p in params(spec)
-    ]
+    asked, held = Recipe(recipe) if isinstance(recipe, str) else recipe, held or Held()
+    trained = held.recipe is not None and asked in (held.recipe, Recipe(held.recipe.level))
+    asked = held.recipe if trained and held.recipe is not None else asked
+    chosen = _base(spec, asked.level, native)
+    fixed = _overridden(spec, asked.overrides, native)
+    chosen |= fixed
+
+    def planned(upgraded: budget.Upgrades = ()) -> list[Planned]:
+        levels = chosen | dict.fromkeys(upgraded, "q8")
+        return [
+            Planned(p.name, p.shape, levels[p.name], held.wide and kept(held.levels.get(p.name), levels[p.name]))
+            for p in params(spec)
+        ]
+
+    if trained:
+        chosen |= held.levels
+        return planned()
+    if CODES.get(asked.level) != 4:
+        for option, value in (("bits", asked.bits), ("size", asked.size)):
+            if value is not None:
+                raise UserError(f"--{option}: a budget is spent on int8 beside 4 bits, and {asked.level} has one width "
+                                "for all (use --quant q4 or q4-g128)")  # fmt: skip
+        return planned()
+    free = [n for n, level in chosen.items() if level == asked.level and n not in fixed]
+    free = [n for n in free if not kept(held.levels.get(n), asked.level)]
+    return planned(_upgraded(spec, asked, chosen, free, gains, native, sized and (lambda u: sized(planned(u)))))
+
+
+def _upgraded(
+    spec: Spec,
+    asked: Recipe,
+    chosen: Mapping[str, str],
+    free: Sequence[str],
+    gains: Gains | None,
+    native: Native | None,
+    sized: Callable[[budget.Upgrades], int] | None,
+) -> budget.Upgrades:
+    """Which of the free matrices become int8."""
+    matrices = {p.name: p.size for p in params(spec) if p.matrix}
+    costs = {n: matrices[n] * (LEVELS["q8"].stored - LEVELS[asked.level].stored) for n in free}
+    names = budget.order(spec, free, every=gains is not None or asked.bits is not None or asked.size is not None)
+    if gains is not None:
+        names = budget.by_gain(names, gains, costs)
+    smaller = "--quant q4-g128 takes less" if asked.level == "q4" else "that is all of it at 4 bits"
+    hint = "fewer or smaller overrides take less" if asked.overrides else smaller
+    if asked.size is not None:
+        if asked.bits is not None:
+            raise UserError("--bits and --size: two budgets (give one)")
+        assert sized is not None, "who asks for a size can tell that of a plan"
+        return budget.to_size(asked.size, sized, names, costs, hint)
+    spent, total = (
+        sum(n * _stored(chosen[name], native and native.bits) for name, n in matrices.items()),
+        sum(matrices.values()),
+    )
+    if asked.bits is not None:
+        return budget.to_bits(asked.bits, spent, total, names, costs, hint)
+    return budget.fill(names, costs, BUDGET * total - spent)
 
 
 def kept(held: str | None, level: str) -> bool:
     """Whether codes and scales go on as they are: to the same level, from 4 bits to 8, from groups of 128 to 32."""
     return held is not None and held in GROUPS and takes(level, CODES[held], GROUPS[held])
+
+
+def _base(spec: Spec, level: str, native: Native | None) -> dict[str, str]:
+    """Every parameter at one level."""
+    if level in LEVELS:
+        return {p.name: _level(p, level) for p in params(spec)}
+    if native is None or level not in native.levels:
+        raise UserError(f"{level}: no portable level ({nearest(level, LEVELS)})")
+    types = native.types(level)
+    return {p.name: types[p.name] for p in params(spec)}
 
 
 def _level(p: Param, level: str) -> str:
@@ -62,35 +170,58 @@ def _level(p: Param, level: str) -> str:
     return level
 
 
-def _upgrades(spec: Spec, level: str, chosen: Mapping[str, str], held: Held) -> Iterator[str]:
-    """Matrices that become int8, greedily in the fixed order, each only if it still fits."""
-    matrices = {p.name: p.size for p in params(spec) if p.matrix}
-    spent = sum(n * LEVELS[chosen[name]].stored for name, n in matrices.items())
-    allowed = BUDGET * sum(matrices.values())
-    for name in _order(spec):
-        if chosen.get(name) != level or kept(held.levels.get(name), level):
-            continue
-        extra = matrices[name] * (LEVELS["q8"].stored - LEVELS[level].stored)
-        if spent + extra <= allowed:
-            spent += extra
-            yield name
+def _overridden(spec: Spec, overrides: Sequence[tuple[str, str]], native: Native | None) -> dict[str, str]:
+    """The matrices that overrides name, with their levels. Raises `UserError`, a line for each override that does
+    nothing."""
+    out: dict[str, str] = {}
+    problems = []
+    for glob, level in overrides:
+        try:
+            out |= _override(spec, glob, level, native)
+        except UserError as e:
+            problems.append(f"--override {glob}={level}: {e}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return out
 
 
-def _order(spec: Spec) -> Iterator[str]:
-    layers = sorted(range(spec.depth), key=lambda i: (_rank(i, spec.depth), i))
-    for kind in PAYS_MOST:
-        if kind.startswith(("attn.", "mlp.")):
-            yield from (f"layers.{i}.{kind}" for i in layers)
-        else:
-            yield kind
+def _override(spec: Spec, glob: str, level: str, native: Native | None) -> dict[str, str]:
+    known = (*LEVELS, *(native.levels if native else ()))
+    if level not in known:
+        raise UserError(f"no such level ({nearest(level, known)})")
+    named = _matching(spec, glob)
+    matrices = [p for p in named if p.matrix]
+    if not named:
+        if spec.head.tied and fnmatchcase("head", glob.removesuffix(".weight")):
+            raise UserError(f"the head is tied to the embedding (use embed={level})")
+        raise UserError(f"matches no tensor ({nearest(glob, _kinds(spec))})")
+    if not matrices:
+        what = "a router" if any(p.role == "router" for p in named) else "a vector"
+        raise UserError(f"{named[0].name} is {what}, which stays f32 at every level ({nearest(glob, _kinds(spec))})")
+    types = native.types(level) if native is not None and level not in LEVELS else None
+    if types is not None:
+        return {p.name: types[p.name] for p in matrices}
+    able = [p for p in matrices if _level(p, level) == level]
+    if not able:
+        p = matrices[0]
+        why = (f"{p.shape[-1]} columns are no multiple of {GROUPS[level]}" if not fits(level, p.shape[-1])
+               else "positions are never quantized")  # fmt: skip
+        raise UserError(f"{p.name}: {why} (f16, bf16 and f32 hold it)")
+    return {p.name: _level(p, level) for p in matrices}
 
 
-def _rank(i: int, depth: int) -> int:
-    """0: the first and last eighth; 1: every third layer between; 2: the others (llama.cpp's mixtures do likewise)."""
-    eighth = max(1, depth // 8)
-    if i < eighth or i >= depth - eighth:
-        return 0
-    return 1 if (i - eighth) % 3 == 2 else 2
+def _matching(spec: Spec, glob: str) -> list[Param]:
+    return [p for p in params(spec) if fnmatchcase(p.name, glob) or fnmatchcase(_short(p.name), glob)]
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _kinds(spec: Spec) -> list[str]:
+    """What globs can name: every matrix once, layers as a star."""
+    found = (_short(p.name).split(".") for p in params(spec) if p.matrix)
+    return list(dict.fromkeys(".".join("*" if part.isdecimal() else part for part in parts) for parts in found))
 
 
 def _quantizable(p: Planned) -> bool:
@@ -98,24 +229,37 @@ def _quantizable(p: Planned) -> bool:
     return len(p.shape) > 1 and not p.name.endswith((".router.weight", ".shared_gate.weight"))
 
 
-def bits_per_weight(planned: Sequence[Planned], stored: Mapping[str, float] | None = None) -> float:
-    """Stored bits per weight over all matrices; `stored` gives the bits of native levels."""
-    bits = {name: level.stored for name, level in LEVELS.items()} | dict(stored or {})
+def _stored(level: str, bits: Callable[[str], float] | None) -> float:
+    if level in LEVELS:
+        return LEVELS[level].stored
+    assert bits is not None, f"{level} is no portable level"
+    return bits(level)
+
+
+def bits_per_weight(planned: Sequence[Planned], bits: Callable[[str], float] | None = None) -> float:
+    """Stored bits per weight over all matrices; `bits` gives those of a target's own types."""
     matrices = [p for p in planned if _quantizable(p)]
-    total = sum(prod(p.shape) for p in matrices)
-    return sum(prod(p.shape) * bits[p.level] for p in matrices) / total
+    return sum(prod(p.shape) * _stored(p.level, bits) for p in matrices) / sum(prod(p.shape) for p in matrices)
 
 
-def notes(spec: Spec, planned: Sequence[Planned], level: str) -> list[str]:
-    """What a user should know about a portable plan."""
-    out = []
-    odd = [p for p in planned if _quantizable(p) and p.level == "f16" != level and p.name != "positions.weight"]
+def notes(
+    spec: Spec, planned: Sequence[Planned], recipe: Recipe | str, bits: Callable[[str], float] | None = None
+) -> Iterator[str]:
+    """What a user should know about a plan."""
+    asked = Recipe(recipe) if isinstance(recipe, str) else recipe
+    if asked.level not in LEVELS:
+        return
+    wanted = {p.name: asked.level for p in params(spec)}
+    for glob, level in asked.overrides:
+        wanted |= {p.name: level for p in _matching(spec, glob)}
+    odd = [p for p in planned if _quantizable(p) and p.level == "f16" and p.name != "positions.weight"]
+    odd = [p for p in odd if wanted[p.name] in GROUPS]
     if odd:
         names = ", ".join(f"{p.name} [{p.shape[0]}, {p.shape[1]}]" for p in odd[:3])
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        out.append(f"stays f16 (width no multiple of {GROUPS.get(level, 32)}): {names}{more}")
-    if CODES.get(level) == 4:
-        bits = bits_per_weight(planned)
-        if bits > BUDGET:
-            out.append(f"{bits:.2f} bits/weight: more than {BUDGET}, because of what stays f16")
-    return out
+        yield f"stays f16 (width no multiple of {GROUPS[wanted[odd[0].name]]}): {names}{more}"
+    if CODES.get(asked.level) == 4 and asked.bits is None and asked.size is None:
+        spent = bits_per_weight(planned, bits)
+        if spent > BUDGET:
+            why = "the overrides" if asked.overrides else "what stays f16"
+            yield f"{spent:.2f} bits/weight: more than {BUDGET}, because of {why}"

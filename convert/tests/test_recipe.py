@@ -59,7 +59,7 @@ def test_odd_widths_stay_f16_and_are_named() -> None:
     planned = recipe.plan(s, "q4")
     assert {p.level for p in planned if "mlp.down" in p.name} == {"f16"}
     assert {p.level for p in planned if "mlp.up" in p.name} == {"q4"}
-    notes = recipe.notes(s, planned, "q4")
+    notes = list(recipe.notes(s, planned, "q4"))
     assert "layers.0.mlp.down.weight [256, 700], layers.1" in notes[0] and "and 9 more" in notes[0]
     assert "more than 4.95" in notes[1]
 
