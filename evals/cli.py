@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from backends.threads import share_cores
+from evals.quant.cli import app as quant
 from spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,10 +24,13 @@ app = App(
 
 Example: python -m evals tiny.q4.gguf tiny.q8.gguf --reference runs/tiny
 
+`python -m evals quant SOURCE` makes the levels of a checkpoint itself, ours and other tools', and measures them.
+
 Exit status 0: measured and nothing failed; 1: an artifact crashed or failed a check; 2: something to fix in the command
 or its files.""",
     version_flags=[],
 )
+app.command(quant)
 
 
 @app.default

@@ -60,12 +60,17 @@ def reference_logits(source: Any, ids: NDArray[np.int64], out: Path, session: in
     spec: Spec = source.spec
     shape = (*ids.shape, spec.vocab_size)
     target = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=shape)
-    name, logits = _torch(source, session) or _numpy(source, session)
+    name, logits = forward(source, session)
     for i, row in enumerate(ids):
         target[i] = logits(row[None])[0]
         tick()
     target.flush()
     return name
+
+
+def forward(source: Any, session: int) -> tuple[str, Callable[[NDArray[np.int64]], Any]]:
+    """What computes a source's float32 logits, and the function from ids [B, T] to them [B, T, V]."""
+    return _torch(source, session) or _numpy(source, session)
 
 
 def _torch(source: Any, session: int) -> tuple[str, Callable[[NDArray[np.int64]], Any]] | None:

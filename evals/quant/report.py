@@ -1,0 +1,152 @@
+"""A study as a table, as files (JSON, CSV, Markdown), and as a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spec.errors import MissingDependency
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def _digits(x: float, se: float, form: str = "") -> str:
+    """A value and its standard error, to two digits of the error."""
+    if not math.isfinite(x):
+        return "-"
+    digits = max(0, 1 - math.floor(math.log10(se))) if se > 0 else 4
+    return f"{x:{form}.{digits}f} ± {se:.{digits}f}"
+
+
+def _perplexity(r: Row) -> str:
+    value = math.exp(r["nll"])
+    return _digits(value, value * r["nll_se"])
+
+
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("bits/weight", lambda r: f"{r['bits']:.3f}"),
+    ("in the file", lambda r: f"{r['file_bits']:.3f}"),
+    ("mean KL", lambda r: _digits(r["kl_mean"], r["kl_se"])),
+    ("KL / baseline", lambda r: _digits(r["against"]["kl_ratio"], r["against"]["kl_ratio_se"])),
+    ("delta NLL", lambda r: _digits(r["delta_nll"], r["delta_nll_se"], "+")),
+    ("perplexity", _perplexity),
+    ("top-1", lambda r: f"{r['top1']:.2%}"),
+    ("seconds", lambda r: f"{r['seconds']:.0f}"),
+)
+
+
+def cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of text; a row that could not be measured has its reason in the third column."""
+    heads = ["", "made by", *(name for name, _ in COLUMNS)]
+    rows = []
+    for r in result["rows"]:
+        if "kl_mean" not in r:
+            rows.append([r["name"], r["by"], r["reason"]])
+            continue
+        values = []
+        for _, show in COLUMNS:
+            try:
+                values.append(show(r))
+            except KeyError:
+                values.append("-")
+        rows.append([r["name"], r["by"], *values])
+    return heads, rows
+
+
+def caption(result: dict[str, Any]) -> str:
+    """What was measured, in one sentence."""
+    told = f"{Path(result['source']).name} ({result['weights'] / 1e6:.1f} M weights), {result['tokens']} tokens of "
+    told += f"{Path(result['text']).name} in windows of {result['window']}"
+    if result["original"]:
+        told += f"; the original's perplexity is {result['original']['perplexity']:.3f}"
+    if result["baseline"]:
+        told += f"; baseline: {result['baseline']}"
+    return told
+
+
+def table(result: dict[str, Any]) -> Table:
+    """For a terminal."""
+    from rich.table import Table
+
+    heads, rows = cells(result)
+    out = Table(title=caption(result), title_justify="left")
+    for i, head in enumerate(heads):
+        out.add_column(head, justify="left" if i < 2 else "right", no_wrap=i != 1)
+    for row in rows:
+        if len(row) == len(heads):
+            out.add_row(*row)
+    return out
+
+
+def absent(result: dict[str, Any]) -> list[str]:
+    """A line for each variant that could not be measured."""
+    return [f"{r['name']}: {r['reason']}" for r in result["rows"] if "kl_mean" not in r]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A table, its caption above, what is missing below."""
+    heads, rows = cells(result)
+    whole = [row for row in rows if len(row) == len(heads)]
+    lines = [caption(result) + ".", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "|".join(["---"] * 2 + ["---:"] * (len(heads) - 2)) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in whole]
+    missing = absent(result)
+    if missing:
+        lines += ["", "Not measured:", "", *(f"- {line}" for line in missing)]
+    return "\n".join(lines) + "\n"
+
+
+FIELDS = ("name", "by", "bits", "file_bits", "kl_mean", "kl_se", "kl_999", "kl_max", "nll", "nll_se", "delta_nll",
+          "delta_nll_se", "top1", "top1_clear", "seconds", "reason")  # fmt: skip
+
+
+def comma_separated(result: dict[str, Any]) -> str:
+    """Every number, a line for each variant."""
+    out = io.StringIO()
+    compared = ("kl_ratio", "kl_ratio_se", "nll_difference", "nll_difference_se")
+    writer = csv.DictWriter(out, [*FIELDS, *compared], restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for r in result["rows"]:
+        writer.writerow({**r, **r.get("against", {})})
+    return out.getvalue()
+
+
+def write(result: dict[str, Any], folder: Path) -> list[Path]:
+    """quant.json, .csv, .md, .svg and .png in a folder; without matplotlib no pictures, and `MissingDependency` once
+    the others are written."""
+    from convert.verify.report import dumps
+    from evals.quant.plot import figure
+
+    texts = {"json": dumps(result), "csv": comma_separated(result), "md": markdown(result)}
+    written = []
+    for kind, text in texts.items():
+        path = folder / f"quant.{kind}"
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    if not any("kl_mean" in r for r in result["rows"]):
+        return written
+    try:
+        drawn = figure(result)
+    except ImportError:
+        raise MissingDependency(f"{folder}: no plot: matplotlib is not installed (pip install 'allotrope[train]')") from None
+    for kind in ("svg", "png"):
+        path = folder / f"quant.{kind}"
+        drawn.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
+        written.append(path)
+    return written
+
+
+def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Measured rows by who made them, each in the order of its bits."""
+    out: dict[str, list[Row]] = {}
+    for r in rows:
+        if "kl_mean" in r:
+            out.setdefault(r["by"], []).append(r)
+    return {by: sorted(found, key=lambda r: r["bits"]) for by, found in out.items()}
