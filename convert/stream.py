@@ -78,11 +78,13 @@ class Stream:
 
     def _read(self) -> Iterator[tuple[str, int, Values]]:
         for name in self.source.names():
+            calibrated = self.source.rounding if name in (self.source.rounding or ()) else None
             digest = ContentHash()
             for start, rows in self.source.values(name):
-                digest.update(rows.dequantize() if isinstance(rows, QuantizedTensor) else rows)
+                if calibrated is None:
+                    digest.update(rows.dequantize() if isinstance(rows, QuantizedTensor) else rows)
                 yield name, start, rows
-            self.hashes[name] = digest.hexdigest()
+            self.hashes[name] = digest.hexdigest() if calibrated is None else calibrated.source_hashes[name]
 
 
 def _finished(waiting: deque[tuple[str, int, int, Future[Values]]]) -> Block:

@@ -15,13 +15,26 @@ __all__ = ["Source", "open_source"]
 KINDS = "a source is a checkpoint folder of ours, a Hugging Face folder, a .gguf file, or hf:owner/name"
 
 
-def open_source(path: str | Path, adapters: Sequence[str | Path] = ()) -> Source:
+def open_source(path: str | Path, adapters: Sequence[str | Path] = (), rounding: str | Path | None = None) -> Source:
     """Open a checkpoint: everything about it is checked, and no weight is read.
 
     path: a folder, a GGUF file, or hf:owner/name[@revision]. adapters: LoRA adapters to merge into its weights,
-    likewise. Raises `UserError` (or `SpecError`, with every problem at once) where it is missing, damaged or of no
-    known kind.
+    likewise. rounding: the folder of a calibrated rounding of it. Raises `UserError` (or `SpecError`, with every
+    problem at once) where it is missing, damaged or of no known kind.
     """
+    source = _opened(path, adapters)
+    if rounding is not None:
+        from convert.calibrate.store import Rounding
+
+        try:
+            source.attach(Rounding.open(rounding))
+        except BaseException:
+            source.close()
+            raise
+    return source
+
+
+def _opened(path: str | Path, adapters: Sequence[str | Path]) -> Source:
     path, folders = located(path), [located(a) for a in adapters]
     if not path.exists():
         raise UserError(f"{path}: no such folder or file ({KINDS})")

@@ -9,7 +9,7 @@ from itertools import islice
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from spec.config import Spec
 from spec.errors import UserError
 from spec.layout import Layout
 from spec.params import params
+
+if TYPE_CHECKING:
+    from convert.calibrate.store import Rounding
 
 BLOCK = 1 << 21
 """Weights in a row block: 8 MiB as float32."""
@@ -54,6 +57,8 @@ class Source:
         """Options of backends that bring it back to where it came from, by backend."""
         self.adapters = tuple(dict(a) for a in adapters)
         """Name and sha256 of each adapter that is merged into what is read."""
+        self.rounding: Rounding | None = None
+        """The calibrated codes that `values` yields."""
         self._layout, self._tensors = layout, tensors
         self._params = {p.name: p for p in params(spec)}
         self._aliases = {c: e for e, c in (aliases or {}).items() if e in tensors.entries}
@@ -129,14 +134,25 @@ class Source:
         """What it holds as codes and scales."""
         return getattr(self._tensors, "held", None) or Held()
 
+    def attach(self, rounding: Rounding) -> None:
+        """Let `values` yield the codes of a calibrated rounding of this source. Raises `UserError` where it is one of
+        another model."""
+        rounding.check(self.spec)
+        self.rounding = rounding
+
     def values(self, name: str, rows: int | None = None) -> Iterator[tuple[int, Values]]:
-        """`blocks` as the source holds them: codes and scales where it has some."""
-        if name not in self.held.levels:
+        """`blocks` as they are stored: the codes and scales of an attached rounding, or the source's own, where there
+        are some."""
+        if self.rounding is not None and name in self.rounding:
+            fetch = self.rounding.rows
+        elif name in self.held.levels:
+            fetch = self._tensors.coded  # type: ignore[attr-defined]
+        else:
             yield from self.blocks(name, rows)
             return
         total, step = self.shape(name)[0], rows or self.rows(name)
         for start in range(0, total, step):
-            block = self._tensors.coded(name, start, min(total, start + step))  # type: ignore[attr-defined]
+            block = fetch(name, start, min(total, start + step))
             _finite(self._label(name), start, block.scales)
             yield start, block
 
@@ -154,6 +170,8 @@ class Source:
     def close(self) -> None:
         """Close the files."""
         self._tensors.close()
+        if self.rounding is not None:
+            self.rounding.close()
 
     def __enter__(self) -> Self:
         return self
