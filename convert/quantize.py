@@ -58,8 +58,9 @@ class TooLarge(UserError):
     def at(self, name: str, start: int) -> str:
         """The message, for a block that begins at row `start` of tensor `name`."""
         place = f"{name}: row {start + self.row}" if name else f"row {start + self.row}"
-        limit = f"at most {self.limit:.6g}"
-        return f"{place}: a weight of {self.value:.6g} is beyond {self.level} ({limit}): use --quant f32"
+        fits = "f16" if self.level.startswith("q") and self.value <= 65504 else "f32"
+        fix = f"--override '{name.removesuffix('.weight')}={fits}'" if name else f"--quant {fits}"
+        return f"{place}: a weight of {self.value:.6g} is beyond {self.level} (at most {self.limit:.6g}): use {fix}"
 
 
 def round_floats(block: Floats, level: str) -> Floats:
@@ -94,7 +95,7 @@ def quantize(block: Floats, bits: int, group: int = 32, weights: Floats | None =
     """Rows [r, c] of a matrix on the portable grid; c is a multiple of `group`, and every value is finite.
 
     `weights` [c], positive, are the importances of the input channels: they weight the squared errors. Raises
-    `UserError` where a weight is too large for a float16 scale.
+    `TooLarge` where a weight is too large for a float16 scale, or no number.
     """
     grid = GRIDS[bits]
     rows, cols = block.shape
@@ -104,11 +105,12 @@ def quantize(block: Floats, bits: int, group: int = 32, weights: Floats | None =
     scales = np.empty(len(grouped), np.float32)
     importance = None if weights is None else np.ascontiguousarray(weights, np.float32).reshape(-1, group)
     search = _Search(grid, group)
-    for a in range(0, len(grouped), CHUNK):
-        z = min(a + CHUNK, len(grouped))
-        w = None if importance is None else importance[np.arange(a, z) % len(importance)].T
-        q, scales[a:z] = search(grouped[a:z], w)
-        codes[a:z] = q.T
+    with np.errstate(invalid="ignore", over="ignore"):  # of what is no number, which is refused below
+        for a in range(0, len(grouped), CHUNK):
+            z = min(a + CHUNK, len(grouped))
+            w = None if importance is None else importance[np.arange(a, z) % len(importance)].T
+            q, scales[a:z] = search(grouped[a:z], w)
+            codes[a:z] = q.T
     too_large = np.flatnonzero(scales > grid.largest)
     if len(too_large):
         row = int(too_large[0]) * group // cols
@@ -152,6 +154,7 @@ class _Search:
         for _ in range(self.grid.refine):
             consider(round_scale(np.maximum(self._least_squares(x, scale, y, q, w), amax / np.float32(9.5))))
         scale[amax == 0] = ZERO_GROUP
+        scale[~np.isfinite(amax)] = np.inf
         self._codes(x, scale, y, q)
         return q, scale
 

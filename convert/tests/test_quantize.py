@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from backends.base import QuantizedTensor
-from convert.quantize import GRIDS, error, quantize, round_floats, round_scale
+from convert.quantize import GRIDS, TooLarge, error, quantize, round_floats, round_scale
 from spec.errors import UserError
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
@@ -119,6 +119,52 @@ def test_weights_beyond_a_float16_scale_are_refused(bits: int) -> None:
     x[2, 5] = 1e6
     with pytest.raises(UserError, match=r"row 2: a weight of 1e\+06 is beyond q"):
         quantize(x, bits)
+
+
+@BITS
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_never_becomes_a_scale(bits: int, value: float) -> None:
+    x = np.ones((3, 64), np.float32)
+    x[1, 40] = value
+    with pytest.raises(UserError, match="row 1: a weight of"):
+        quantize(x, bits)
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(4, 57120), (8, 64770)])
+def test_float16s_largest_numbers_are_held_to_the_last_that_fits(bits: int, largest: float) -> None:
+    x = np.full((2, 32), 1e-3, np.float32)
+    x[1, :2] = largest, -largest
+    q = quantize(x, bits)
+    np.testing.assert_array_equal(q.dequantize()[1, :2], [largest, -largest])
+    assert np.isfinite((q.scales * GRIDS[bits].low).astype(np.float16)).all()
+    x[1, 0] = 65504
+    with pytest.raises(UserError, match=rf"head.weight: row 8: a weight of 65504 is beyond q{bits}.*'head=f16'"):
+        raise UserError(_refusal(x, bits).at("head.weight", 7))
+
+
+def _refusal(x: np.ndarray, bits: int) -> TooLarge:
+    with pytest.raises(TooLarge) as e:
+        quantize(x, bits)
+    return e.value
+
+
+@BITS
+@pytest.mark.parametrize("value", [1.0, -1.0, 0.02, 2.0**-14, 1e-7, 57000.0, -57000.0])
+def test_constant_groups_are_as_near_as_a_scale_of_eight_bits_can_be(bits: int, value: float) -> None:
+    q = quantize(np.full((1, 32), value, np.float32), bits)
+    assert len(np.unique(q.codes)) == 1
+    # a scale is within 2^-9 of what is wanted, and within half of float16's smallest number where that is coarser
+    near = max(abs(value) * 2.0**-9, abs(int(q.codes[0, 0])) * 2.0**-25)
+    np.testing.assert_allclose(q.dequantize(), value, rtol=0, atol=near)
+
+
+@BITS
+@pytest.mark.parametrize("value", [1e-45, -1e-40, 1.1e-38, 2.0**-26])
+def test_denormals_round_to_zero_or_to_the_smallest_scale(bits: int, value: float) -> None:
+    x = np.full((1, 32), value, np.float32)
+    q = quantize(x, bits)
+    assert (q.scales > 0).all()
+    assert np.abs(q.dequantize() - x).max() <= 2.0**-25
 
 
 @given(st.floats(2.0**-30, 8000, width=32))
