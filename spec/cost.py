@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spec.config import Block, MoE, Spec
+from spec.levels import GROUPS, LEVELS, fits
 from spec.params import Param, params
 
 TRAIN_STATE: Mapping[str, int] = {"weights": 4, "gradients": 4, "AdamW moments": 8}
 """Bytes a parameter while training: float32 master weights, gradients, and two float32 moments."""
 
-BITS: Mapping[str, float] = {"f32": 32, "bf16": 16, "f16": 16, "q8": 8.5, "q4": 4.95}
-"""Bits a weight of the portable levels (matrices; a scale of 16 bits serves 32 weights). For q4 an upper bound."""
+BITS: Mapping[str, float] = {name: 4.95 if level.bits == 4 else level.stored for name, level in LEVELS.items()}
+"""Bits a weight of the portable levels (matrices, scales counted). For those of four bits an upper bound."""
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,16 @@ def cache_bytes_per_token(spec: Spec, width: int = 2) -> int:
 
 def weight_bytes(spec: Spec, level: str) -> int:
     """Bytes of the weights at a portable level: vectors in float32; learned positions, and matrices whose input width
-    is no multiple of 32, in float16 where the level has groups. For q4 an upper bound; file headers and tokenizers come
+    is no multiple of the level's group, in float16. For q4 and q4-g128 an upper bound; file headers and tokenizers come
     on top."""
     bits = BITS[level]
-    grouped = level in ("q8", "q4")
     total = 0.0
     for p in params(spec):
         if not p.matrix:
             total += 32 * p.size
         else:
-            narrow = p.shape[-1] % 32 or p.name == "positions.weight"
-            total += (16 if grouped and narrow else bits) * p.size
+            whole = fits(level, p.shape[-1]) and p.name != "positions.weight"
+            total += (bits if whole or level not in GROUPS else 16) * p.size
     return int(-(-total // 8))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -52,3 +52,9 @@ def takes(level: str, bits: int, group: int) -> bool:
     """Whether a level holds codes of `bits` bits with a scale for `group` weights as they are: codes fit into its own,
     and a scale is repeated where its groups are smaller."""
     return level in GROUPS and bits <= CODES[level] and group % GROUPS[level] == 0
+
+
+def joined(levels: Iterable[str]) -> str:
+    """The level that takes codes and scales of all these as they are: the widest codes, the smallest groups."""
+    found = set(levels)
+    return min((x for x in GROUPS if all(takes(x, CODES[y], GROUPS[y]) for y in found)), key=lambda x: LEVELS[x].stored)

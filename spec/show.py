@@ -13,6 +13,7 @@ from rich.table import Table
 
 from spec import cost
 from spec.config import Alibi, Block, FeedForward, MoE, Norm, Rope, Spec
+from spec.levels import CODES
 from spec.load import load, presets
 from spec.params import params
 
@@ -267,7 +268,7 @@ def print_facts(spec: Spec, length: int | None = None) -> None:
 
     t = _table("Memory to run", "level", "weights>", "bits/weight>", "with the cache>")
     for level, n in data["weight_bytes"].items():
-        bound = "<= " if level == "q4" else ""
+        bound = "<= " if CODES.get(level) == 4 else ""
         t.add_row(level, bound + size(n), f"{bound}{8 * n / total:.2f}", bound + size(n + cache["bytes"]))
     console.print(t)
 

@@ -22,14 +22,13 @@ from backends.coreml.support import compute_dtype
 from backends.folder import end_ids
 from spec.config import Spec
 from spec.errors import UserError
+from spec.levels import CODES, GROUPS
 from spec.load import dump
 from spec.params import params
 from spec.rope import rope_tables
 
 __all__ = ["CoreMLWriter", "pack", "recipe", "size", "stamp", "writer"]
 
-GROUP = 32
-"""Weights that share a scale."""
 WHOLE = "package.mlpackage"
 """Where coremltools writes, inside the partial folder: it wants that suffix."""
 
@@ -140,10 +139,10 @@ class CoreMLWriter:
 
 def _room(p: Planned) -> Any:
     """Where a tensor's rows are collected: codes and scales, or floats of the stored width."""
-    if p.level in ("q8", "q4"):
-        rows, cols = p.shape
-        scales = np.empty((rows, cols // GROUP), np.float32)
-        return QuantizedTensor(np.empty(p.shape, np.int8), scales, int(p.level[1:]), GROUP)
+    if p.level in GROUPS:
+        (rows, cols), group = p.shape, GROUPS[p.level]
+        scales = np.empty((rows, cols // group), np.float32)
+        return QuantizedTensor(np.empty(p.shape, np.int8), scales, CODES[p.level], group)
     return np.empty(p.shape, np.float32 if p.level == "f32" else np.float16)
 
 
@@ -190,8 +189,8 @@ def _stored(p: Planned, scale: int, experts: int) -> int:
     if p.level in BITS:
         groups = p.shape[0] // group_rows(p.shape[0] // experts)
         return count * BITS[p.level] // 8 + groups * scale * (1 << BITS[p.level]) + 256
-    if p.level in ("q8", "q4"):
-        return count * int(p.level[1:]) // 8 + count // GROUP * scale + 256
+    if p.level in GROUPS:
+        return count * CODES[p.level] // 8 + count // GROUPS[p.level] * scale + 256
     return count * (4 if p.level == "f32" else 2) + 128
 
 

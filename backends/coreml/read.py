@@ -25,6 +25,7 @@ from backends.coreml.palettes import BITS, Palette, group_rows, palettize
 from backends.coreml.program import constants
 from spec.config import Spec
 from spec.errors import UserError
+from spec.levels import CODES
 from spec.load import parse, read_yaml
 
 SCALED, TABLE, HALF = "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense", "constexpr_cast"
@@ -192,7 +193,7 @@ def _type(p: Planned, compute: str, in_product: bool) -> tuple[str, str]:
         return TABLE, f"UINT{BITS[p.level]}"
     if p.level == "f16":
         return ("const" if compute == "f16" else HALF), "FLOAT16"
-    return {"q8": (SCALED, "INT8"), "q4": (SCALED, "INT4"), "f32": ("const", "FLOAT32")}[p.level]
+    return (SCALED, f"INT{CODES[p.level]}") if p.level in CODES else ("const", "FLOAT32")
 
 
 def _flat(i: Instruction) -> Instruction:

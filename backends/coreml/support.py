@@ -9,9 +9,10 @@ from backends.base import Option, Planned, Support
 from backends.coreml.palettes import BITS as PALETTES
 from spec.config import DynamicScaling, LongRopeScaling, Rope, Spec
 from spec.errors import nearest
+from spec.levels import LEVELS
 from spec.params import params
 
-PORTABLE = {"f32": 32.0, "f16": 16.0, "q8": 8.5, "q4": 4.5}
+PORTABLE = {level.name: level.stored for level in LEVELS.values() if level.name != "bf16"}
 """Portable levels that MIL has constants for, with the bits of a weight."""
 COUNTER = 1024
 """Beyond 2048 tokens float16 holds no single count: the position is kept as tokens % COUNTER and tokens // COUNTER."""

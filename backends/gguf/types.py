@@ -55,8 +55,8 @@ TYPES = {
 
 BY_ID = {t.id: t for t in TYPES.values()}
 
-PORTABLE = {"f32": "f32", "bf16": "bf16", "f16": "f16", "q8": "q8_0", "q4": "q4_0"}
-"""The portable levels and the containers that hold them exactly."""
+PORTABLE = {"f32": "f32", "bf16": "bf16", "f16": "f16", "q8": "q8_0", "q4": "q4_0", "q4-g128": "q4_0"}
+"""The portable levels and the containers that hold them exactly: Q4_0 says a scale for 128 weights four times."""
 
 _FALLBACK = {
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),

@@ -25,6 +25,7 @@ from backends.safetensors import INDEX, FileWriter, Tensor, header, index_table,
 from backends.tokens import misread
 from spec.config import Spec
 from spec.errors import UserError
+from spec.levels import CODES, GROUPS
 from spec.params import params
 
 __all__ = ["FolderWriter", "settled", "size", "stamp", "writer"]
@@ -119,7 +120,7 @@ class FolderWriter:
     def _fill(self) -> None:
         """What no tensor of the source provides: constants, and the shapes of packed tensors."""
         for s in self._store.slots.values():
-            if s.bits is not None:
+            if s.packed is not None:
                 self._of[f"{s.name}_shape"].rows(f"{s.name}_shape", 0, np.array(s.shape, "<i8"))
         for name, origin in self._store.fit.origins.items():
             if origin.name is None:
@@ -157,11 +158,12 @@ class FolderWriter:
     def _codes(self, shipped: str, start: int, values: QuantizedTensor) -> None:
         for run in self._store.layout.runs(shipped, start, start + len(values.codes)):
             slot, mine = self._store.slots[run.tensor], values[run.take]
-            if slot.bits is None:
+            if slot.packed is None:
                 self._put(slot, run.start, narrow(mine.dequantize(), slot.dtype))
                 continue
+            mine = mine.grouped(GROUPS[slot.packed])
             file = self._of[f"{slot.name}_packed"]
-            file.rows(f"{slot.name}_packed", run.start, pack(mine.codes, slot.bits))
+            file.rows(f"{slot.name}_packed", run.start, pack(mine.codes, CODES[slot.packed]))
             file.rows(f"{slot.name}_scale", run.start, narrow(mine.scales, slot.dtype))
 
     def close(self, receipt: dict[str, Any]) -> None:

@@ -14,13 +14,14 @@ from backends.base import Arithmetic, Planned, QuantizedTensor, Values
 from backends.hf.build import LEVELS_KEY, SCALES, configuration
 from backends.hf.carriers import told
 from backends.hf.fit import examine
-from backends.hf.store import BITS, GROUP, Slot, Store, codes_of, unpack
+from backends.hf.store import Slot, Store, codes_of, unpack
 from backends.hf.support import levels
 from backends.reading import differences, load_json, own_mark, read_back, tokenizer_problems
 from backends.safetensors import INDEX, WEIGHTS, FileReader, narrow, widen
 from spec.config import Spec
 from spec.errors import UserError
 from spec.layout import Run
+from spec.levels import CODES, GROUPS
 from spec.params import params
 
 Floats = NDArray[np.float32]
@@ -128,7 +129,7 @@ class Artifact:
                 if not np.array_equal(self._vector(name), self._vector(first)):
                     out[name] = f"differs from {first}, whose copy it is"
         for s in want.slots.values():
-            if s.bits is not None and tuple(self._raw(f"{s.name}_shape", 0, 2)) != s.shape:
+            if s.packed is not None and tuple(self._raw(f"{s.name}_shape", 0, 2)) != s.shape:
                 out[f"{s.name}_shape"] = f"is not {list(s.shape)}"
         return out
 
@@ -153,20 +154,21 @@ class Artifact:
         runs = self.store.layout.runs(shipped, start, stop)
         origin, cols = self._fit.origins[shipped].name, self._shapes[shipped][1:]
         slot = self.store.slots[runs[0].tensor]
-        if slot.bits is not None:
+        if slot.packed is not None:
+            own, bits, group = self.levels[str(origin)], CODES[slot.packed], GROUPS[slot.packed]
             codes = np.empty((stop - start, *cols), np.int8)
-            scales = np.empty((stop - start, cols[0] // GROUP), np.float32)
+            scales = np.empty((stop - start, cols[0] // group), np.float32)
             for r in runs:
                 end = r.start + len(r.take)
-                codes[r.take] = unpack(self._raw(f"{r.tensor}_packed", r.start, end), slot.bits)
+                codes[r.take] = unpack(self._raw(f"{r.tensor}_packed", r.start, end), bits)
                 scales[r.take] = self._raw(f"{r.tensor}_scale", r.start, end)
-            return QuantizedTensor(codes, scales, BITS[self.levels[str(origin)]], GROUP)
+            return QuantizedTensor(codes, scales, CODES[own], group).grouped(GROUPS[own])
         out = np.empty((stop - start, *cols), np.float32)
         for r in runs:
             out[r.take] = self._floats(self.store.slots[r.tensor], r)
         if origin in self.store.dense and self._scales is not None:
             scales = self._scales.rows(origin, start, stop).astype(np.float32)
-            found = codes_of(out, scales, BITS[self.levels[origin]])
+            found = codes_of(out, scales, self.levels[origin])
             if not isinstance(found, QuantizedTensor):
                 raise UserError(f"{self.path}: {origin}: rows {start}..{stop - 1} are no codes times {SCALES}'s scales")
             return found

@@ -7,12 +7,10 @@ from backends.carriers import explained
 from backends.hf import rotary
 from backends.hf.carriers import BY_ARCH, CARRIERS
 from backends.hf.fit import Fit, choose, examine
-from backends.hf.store import BITS, GROUP
 from spec.config import Spec
 from spec.errors import nearest
+from spec.levels import CODES, GROUPS, LEVELS, fits
 from spec.params import params
-
-LEVELS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8": 8.5, "q4": 4.5}
 
 OPTIONS = (Option("architecture", tuple(BY_ARCH), "", "transformers' class of models; by default the simplest"),)
 
@@ -24,7 +22,7 @@ def levels() -> tuple[str, ...]:
 
 def bits(level: str) -> float:
     """Bits that a weight takes at a level, scales counted."""
-    return LEVELS[level]
+    return LEVELS[level].stored
 
 
 def support(spec: Spec, level: str, architecture: str = "") -> Support:
@@ -52,24 +50,24 @@ def _notes(fit: Fit, level: str) -> list[str]:
     if boundary is not None:
         out.append(f"transformers takes LongRoPE's long factors for sequences of more than {boundary} tokens and the "
                    "short ones up to there: a text that grows beyond it in the cache mixes both")  # fmt: skip
-    if level not in BITS:
+    if level not in GROUPS:
         return out
-    narrow = sorted({p.shape[-1] for p in params(spec) if p.matrix and p.shape[-1] % GROUP})
+    narrow = sorted({p.shape[-1] for p in params(spec) if p.matrix and not fits(level, p.shape[-1])})
     if narrow:
-        out.append(f"matrices of width {', '.join(map(str, narrow))} stay f16: no multiples of {GROUP}")
-    out.append("transformers unpacks no embeddings: code * scale is stored, as float16 (q4) or float32 (q8)")
+        out.append(f"matrices of width {', '.join(map(str, narrow))} stay f16: no multiples of {GROUPS[level]}")
+    out.append("transformers unpacks no embeddings: code * scale is stored, as float16 (4 bits) or float32 (q8)")
     if fit.carrier.mixture is not None:
-        out.append(_experts(fit))
+        out.append(_experts(fit, level))
     if not fit.carrier.packs:
         out.append(f"nor products of {fit.carrier.arch}, which are stored in the same way: nothing is saved over f16")
-    elif level == "q4":
+    elif CODES[level] == 4:
         out.append("q, k and v (gate and up) have 8 bits where one of them is int8, as vLLM computes them together")
     return out
 
 
-def _experts(fit: Fit) -> str:
+def _experts(fit: Fit, level: str) -> str:
     if not fit.carrier.apart:
         return f"nor experts of {fit.carrier.arch}, which lie in one tensor: they are stored like embeddings"
-    if any(p.shape[-1] % GROUP for p in params(fit.source) if p.role == "experts"):
+    if any(not fits(level, p.shape[-1]) for p in params(fit.source) if p.role == "experts"):
         return "nor experts where some stay f16: all are stored stacked, like embeddings"
     return "packed experts have float32 scales (half a bit a weight more): transformers computes them in float32 alone"

@@ -19,10 +19,11 @@ from backends.mlx.bundle import source
 from backends.mlx.choose import choose
 from backends.mlx.container import Output, sharded
 from backends.mlx.layout import BUNDLED, Fit, Piece, Stored, arrange, quantization
-from backends.mlx.levels import FLOATS, NATIVE, computes, recipe
+from backends.mlx.levels import FLOATS, GRID, NATIVE, computes, recipe
 from backends.tokens import misread
 from spec.config import Spec
 from spec.errors import UserError
+from spec.levels import CODES
 
 __all__ = ["MLXWriter", "pack", "recipe", "size", "stamp", "writer"]
 
@@ -173,9 +174,9 @@ def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, *,
 
 
 def _level(planned: Sequence[Planned]) -> str:
-    """The level that a plan was made for: its quantized one, q4 where that is mixed with q8."""
+    """The level that a plan was made for: its quantized one, that of 4 bits where it is mixed with q8."""
     found = {p.level for p in planned if len(p.shape) > 1}
-    for level in ("q4", "q8", *NATIVE):
+    for level in (*sorted(GRID, key=CODES.__getitem__), *NATIVE):
         if level in found:
             return level
     return found.pop() if len(found) == 1 else "f16"

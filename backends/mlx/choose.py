@@ -14,6 +14,7 @@ from backends.mlx.layout import BUNDLED, Fit, Piece, Slot, bundled, fold_text, o
 from backends.mlx.levels import FLOATS, NATIVE, unpacked
 from spec.config import Rope, Spec
 from spec.errors import UserError
+from spec.levels import CODES
 from spec.params import Param, params
 
 NORMS = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "final_norm")
@@ -56,8 +57,8 @@ def _precision(c: Carrier, spec: Spec, level: str, compute: str) -> tuple[str, .
         return (f"compute {compute} beside matrices that stay f16",)
     if level in NATIVE and NATIVE[level].mode != "affine" and compute != "bf16":
         return (f"compute {compute} with {level}, whose embedding it reads in bf16",)
-    if level == "q4" and c.fused:
-        return ("q4, which mixes 4 and 8 bits in one joined matrix",)
+    if CODES.get(level) == 4 and c.fused:
+        return (f"{level}, which mixes 4 and 8 bits in one joined matrix",)
     return ()
 
 

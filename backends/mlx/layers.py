@@ -108,7 +108,7 @@ def quantized_product(w: Any, x: mx.array) -> mx.array:
 
 def in_blocks(multiply: Any, x: mx.array, w: Any, arrays: list[mx.array], block: int, **how: Any) -> mx.array:
     """A product with a quantized layer's weight, scales and biases (if any), [..., out, n] each; in float32 on devices
-    that need it, and there over `block` inputs at a time."""
+    that need it, and there over `block` inputs, or a group, at a time."""
 
     def part(first: int, last: int) -> mx.array:
         packed = slice(first * w.bits // 32, last * w.bits // 32)
@@ -118,7 +118,7 @@ def in_blocks(multiply: Any, x: mx.array, w: Any, arrays: list[mx.array], block:
             x[..., first:last], *own, transpose=True, group_size=w.group_size, bits=w.bits, mode=w.mode, **how
         )
 
-    width = x.shape[-1]
+    width, block = x.shape[-1], max(block, w.group_size)
     if not wide():
         return part(0, width)
     step = block if x.dtype == mx.float32 else width

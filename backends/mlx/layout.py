@@ -13,6 +13,7 @@ from backends.base import Planned
 from backends.mlx.container import Tensor
 from backends.mlx.levels import FLOATS, GRID, Packing, packing
 from spec.config import DynamicScaling, LongRopeScaling, Norm, Rope, Spec
+from spec.levels import joined
 from spec.params import Param, params
 
 BUNDLED = "model.py"
@@ -102,7 +103,7 @@ class Stored:
 
 def arrange(slots: Sequence[Slot], planned: Sequence[Planned], compute: str) -> list[Stored]:
     """Every slot with its precision. Vectors take the dtype of the activations: MLX would compute in float32 where
-    they were wider. A matrix made of q4 and q8 pieces is stored in 8 bits."""
+    they were wider. A matrix made of pieces of several levels is stored at the one that takes all of them."""
     levels = {p.name: p.level for p in planned}
     out = []
     for s in slots:
@@ -110,8 +111,8 @@ def arrange(slots: Sequence[Slot], planned: Sequence[Planned], compute: str) -> 
             out.append(Stored(s, "F32" if s.kept == "f32" else FLOATS[compute], None, "f32"))
             continue
         kinds = {levels[p.name] for p in s.pieces}
-        level = kinds.pop() if len(kinds) == 1 else "q8"
-        assert not kinds - set(GRID), f"{s.name} is made of {kinds}"
+        assert len(kinds) == 1 or kinds <= set(GRID), f"{s.name} is made of {kinds}"
+        level = kinds.pop() if len(kinds) == 1 else joined(kinds)
         out.append(
             Stored(s, FLOATS[level], None, level) if level in FLOATS
             else Stored(s, FLOATS[compute], packing(level, s.shape[1]), level)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spec.config import Spec
+from spec.levels import CODES, GROUPS
 from spec.params import params
 
 
@@ -30,7 +31,7 @@ class Packing:
 
 FLOATS: Mapping[str, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 """Float levels and their dtype in safetensors."""
-GRID: Mapping[str, Packing] = {"q8": Packing(8, 32), "q4": Packing(4, 32)}
+GRID: Mapping[str, Packing] = {name: Packing(CODES[name], GROUPS[name]) for name in GROUPS}
 """The portable levels: affine with a bias of -2^(bits - 1) scales."""
 NATIVE: Mapping[str, Packing] = {
     **{f"mlx-q{bits}": Packing(bits, 64) for bits in (2, 3, 4, 5, 6, 8)},
@@ -58,10 +59,10 @@ def computes(level: str) -> tuple[str, ...]:
 
 
 def packing(level: str, width: int) -> Packing | None:
-    """How a matrix with rows of `width` is stored at a level; none: in floats. Affine groups of 64 become 32 where the
-    width wants it."""
+    """How a matrix with rows of `width` is stored at a level; none: in floats. MLX's own affine groups of 64 become 32
+    where the width wants it."""
     p = GRID.get(level) or NATIVE.get(level)
-    if p is not None and p.mode == "affine" and width % p.group:
+    if p is not None and level in NATIVE and p.mode == "affine" and width % p.group:
         p = Packing(p.bits, 32)
     return p if p is not None and width % p.group == 0 else None
 

@@ -45,7 +45,8 @@ def from_floats(raw: NDArray[Any], dtype: str) -> Floats:
 
 def from_grid(q: QuantizedTensor, p: Packing, dtype: str, name: str) -> Parts:
     """The portable grid as affine: unsigned codes, bias = -2^(b-1) scale. Scales of 8 significant bits and such
-    biases are exact in every dtype. A 4-bit tensor may go into 8 bits."""
+    biases are exact in every dtype. A 4-bit tensor may go into 8 bits, and one of groups of 128 into groups of 32."""
+    q = q.grouped(p.group)
     assert q.group == p.group and q.bits <= p.bits
     zero = 1 << (p.bits - 1)
     codes = (q.codes.astype(np.int16) + zero).astype(np.uint8)

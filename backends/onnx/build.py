@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from backends.base import Planned, QuantizedTensor, Tokenizer, Values
 from backends.folder import stamp, write_mark, write_tokenizer
-from backends.onnx.layout import CODES, DATA, MODEL, Layout, Profile, Stored, constants, encode, layout, pack
+from backends.onnx.layout import DATA, MODEL, Layout, Profile, Stored, constants, encode, layout, pack
 from backends.placed import PlacedFile
 from spec.config import Spec
 from spec.errors import UserError
+from spec.levels import CODES
 
 __all__ = ["DataWriter", "GraphWriter", "OnnxWriter", "size", "stamp", "writer"]
 

@@ -12,9 +12,10 @@ import onnx_ir as ir
 from backends.onnx import mixture
 from backends.onnx.builder import CONTRIB, Builder
 from backends.onnx.kernels import QMOE, SWISHES, Kernel, grouped_experts, kernel
-from backends.onnx.layout import CODES, GROUP, Layout
+from backends.onnx.layout import Layout
 from backends.onnx.portable import Keys, Past, PortableOps, Rotation, Weight
 from spec.config import Activation, Attention, MoE, Norm
+from spec.levels import CODES, GROUPS
 from spec.ops import Step
 
 X = ir.Value
@@ -44,12 +45,13 @@ class OrtOps(PortableOps):
 
     def looked_up(self, name: str, rows: X) -> X:
         codes, scales = self.layout.parts(name)
-        bits = CODES[self.layout.levels[name]]
-        view = f"{codes.name}.rows", "u8", (codes.shape[0], scales.shape[1] * GROUP * bits // 8)
+        level = self.layout.levels[name]
+        bits, group = CODES[level], GROUPS[level]
+        view = f"{codes.name}.rows", "u8", (codes.shape[0], scales.shape[1] * group * bits // 8)
         table = self.g.stored(codes, view)
         return self.fused(
             "GatherBlockQuantized", table, rows, self.g.stored(scales),
-            bits=bits, block_size=GROUP, gather_axis=0, quantize_axis=1,
+            bits=bits, block_size=group, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
     def linear(self, x: X, w: Weight) -> X:
@@ -58,11 +60,11 @@ class OrtOps(PortableOps):
         if level not in CODES or w.experts:
             return super().linear(x, w)
         codes, scales = self.layout.parts(w.weight)
-        n, groups = scales.shape
+        (n, groups), group = scales.shape, GROUPS[level]
         bias = None if w.bias is None else self.narrow(self.vector(w.bias))
         return self.fused(
             "MatMulNBits", x, self.g.stored(codes), self.g.stored(scales), None, None, bias,
-            K=groups * GROUP, N=n, bits=CODES[level], block_size=GROUP, accuracy_level=ACCURACY[self.compute],
+            K=groups * group, N=n, bits=CODES[level], block_size=group, accuracy_level=ACCURACY[self.compute],
         )  # fmt: skip
 
     # Norms and activations
@@ -106,21 +108,22 @@ class OrtOps(PortableOps):
             }  # fmt: skip
         return self.fused(
             "QMoE", x, share, *self._joined(w.gate if m.gated else None, w.up, m), *self._joined(None, w.down, m),
-            *[None] * 6, share, k=m.router.top_k, normalize_routing_weights=0, block_size=GROUP, weights_prepacked=0,
-            expert_weight_bits=CODES[levels["up"]], fc2_expert_weight_bits=CODES[levels["down"]],
-            accuracy_level=ACCURACY[self.compute], **kind,
+            *[None] * 6, share, k=m.router.top_k, normalize_routing_weights=0, weights_prepacked=0,
+            block_size=GROUPS[levels["up"]], accuracy_level=ACCURACY[self.compute],
+            expert_weight_bits=CODES[levels["up"]], fc2_expert_weight_bits=CODES[levels["down"]], **kind,
         )  # fmt: skip
 
     def _joined(self, gate: Weight | None, w: Weight, m: MoE) -> tuple[X, X, X | None]:
-        """Codes [E, N, K * bits / 8], scales [E, N, K / 32] and biases [E, N] of one of QMoE's two matrices; a gate's
+        """Codes [E, N, K * bits / 8], scales [E, N, groups] and biases [E, N] of one of QMoE's two matrices; a gate's
         rows lie between those of `w`."""
         each, g = 1 if gate is None else 2, self.g
         first = w if gate is None else gate
         assert first.weight is not None
         codes, scales = self.layout.parts(first.weight)
         n, groups = scales.shape[0] // m.experts * each, scales.shape[1]
+        level = self.layout.levels[first.weight]
         end = ".experts" if gate is None else ".pairs"
-        nbytes = groups * GROUP * CODES[self.layout.levels[first.weight]] // 8
+        nbytes = groups * GROUPS[level] * CODES[level] // 8
         held = g.stored(codes, (codes.name + end, "u8", (m.experts, n, nbytes)))
         scaled = g.stored(scales, (scales.name + end, scales.dtype, (m.experts, n, groups)))
         if w.bias is None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from backends.onnx.builder import CONTRIB
-from backends.onnx.layout import GROUP, MODEL
+from backends.onnx.layout import MODEL
 
 FULL = 1
 """MatMulNBits' and QMoE's accuracy level for float32 arithmetic."""
@@ -58,15 +58,16 @@ def _dequantize(graph: ir.Graph, node: ir.Node) -> None:
         return value
 
     matrices: list[ir.Value | None] = []
+    group = node.attributes["block_size"].as_int()
     for (codes, scales, bias), bits in zip((held[:3], held[3:]), _bits(node), strict=True):
         assert codes is not None and scales is not None and isinstance(codes.const_value, ir.ExternalTensor)
         t, groups = codes.const_value, scales.const_value.shape.numpy()  # type: ignore[union-attr]
-        kind, shape = UNSIGNED[bits], ir.Shape((*groups[:2], groups[2] * GROUP))
+        kind, shape = UNSIGNED[bits], ir.Shape((*groups[:2], groups[2] * group))
         name = f"{codes.name}.exact"
         table = constant(name, ir.ExternalTensor(t.location, t.offset, t.length, kind, shape=shape, name=name))
         middle = np.full(groups, 1 << (bits - 1), kind.numpy())
         zero = constant(f"{name}.zero", ir.Tensor(middle, kind, name=f"{name}.zero"))
-        matrices += [add("DequantizeLinear", table, scales, zero, axis=2, block_size=GROUP), bias]
+        matrices += [add("DequantizeLinear", table, scales, zero, axis=2, block_size=group), bias]
     attributes = {n: node.attributes[n].value for n in SHARED if n in node.attributes}
     y = add("MoE", x, add("Log", share), *matrices, domain=CONTRIB, **attributes)
     if not node.attributes["normalize_routing_weights"].as_int():

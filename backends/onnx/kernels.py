@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from spec.config import Activation, Alibi, Attention, MoE, Rope
+from spec.levels import CODES, GROUPS
 
 
 class Kernel(Enum):
@@ -48,7 +49,9 @@ def grouped_experts(m: MoE, profile: str, compute: str, levels: Mapping[str, str
     for floats, MoE, computes token by token: the loop over experts is as fast for one token and faster for many.
     """
     kinds = set(levels.values())
-    if profile != "ort" or not kinds <= {"q4", "q8"} or (compute != "f32" and kinds != {"q4"}):
+    if profile != "ort" or not kinds <= set(GROUPS) or len({GROUPS[x] for x in kinds}) > 1:  # it has one block_size
+        return False
+    if compute != "f32" and any(CODES[x] == 8 for x in kinds):
         return False
     if not m.gated:
         return m.activation in QMOE

@@ -21,21 +21,18 @@ from numpy.typing import NDArray
 from backends.base import Planned, QuantizedTensor
 from backends.onnx.kernels import grouped_experts
 from spec.config import Alibi, MoE, Spec
+from spec.levels import CODES, GROUPS
 from spec.rope import alibi_slopes, rope_tables
 
 Profile: TypeAlias = Literal["ort", "portable"]
 
 DATA = "model.onnx.data"
 MODEL = "model.onnx"
-GROUP = 32
-"""Weights that share a scale on the portable grid."""
 ALIGNMENT = 4096
 """Of tensors of at least a page, so that they can be mapped from the file."""
 
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "i64": 64, "i8": 8, "u8": 8, "i4": 4}
 """Bits of an element by our names of types."""
-CODES = {"q8": 8, "q4": 4}
-"""Bits of a code at the quantized levels."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Layout:
     def shape(self, name: str) -> tuple[int, ...]:
         """A canonical tensor's own shape."""
         n, *rest = self.parts(name)[-1].shape
-        return (n, *rest) if self.levels[name] not in CODES else (n, rest[0] * GROUP)
+        return (n, *rest) if self.levels[name] not in CODES else (n, rest[0] * GROUPS[self.levels[name]])
 
     def parts(self, name: str) -> tuple[Stored, ...]:
         """Where a canonical tensor lies: itself, or its codes and scales."""
@@ -138,12 +135,12 @@ def _wanted(
     for p in planned:
         if p.level in CODES:
             codes, scales = part_names(p.name, p.level)
-            n, k = p.shape
+            (n, k), group = p.shape, GROUPS[p.level]
             if profile == "portable":
                 yield codes, f"i{CODES[p.level]}", (n, k)
             else:
-                yield codes, "u8", (n, k // GROUP, GROUP * CODES[p.level] // 8)
-            yield scales, compute, (n, k // GROUP)
+                yield codes, "u8", (n, k // group, group * CODES[p.level] // 8)
+            yield scales, compute, (n, k // group)
         else:
             yield p.name, p.level, p.shape
     for k, table in enumerate(rope_tables(spec)):

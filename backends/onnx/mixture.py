@@ -10,9 +10,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from backends.onnx.layout import CODES, GROUP
 from spec.config import MoE
 from spec.forward import dense
+from spec.levels import CODES, GROUPS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -97,25 +97,25 @@ def _ones_own(ops: PortableOps, x: X, w: Weight, level: str, n: int, k: int) -> 
     g, name = ops.g, w.weight or ""
     bias = None if w.bias is None else ops.narrow(g("Gather", ops.vector(w.bias, w.experts), w.expert, axis=0))
     if level in CODES:
-        table = _dequantized(ops, w, CODES[level], n, k)
+        table = _dequantized(ops, w, level, n, k)
     else:
         table = _typed(ops, g("Gather", ops.vector(name, w.experts), w.expert, axis=0), level)
-    if level == "q4":  # a group's even columns come before its odd ones
-        pairs = g("Reshape", x, g.ints(0, k // GROUP, GROUP // 2, 2))
+    if CODES.get(level) == 4:  # a group's even columns come before its odd ones
+        pairs = g("Reshape", x, g.ints(0, k // GROUPS[level], GROUPS[level] // 2, 2))
         x = g("Reshape", g("Transpose", pairs, perm=[0, 1, 3, 2]), g.ints(0, k))
     return g("Gemm", x, table, bias, transB=1)
 
 
-def _dequantized(ops: PortableOps, w: Weight, bits: int, n: int, k: int) -> X:
+def _dequantized(ops: PortableOps, w: Weight, level: str, n: int, k: int) -> X:
     """One expert's matrix [N, K] from its codes. At four bits the even columns of a group come before the odd ones:
     putting them in turn would take longer than all the rest.
 
     There is no Gather for int4, and DequantizeLinear in blocks takes four times as long on a CPU.
     """
-    g, signed = ops.g, ops.layout.profile == "portable"
+    g, signed, bits, group = ops.g, ops.layout.profile == "portable", CODES[level], GROUPS[level]
     codes, scales = ops.layout.parts(w.weight or "")
     kind = "i8" if signed and bits == 8 else "u8"
-    view = (w.experts, n, k // GROUP, GROUP * bits // 8)
+    view = (w.experts, n, k // group, group * bits // 8)
     found = g("Gather", g.stored(codes, (f"{codes.name}.experts", kind, view)), w.expert, axis=0)
     if bits == 4:
         if signed:

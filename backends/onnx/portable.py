@@ -17,8 +17,9 @@ import onnx_ir as ir
 from backends.onnx import attention, mixture
 from backends.onnx.builder import DTYPES, Builder
 from backends.onnx.kernels import Kernel, kernel
-from backends.onnx.layout import CODES, GROUP, Layout, Stored
+from backends.onnx.layout import Layout, Stored
 from spec.config import Activation, Attention, Block, MoE, Norm
+from spec.levels import CODES, GROUPS
 from spec.ops import Ops, Step
 from spec.rope import RopeTable
 
@@ -137,8 +138,8 @@ class PortableOps(Ops[X, Weight, Past]):
         """Rows [B, T] of a quantized matrix, dequantized: [B, T, K]."""
         g = self.g
         codes, scales = self.layout.parts(name)
-        groups = scales.shape[-1]
-        if self.layout.levels[name] == "q8":
+        groups, level = scales.shape[-1], self.layout.levels[name]
+        if CODES[level] == 8:
             found = self.to(self.gather(g.stored(codes), rows), self.compute)
         else:  # there is no int4 Gather: bytes are looked up, then taken apart, low code first
             view = f"{codes.name}.bytes", "u8", (codes.shape[0], codes.shape[1] // 2)
@@ -147,14 +148,14 @@ class PortableOps(Ops[X, Weight, Past]):
             high = g("BitShift", pairs, g.constant(4, "u8"), direction="RIGHT")
             raised = g("BitwiseXor", g("Concat", low, high, axis=-1), g.constant(8, "u8"))  # the signed code + 8
             found = g("Sub", self.to(raised, self.compute), self.number(8))
-        grouped = g("Reshape", found, g.ints(0, 0, groups, GROUP))
+        grouped = g("Reshape", found, g.ints(0, 0, groups, GROUPS[level]))
         each = g("Unsqueeze", self.gather(g.stored(scales), rows), g.ints(-1))
-        return g("Reshape", g("Mul", grouped, each), g.ints(0, 0, groups * GROUP))
+        return g("Reshape", g("Mul", grouped, each), g.ints(0, 0, groups * GROUPS[level]))
 
     def dequantized(self, name: str) -> X:
         """A whole quantized matrix [N, K] in the compute type."""
         codes, scales = (self.g.stored(t) for t in self.layout.parts(name))
-        return self.g("DequantizeLinear", codes, scales, axis=1, block_size=GROUP)
+        return self.g("DequantizeLinear", codes, scales, axis=1, block_size=GROUPS[self.layout.levels[name]])
 
     def matrix(self, name: str) -> X:
         """A whole matrix [K, N] in the compute type."""

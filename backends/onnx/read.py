@@ -14,9 +14,7 @@ from backends.base import Arithmetic, Floats, Planned, QuantizedTensor, Values
 from backends.onnx.genai import CONFIG, config, tokenizer_class
 from backends.onnx.kernels import Kernel, grouped_experts, kernel
 from backends.onnx.layout import (
-    CODES,
     DATA,
-    GROUP,
     MODEL,
     Profile,
     Stored,
@@ -32,6 +30,7 @@ from backends.onnx.support import OPTIONS, levels, session
 from backends.reading import differences, load_json, own_mark, read_back, tokenizer_problems
 from spec.config import MoE, Spec
 from spec.errors import UserError
+from spec.levels import CODES, GROUPS
 from spec.params import params
 
 VIEWS = (".bytes", ".rows", ".experts", ".pairs")
@@ -115,7 +114,7 @@ class GraphReader:
             found = self._find(codes)
             if found is not None:
                 whole = unpack(self._bytes(found, start, stop), bits, self.profile).reshape(stop - start, -1)
-                return QuantizedTensor(whole, self.floats(scales, start, stop), bits, GROUP)
+                return QuantizedTensor(whole, self.floats(scales, start, stop), bits, GROUPS[level])
         if name not in self._shapes:
             raise UserError(f"{self.folder}: {name} is no tensor of this model")
         return self.floats(name, start, stop)

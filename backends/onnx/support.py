@@ -8,18 +8,16 @@ from backends.base import Option, Support
 from backends.onnx.kernels import grouped_experts, kernel
 from spec.config import DynamicScaling, LongRopeScaling, MoE, Rope, Spec
 from spec.errors import nearest
+from spec.levels import GROUPS, LEVELS, fits
 from spec.params import params
 from spec.rope import rope_tables
-
-LEVELS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8": 8.5, "q4": 4.5}
-"""Portable levels and the bits that they store a weight in."""
 
 OPTIONS = (
     Option("profile", ("ort", "portable"), "ort", "ort: ONNX Runtime's fused operators; portable: standard ones only"),
     Option("compute", ("f32", "f16", "bf16"), "f32", "type of activations and caches: f32 for CPUs, 16 bits for CUDA"),
 )
 
-HOLDS = {"f32": tuple(LEVELS), "f16": ("f16", "q8", "q4"), "bf16": ("bf16", "q8", "q4")}
+HOLDS = {"f32": tuple(LEVELS), "f16": ("f16", *GROUPS), "bf16": ("bf16", *GROUPS)}
 """Levels whose weights a compute type holds without rounding them again."""
 
 LOOP = "Loop over experts"
@@ -34,7 +32,7 @@ def levels() -> tuple[str, ...]:
 
 def bits(level: str) -> float:
     """Bits that a weight takes at a level, scales counted."""
-    return LEVELS[level]
+    return LEVELS[level].stored
 
 
 def session(spec: Spec) -> int | None:
@@ -64,7 +62,7 @@ def support(spec: Spec, level: str, *, profile: str = "ort", compute: str = "f32
     mixed = _experts(spec, level, profile, compute)
     counted = [*((n, k.value) for k, n in kinds.items()), *((n, name) for name, n in mixed.items())]
     notes = _notes(spec, level, compute)
-    if level in ("q8", "q4") and profile == "ort" and mixed[LOOP]:
+    if level in GROUPS and profile == "ort" and mixed[LOOP]:
         notes.append(f"experts of {mixed[LOOP]} layers are no case for QMoE: dequantized one by one as they are called")
     return Support("onnx", f"{profile}: " + ", ".join(f"{n} x {name}" for n, name in counted), (), (), tuple(notes))
 
@@ -73,7 +71,7 @@ def _experts(spec: Spec, level: str, profile: str, compute: str) -> Counter[str]
     """How many layers' experts are run by which operator."""
 
     def stored(width: int) -> str:
-        return "f16" if level in ("q8", "q4") and width % 32 else level
+        return level if fits(level, width) else "f16"
 
     found: Counter[str] = Counter()
     for m in (b.mlp for b in spec.layers if isinstance(b.mlp, MoE)):
@@ -89,11 +87,11 @@ def _notes(spec: Spec, level: str, compute: str) -> list[str]:
     tables = sum(8 * len(t.inv_freq) * spec.context for t in rope_tables(spec))
     if tables >= LARGE:
         out.append(f"rotary tables for {spec.context} tokens take {tables / 1e6:,.0f} MB")
-    if level in ("q8", "q4"):
-        narrow = [p for p in params(spec) if p.matrix and p.shape[-1] % 32 and p.name != "positions.weight"]
+    if level in GROUPS:
+        narrow = [p for p in params(spec) if p.matrix and not fits(level, p.shape[-1]) and p.name != "positions.weight"]
         if narrow:
             widths = sorted({p.shape[-1] for p in narrow})
-            out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of 32")
+            out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of {GROUPS[level]}")
     if compute != "f32":
         out.append(f"computes in {compute}: for CUDA")
     return out

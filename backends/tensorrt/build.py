@@ -20,6 +20,7 @@ from backends.tensorrt.engine import build, limits
 from backends.tensorrt.support import computed_in, support
 from spec.config import Spec
 from spec.errors import UserError
+from spec.levels import GROUPS
 
 __all__ = ["TensorRTWriter", "size", "stamp", "writer"]
 
@@ -108,6 +109,6 @@ def ready() -> None:
 def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, *, compute: str = "") -> int:
     """Bytes of the folder, roughly: the weights once in the graph and once in the engine, and the engine's kernels."""
     matrices = {p.level for p in planned if len(p.shape) > 1}
-    level = next((name for name in ("q4", "q8", "f16", "bf16") if name in matrices), "f32")
+    level = next((name for name in (*GROUPS, "f16", "bf16") if name in matrices), "f32")
     words = len(str(tokenizer.json)) if tokenizer is not None else 0
     return 2 * graph.nbytes(spec, planned, computed_in(level, compute)) + KERNELS + 30_000 * spec.depth + words

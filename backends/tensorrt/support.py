@@ -11,12 +11,10 @@ from backends.tensorrt.engine import limits
 from backends.tensorrt.graph import HOLDS, session, written_out
 from spec.config import Spec
 from spec.errors import nearest
+from spec.levels import GROUPS, LEVELS, fits
 from spec.params import params
 
-LEVELS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8": 8.5, "q4": 4.5}
-"""Portable levels and the bits that they store a weight in."""
-
-COMPUTE = {"f32": "f32", "bf16": "bf16", "f16": "f16", "q8": "f16", "q4": "f16"}
+COMPUTE = {"f32": "f32", "bf16": "bf16", "f16": "f16", **dict.fromkeys(GROUPS, "f16")}
 """The type of activations and caches where none is asked for: what holds the level's weights."""
 
 OPTIONS = (Option("compute", ("f16", "bf16", "f32"), "", "type of activations and caches; f16 for quantized weights"),)
@@ -29,7 +27,7 @@ def levels() -> tuple[str, ...]:
 
 def bits(level: str) -> float:
     """Bits that a weight takes at a level, scales counted."""
-    return LEVELS[level]
+    return LEVELS[level].stored
 
 
 def computed_in(level: str, compute: str) -> str:
@@ -69,11 +67,11 @@ def _notes(spec: Spec, level: str, compute: str) -> list[str]:
     )
     if (fixed := session(spec)) is not None:
         out.append(f"rotary tables are those of a session of {fixed} tokens, at every length")
-    if level in ("q8", "q4"):
-        narrow = [p for p in params(spec) if p.matrix and p.shape[-1] % 32 and p.name != "positions.weight"]
+    if level in GROUPS:
+        narrow = [p for p in params(spec) if p.matrix and not fits(level, p.shape[-1]) and p.name != "positions.weight"]
         if narrow:
             widths = sorted({p.shape[-1] for p in narrow})
-            out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of 32")
+            out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of {GROUPS[level]}")
     if level == "q4":
         out.append("int4 in groups of 32: TensorRT-RTX's builder takes them, TensorRT's documents name 64 and 128")
     slow = sum(written_out(b.attention, compute) for b in spec.layers)

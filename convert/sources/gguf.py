@@ -19,6 +19,7 @@ from backends.gguf.pack import dense
 from backends.gguf.read import Artifact, open_any
 from backends.gguf.vocabulary import read_vocabulary
 from convert import templates
+from convert.levels import CODES, GROUPS, takes
 from convert.recipe import Held
 from convert.sources.base import Source, collapse, several
 from convert.sources.store import Entry
@@ -77,7 +78,7 @@ class GGUFStore:
             n: ON_GRID[t] for n, shape in artifact.shapes.items() if len(shape) == 2 and artifact.places(n)
             for t in [artifact.type(n)] if t in ON_GRID and _whole(artifact, n)
         }  # fmt: skip
-        self.held = Held(levels, wide=artifact.receipt.get("level") not in PORTABLE)
+        self.held = Held(_grouped(artifact.receipt, levels), wide=artifact.receipt.get("level") not in PORTABLE)
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -108,10 +109,22 @@ class GGUFStore:
         """Rows of one of `held`."""
         found = self.values(name, start, stop)
         assert isinstance(found, QuantizedTensor), f"{name} is no codes"
-        return found
+        return found.grouped(GROUPS[self.held.levels[name]])
 
     def close(self) -> None:
         """Nothing stays open between reads."""
+
+
+def _grouped(receipt: Mapping[str, Any], levels: Mapping[str, str]) -> dict[str, str]:
+    """Levels of what is stored as codes: that of the receipt where it has the same codes in larger groups, whose scales
+    the file repeats."""
+    said = receipt.get("tensors")
+    out = dict(levels)
+    for name, stored in levels.items():
+        match said.get(name) if isinstance(said, dict) else None:
+            case [str(level), *_] if CODES.get(level) == CODES[stored] and takes(stored, CODES[level], GROUPS[level]):
+                out[name] = level
+    return out
 
 
 def _whole(artifact: Artifact, name: str) -> bool:

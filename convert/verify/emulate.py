@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,10 @@ def to_q8_k(x: Array) -> Array:
         return np.where(inverse != 0, codes * (np.float32(1) / inverse), np.float32(0)).reshape(x.shape)
 
 
-def to_int8(x: Array) -> Array:
-    """Through int8 blocks of 32 with a float32 scale of amax / 127 (MLAS, for ONNX Runtime's accuracy level 4)."""
-    b = x.astype(np.float32).reshape(-1, 32)
+def to_int8(x: Array, block: int = 32) -> Array:
+    """Through int8 blocks, as long as the weights' groups, with a float32 scale of amax / 127 (MLAS, for ONNX Runtime's
+    accuracy level 4)."""
+    b = x.astype(np.float32).reshape(-1, block)
     scale = np.abs(b).max(-1, keepdims=True) / np.float32(127)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.rint(b * np.where(scale > 0, np.float32(1) / scale, np.float32(0)))
@@ -74,6 +76,7 @@ def to_int8(x: Array) -> Array:
 
 ROUNDINGS: Mapping[str, Rounding] = {
     "f32": to_f32, "f16": to_f16, "bf16": to_bf16, "q8_0": to_q8_0, "q8_k": to_q8_k, "int8": to_int8,
+    "int8-g128": partial(to_int8, block=128),
 }  # fmt: skip
 
 _Q8_0 = ("q1_0", "q2_0", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "nvfp4")

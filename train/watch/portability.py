@@ -9,6 +9,7 @@ from rich.console import Console
 
 from spec.config import Spec
 from spec.errors import UserError
+from spec.levels import CODES, GROUPS
 from spec.params import Param, params
 from spec.show import print_targets
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 _K = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq1", "iq2", "iq3", "iq4_xs", "tq")
 
 BLOCKS: Sequence[tuple[int, Callable[[str], bool], str]] = (
-    (32, lambda level: level in ("q8", "q4"), "stays f16 at q8 and q4 on every target"),
-    (128, lambda level: level == "q4", "has no int4 in groups of 128, which TensorRT's documents name"),
+    (32, lambda level: level in GROUPS, "stays f16 at q8 and q4 on every target"),
+    (128, lambda level: CODES.get(level) == 4, "stays f16 at q4-g128, whose groups TensorRT's documents name"),
     (256, lambda level: level.startswith(_K), "falls back to a larger type in llama.cpp's 256-weight levels"),
 )
 """Weights in a block, the levels that need it, and what becomes of a matrix whose input width is no multiple."""
@@ -64,7 +65,7 @@ def carriers(spec: Spec, levels: Sequence[str]) -> list[Target]:
     try:
         return targets(spec, levels=levels)
     except UserError as e:
-        raise UserError(f"quant: {e}") from None
+        raise UserError(f"ship: {e}") from None
 
 
 def tell(spec: Spec, source: str, levels: Sequence[str], found: Sequence[Target], console: Console) -> None:

@@ -31,6 +31,7 @@ from spec import Spec, UserError, params, parse
 from spec import load as load_spec
 from spec.config import merge
 from spec.layout import Layout
+from spec.levels import CODES, GROUPS
 
 
 def write(
@@ -84,22 +85,23 @@ def test_compressed_tensors_unpacks_the_codes_that_went_in() -> None:
         np.testing.assert_array_equal(unpack(words, width), codes)
 
 
-@pytest.mark.parametrize("width", [4, 8])
-def test_codes_come_back_from_products(width: int) -> None:
+@pytest.mark.parametrize("level", GROUPS)
+def test_codes_come_back_from_products(level: str) -> None:
     """Codes of 0 and scales at both ends of float16 too."""
     rng = np.random.default_rng(1)
-    q = quantize((rng.standard_normal((64, 64)) * np.exp(rng.uniform(-14, 6, (64, 1)))).astype(np.float32), width)
+    x = (rng.standard_normal((64, 256)) * np.exp(rng.uniform(-14, 6, (64, 1)))).astype(np.float32)
+    q = quantize(x, CODES[level], GROUPS[level])
     x = q.dequantize()
-    if width == 4:
+    if q.bits == 4:
         np.testing.assert_array_equal(x.astype(np.float16).astype(np.float32), x)
-    back = codes_of(x, q.scales, width)
+    back = codes_of(x, q.scales, level)
     assert isinstance(back, QuantizedTensor)
     np.testing.assert_array_equal(back.codes, q.codes)
     at = np.unravel_index(np.abs(x).argmax(), x.shape)
     for wrong in (np.nextafter(x[at], np.float32(np.inf)), np.float32(np.nan), x[at] * 300):
         y = x.copy()
         y[at] = wrong
-        assert codes_of(y, q.scales, width) is y
+        assert codes_of(y, q.scales, level) is y
 
 
 def test_a_missing_row_is_our_bug(tmp_path: Path) -> None:
@@ -306,7 +308,7 @@ def test_a_refusal_names_the_field_its_value_and_what_comes_nearest() -> None:
     got = support(FEATURES["attn_softcap"], "f32")
     assert got.refusals[0].startswith("block.attention.softcap: 2")
     assert "nearest: vaultgemma" in got.refusals[0] and "embedding.scale" in got.refusals[0]
-    assert "known: bf16, f16, f32, q4, q8" in support(FEATURES["llama"], "q5").refusals[0]
+    assert "known: bf16, f16, f32, q4, q4-g128, q8" in support(FEATURES["llama"], "q5").refusals[0]
     assert len(support(FEATURES["gemma2"], "f32").refusals) == 1
     assert all(bits(level) > 4 for level in levels())
 
