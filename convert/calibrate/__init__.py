@@ -6,10 +6,11 @@ Importing this needs no torch; `calibrate` does.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backends.base import Planned
 from convert.calibrate.settings import EFFORTS, Settings
 from convert.calibrate.store import Rounding
 from spec.errors import MissingDependency
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from convert.recipe import Recipe
     from convert.sources import Source
 
-__all__ = ["EFFORTS", "Progress", "Rounding", "Settings", "calibrate", "check"]
+__all__ = ["EFFORTS", "Choose", "Progress", "Rounding", "Settings", "calibrate", "check"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name (`measure`, `sensitivity`, `calibrate`) and its units (layers) done and in all."""
+Choose = Callable[[Mapping[str, float] | None], Sequence[Planned]]
+"""Gains by tensor (`convert.recipe.plan`), or none, to the storage of every parameter."""
 
 
 def check() -> None:
@@ -32,11 +35,17 @@ def check() -> None:
 
 
 def calibrate(
-    source: Source, recipe: Recipe | str, settings: Settings, folder: str | Path, progress: Progress | None = None
+    source: Source,
+    recipe: Recipe | str,
+    settings: Settings,
+    folder: str | Path,
+    progress: Progress | None = None,
+    planned: Choose | None = None,
 ) -> Rounding:
     """Round a source's matrices for a text, layer by layer, into a folder.
 
-    source: open, without a rounding. recipe: levels. folder: made where it is missing; one that an interrupted run of
+    source: open, without a rounding. recipe: levels. planned: the plan of measured gains, or of none; by default
+    `convert.recipe.plan` of the recipe. What has a native level there is measured and not rounded. folder: made where it is missing; one that an interrupted run of
     the same source, recipe, settings and text left goes on from its last whole layer, bit for bit as if it had never
     stopped, and one that is finished is only opened. Memory: one layer, its statistics, and nothing else that grows
     with the model. Raises `UserError`; what is whole in the folder stays.
@@ -44,4 +53,4 @@ def calibrate(
     check()
     from convert.calibrate.driver import run
 
-    return run(source, recipe, settings, Path(folder), progress or (lambda *_: None))
+    return run(source, recipe, settings, Path(folder), progress or (lambda *_: None), planned)

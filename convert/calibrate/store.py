@@ -1,9 +1,9 @@
 """A calibrated rounding on disk: codes and scales of every tensor that has some, and what the calibration measured.
 
     key.json                  what it is of: source, recipe, settings, text, versions; written first
-    embed.safetensors         NAME.codes int8 [rows, cols], NAME.scales float32 [rows, cols / group]; one file a unit:
-    layers.0.safetensors      the embedding, each layer, the head
-    ...
+    embed.safetensors         NAME.codes int8 [rows, cols], NAME.scales float32 [rows, cols / group]; NAME.tokens: of
+    layers.0.safetensors      how many tokens the statistics were that they were fitted to, int64 [1] or [experts].
+    ...                       One file a unit: the embedding, each layer, the head
     importance.safetensors    NAME: mean squares of each input channel, float32 [cols], or [experts, cols] for the
                               stacked matrices of experts; NAME.count: tokens they are of, int64 [1] or [experts]
     rounding.json             levels, hashes, coverage; written last: a folder that has it is whole
@@ -195,26 +195,30 @@ class Store:
         """Whether a unit's codes are whole."""
         return (self.folder / f"{unit}.safetensors").is_file()
 
-    def add(self, unit: str, codes: Mapping[str, QuantizedTensor]) -> None:
-        """The codes of a unit, by canonical name."""
+    def add(
+        self, unit: str, codes: Mapping[str, QuantizedTensor], tokens: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        """The codes of a unit, by canonical name, and of how many tokens each matrix's (each expert's) statistics are."""
         tensors: dict[str, NDArray[Any]] = {}
         for name, q in codes.items():
             tensors[f"{name}.codes"], tensors[f"{name}.scales"] = q.codes, q.scales
+        for name, counts in (tokens or {}).items():
+            tensors[f"{name}.tokens"] = np.asarray(counts, np.int64)
         write_tensors(self.folder / f"{unit}.safetensors", tensors)
 
-    def codes(self, unit: str, levels: Mapping[str, str]) -> dict[str, QuantizedTensor]:
+    def codes(self, unit: str, levels: Mapping[str, str]) -> tuple[dict[str, QuantizedTensor], dict[str, list[int]]]:
         """What `add` was given."""
-        file = _File(self.folder / f"{unit}.safetensors")
-        try:
-            out = {}
-            for name in (n.removesuffix(".codes") for n in file.entries if n.endswith(".codes")):
+        found = read_tensors(self.folder / f"{unit}.safetensors")
+        codes, tokens = {}, {}
+        for name, values in found.items():
+            if name.endswith(".tokens"):
+                tokens[name.removesuffix(".tokens")] = values.tolist()
+            elif name.endswith(".codes"):
+                name = name.removesuffix(".codes")
                 level = LEVELS[levels[name]]
                 assert level.group is not None, f"{name} has codes"
-                codes, scales = file.whole(f"{name}.codes"), file.whole(f"{name}.scales")
-                out[name] = QuantizedTensor(codes, scales, level.bits, level.group)
-            return out
-        finally:
-            file.close()
+                codes[name] = QuantizedTensor(values, found[f"{name}.scales"], level.bits, level.group)
+        return codes, tokens
 
     def finish(
         self,

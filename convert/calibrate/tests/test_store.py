@@ -68,14 +68,15 @@ def test_importance_comes_back_and_is_none_where_nothing_was_measured(tmp_path: 
 def test_an_unfinished_rounding_is_refused_and_goes_on(tmp_path: Path, small: Spec) -> None:
     codes = coded(small, "q4")
     store = Store(tmp_path / "r", KEY)
-    store.add("layers.1", {n: q for n, q in codes.items() if unit_of(n) == "layers.1"})
+    store.add("layers.1", {n: q for n, q in codes.items() if unit_of(n) == "layers.1"}, {"layers.1.attn.q.weight": [5]})
     with pytest.raises(UserError, match="did not end"):
         Rounding.open(tmp_path / "r")
     del store
     again = Store(tmp_path / "r", KEY)
     assert again.has("layers.1") and not again.has("layers.0") and not again.whole
     levels = {p.name: p.level for p in plan(small, "q4")}
-    found = again.codes("layers.1", levels)
+    found, tokens = again.codes("layers.1", levels)
+    assert tokens == {"layers.1.attn.q.weight": [5]}
     assert content_hash([found["layers.1.attn.q.weight"]]) == content_hash([codes["layers.1.attn.q.weight"]])
 
 
@@ -113,10 +114,10 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
 
 def test_another_models_rounding_is_refused(tmp_path: Path, small: Spec) -> None:
     rounding, _ = written(tmp_path / "r", small)
+    block = {"attention": {"heads": 4}, "mlp": {"hidden": 160}}
+    other = parse({"name": "small", "vocab_size": 96, "width": 64, "depth": 3, "context": 128, "block": block})
     with pytest.raises(UserError, match="another spec"):
-        rounding.planned(
-            parse({"vocab_size": 96, "width": 64, "depth": 3, "context": 64, "block": {"attention": {"heads": 4}}})
-        )
+        rounding.planned(other)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "format", "empty"])

@@ -1,0 +1,158 @@
+"""A calibration from beginning to end: sample the text, measure, plan, round; each step goes on where it stopped."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.base import Planned, QuantizedTensor, content_hash
+from convert.calibrate import Choose, Progress
+from convert.calibrate.measure import Measured
+from convert.calibrate.rounder import Rounder, to_round, untouched
+from convert.calibrate.runner import Runner, computing, device_of
+from convert.calibrate.sample import Sample, sample
+from convert.calibrate.settings import Settings
+from convert.calibrate.store import Rounding, Store
+from convert.levels import CODES, GROUPS
+from convert.quantize import quantize
+from convert.recipe import Recipe, plan
+from convert.sources import Source
+from convert.sources.base import collapse, weights_hash
+from spec.errors import UserError
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of the arithmetic: a folder that another version left is not gone on with."""
+TOKENS = {"good": 32768, "best": 65536}
+"""Calibration tokens by effort, where no number is given."""
+
+
+def run(
+    source: Source, recipe: Recipe | str, settings: Settings, folder: Path, progress: Progress, planned: Choose | None
+) -> Rounding:
+    """`convert.calibrate.calibrate`."""
+    asked = Recipe(recipe) if isinstance(recipe, str) else recipe
+    choose: Choose = planned or (lambda gains: plan(source.spec, asked, source.held, gains))
+    first = choose(None)  # what it refuses, before any work
+    tokens = settings.tokens or TOKENS[settings.effort]
+    made = sample(source.spec, source.tokenizer, settings.text, tokens, settings.seed)
+    with computing(settings.threads) as threads:
+        device = device_of(settings.device)
+        hashes = {n: content_hash(b for _, b in source.blocks(n)) for n in source.names()}
+        key = _key(source, asked, first, settings, made, hashes, device, threads)
+        store = Store(folder, key)
+        if store.whole:
+            return Rounding(folder)
+        _check_space(source, made, store)
+        runner = Runner(source, made.ids.shape[1], device)
+        measured = Measured(store, runner, made.ids, 0)
+        depth = source.spec.depth
+        for i in range(depth + 1):
+            progress("measure", i, depth + 1)
+            measured.step(i)
+        progress("measure", depth + 1, depth + 1)
+        chosen = choose(None)
+        rounder = Rounder(store, runner, measured, chosen, searched)
+        units = rounder.units() if to_round(chosen, source.held) else []
+        for n, unit in enumerate(units):
+            progress("calibrate", n, len(units))
+            rounder.step(unit)
+        progress("calibrate", len(units), len(units))
+        return _finished(source, settings, made, store, measured, chosen, units, hashes, key)
+
+
+def searched(weight: Tensor, hessian: Tensor | None, level: str) -> QuantizedTensor:
+    """The scale search, its errors weighted by the mean squares of the inputs."""
+    weights = None
+    if hessian is not None:
+        squares = hessian.diagonal().cpu().numpy()
+        weights = np.maximum(squares, np.float32(1e-6) * squares.mean() + np.float32(1e-30))
+    return quantize(weight.cpu().numpy(), CODES[level], GROUPS[level], weights)
+
+
+def _key(
+    source: Source,
+    recipe: Recipe,
+    planned: Sequence[Planned],
+    settings: Settings,
+    made: Sample,
+    hashes: dict[str, str],
+    device: torch.device,
+    threads: int,
+) -> dict[str, Any]:
+    """What a rounding depends on, bit for bit."""
+    return {
+        "version": VERSION,
+        "spec": source.spec.hash,
+        "source": weights_hash(hashes.items().__iter__()),
+        "recipe": recipe.to_dict(),
+        "levels": {p.name: p.level for p in planned if len(p.shape) > 1},
+        "effort": settings.effort,
+        "text": made.hash,
+        "seed": settings.seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": threads,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _check_space(source: Source, made: Sample, store: Store) -> None:
+    """Whether the disk holds what the run writes: codes, and the residual stream in four places at most."""
+    need = source.weights * 9 // 8 + 4 * 4 * made.tokens * source.spec.width
+    free = shutil.disk_usage(store.folder).free
+    if need > free:
+        raise UserError(f"{store.folder}: calibrating needs {need / 1e6:,.1f} MB there, and {free / 1e6:,.1f} MB are free "
+                        "(--work names another folder)")  # fmt: skip
+
+
+def _finished(
+    source: Source,
+    settings: Settings,
+    made: Sample,
+    store: Store,
+    measured: Measured,
+    planned: Sequence[Planned],
+    units: Sequence[str],
+    hashes: dict[str, str],
+    key: dict[str, Any],
+) -> Rounding:
+    levels = {p.name: p.level for p in planned}
+    contents: dict[str, str] = {}
+    absent: list[str] = []
+    for unit in units:
+        codes, tokens = store.codes(unit, levels)
+        contents |= {name: content_hash([q]) for name, q in codes.items()}
+        absent += untouched(tokens)
+    importance = measured.importance()
+    counts = {n.removesuffix(".count"): v.tolist() for n, v in importance.items() if n.endswith(".count")}
+    unmeasured = list(untouched(counts))
+    for what, names in (("no calibration token came to", absent), ("no importance for", unmeasured)):
+        if names:
+            log.warning("%s %s: the plain search rounds them", what, collapse(names))
+    contents = {n: contents[n] for n in source.names() if n in contents}
+    record = {
+        "source": source.name,
+        "effort": settings.effort,
+        "text": made.name,
+        "text_hash": made.hash,
+        "tokens": made.tokens,
+        "windows": list(made.ids.shape),
+        "seed": settings.seed,
+        "device": key["device"],
+        "threads": key["threads"],
+        "torch": key["torch"],
+        "rounded": len(contents),
+        "untouched": absent,
+        "unmeasured": unmeasured,
+        "hash": weights_hash(contents.items().__iter__()),
+    }
+    return store.finish(planned, contents, hashes, importance, record)
