@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -93,11 +95,38 @@ def support(name: str, spec: Any, level: str, **options: str) -> Support:
 
 
 def load(path: str | Path, backend: str | None = None, **options: Any) -> Runtime:
-    """Open any artifact. Options are the backend's: threads, context, device, dtype."""
+    """Open any artifact. Options are the backend's: threads, context, device, dtype, cache."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     found = get(backend) if backend else recognise(path, REGISTRY)
     if found is None:
         raise UserError(f"{path}: not an artifact of any backend ({', '.join(b.name for b in REGISTRY)})")
+    check_options(found, options)
     return part(found, "runtime").load(path, **options)
+
+
+def check_options(backend: Backend, options: Mapping[str, Any]) -> None:
+    """Raises `UserError` for an option that the backend's runtime does not have."""
+    if options.get("cache") is not None:
+        _check_cache(backend, options["cache"])
+    known = inspect.signature(part(backend, "runtime").load).parameters
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"{name}={value!r}: the {backend.name} backend has no such option (leave it out)")
+
+
+def _check_cache(backend: Backend, asked: str) -> None:
+    from backends.session import cache_types
+
+    known = caches(backend)
+    if not known:
+        having = " and ".join(b.name for b in REGISTRY if caches(b))
+        raise UserError(f"cache={asked!r}: {backend.name} keeps keys and values in the type that it computes in "
+                        f"(leave it out; {having} have other types)")  # fmt: skip
+    cache_types(asked, known)
+
+
+def caches(backend: Backend) -> tuple[str, ...]:
+    """Types that a backend's runtime can keep keys and values in, where it has a choice."""
+    return tuple(getattr(part(backend, "support"), "CACHES", ())) if has(backend, "support") else ()

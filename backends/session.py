@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.text import Text
-from spec.errors import UserError
+from spec.errors import UserError, nearest
 
 
 class Session:
@@ -87,3 +87,20 @@ def session_length(context: int | None, longest: int, threads: int | None = None
     if threads is not None and threads < 1:
         raise UserError(f"threads={threads}: must be at least 1")
     return context or longest
+
+
+def cache_types(asked: str, known: Sequence[str]) -> tuple[str, str]:
+    """Types of keys and of values for `cache="TYPE"` or `cache="KEYS/VALUES"`. Raises `UserError`."""
+    both = asked.lower().split("/")
+    for name in both:
+        if name not in known:
+            raise UserError(f"cache={asked!r}: {name or 'nothing'} is no type of cache here ({nearest(name, known)})")
+    if len(both) > 2:
+        raise UserError(f"cache={asked!r}: names more than two types (TYPE, or KEYS/VALUES such as q8/q4)")
+    return both[0], both[-1]
+
+
+def exact_cache(asked: str | None, exact: bool) -> None:
+    """Raises `UserError` where a cache is asked for together with float32 throughout."""
+    if exact and asked is not None:
+        raise UserError(f"cache={asked!r}: exact is float32 throughout, its cache too (leave one of them out)")

@@ -44,6 +44,7 @@ def run(
     threads: int | None = None,
     repeats: int = 3,
     checks: bool = True,
+    cache: str | None = None,
     json: bool = False,
 ) -> int:
     """Measure artifacts against the checkpoint they came from.
@@ -63,7 +64,10 @@ def run(
     repeats
         Timed repetitions, of which the median is shown; 0 skips timing.
     checks
-        Run the four checks and the tokenizer check too.
+        Run the four checks and the tokenizer check too, at the runtime's stock settings.
+    cache
+        How keys and values are kept, for gguf and mlx; with commas between, each artifact is measured with each
+        (f16,q8,q4).
     json
         Print JSON instead of a table.
     """
@@ -75,7 +79,8 @@ def run(
         raise UserError(f"--repeats {repeats}: cannot be negative")
     from rich.console import Console
 
-    options = Options(text, tokens, threads, repeats, checks)
+    kinds = tuple(c.strip() for c in cache.split(",")) if cache is not None else (None,)
+    options = Options(text, tokens, threads, repeats, checks, kinds)
     with Console(stderr=True).status("reading") as status:
         result = compare(artifacts, reference, options, status.update)
     if json:
@@ -106,6 +111,7 @@ ROWS: tuple[tuple[str, Any], ...] = (
     ("prefill", lambda r: f"{r['prefill_tokens_per_s']:,.0f} tokens/s"),
     ("decode", lambda r: f"{r['decode_tokens_per_s']:,.0f} tokens/s"),
     ("load", lambda r: f"{r['load_s']:.2f} s"),
+    ("cache", lambda r: f"{r['cache_bytes_per_token']:,.0f} bytes/token"),
     ("peak memory", lambda r: f"{r['peak_bytes'] / 1e6:,.0f} MB (model {r['peak_above_base_bytes'] / 1e6:,.0f})"),
 )
 
@@ -122,7 +128,7 @@ def table(result: dict[str, Any]) -> Table:
     out.add_column("")
     rows = result["artifacts"]
     for r in rows:
-        out.add_column(Path(r["artifact"]).name, justify="right")
+        out.add_column(Path(r["artifact"]).name + (f" ({r['cache']} cache)" if "cache" in r else ""), justify="right")
     for name, show in ROWS:
         cells = []
         for r in rows:

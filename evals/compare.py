@@ -37,6 +37,8 @@ class Options:
     threads: int | None = None
     repeats: int = 3
     checks: bool = True
+    caches: tuple[str | None, ...] = (None,)
+    """How keys and values are kept: each artifact is measured with each. None: the runtime's own way."""
 
 
 def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
@@ -49,6 +51,9 @@ def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: C
     from convert.verify.sample import read_text
 
     found = [(a, _backend_of(a)) for a in artifacts]
+    for _, backend in found:
+        for kind in filter(None, options.caches):
+            backends.check_options(backends.get(backend), {"cache": kind})
     source = open_source(reference)
     spec, tokenizer = source.spec, source.tokenizer
     if tokenizer is None:
@@ -67,30 +72,33 @@ def compare(artifacts: Sequence[Path], reference: Path, options: Options, say: C
         )
         rows = []
         for artifact, backend in found:
-            say(f"{artifact.name}: measuring")
-            row: dict[str, Any] = {
+            known: dict[str, Any] = {
                 "artifact": str(artifact),
                 "backend": backend,
                 "bytes": size_of(artifact),
                 "bits_per_weight": weight_bits(artifact, backend, weights),
             }
-            job = {
-                "artifact": str(artifact),
-                "backend": backend,
-                "ids": str(ids),
-                "reference": str(logits),
-                "repeats": options.repeats,
-                "options": {"context": session} | ({"threads": options.threads} if options.threads else {}),
-            }
-            row |= _run(job, Path(folder))
-            if "mismatch" in row:
-                raise UserError(f"{artifact}: not made from {reference}: {row['mismatch']}")
-            if "quality" in row:
-                row |= _per_byte(row["quality"], windows.bytes_per_token)
-            if options.checks:
-                say(f"{artifact.name}: verifying")
-                row["checks"] = _checks(artifact, backend, reference, options)
-            rows.append(row)
+            checks: dict[str, Any] = {}
+            for kind in options.caches:
+                say(f"{artifact.name}: measuring")
+                given = {"context": session, "threads": options.threads, "cache": kind}
+                job = {
+                    "artifact": str(artifact),
+                    "backend": backend,
+                    "ids": str(ids),
+                    "reference": str(logits),
+                    "repeats": options.repeats,
+                    "options": {name: value for name, value in given.items() if value is not None},
+                }
+                row: dict[str, Any] = known | ({"cache": kind} if kind else {}) | _run(job, Path(folder))
+                if "mismatch" in row:
+                    raise UserError(f"{artifact}: not made from {reference}: {row['mismatch']}")
+                if "quality" in row:
+                    row |= _per_byte(row["quality"], windows.bytes_per_token)
+                if options.checks and not checks:  # of the artifact: at stock settings, whatever the cache is
+                    say(f"{artifact.name}: verifying")
+                    checks = _checks(artifact, backend, reference, options)
+                rows.append(row | ({"checks": checks} if checks else {}))
     return {
         "reference": str(reference),
         "reference_computed_by": how,

@@ -50,6 +50,15 @@ def speed(runtime: Runtime, ids: np.ndarray, repeats: int) -> dict[str, float]:
     }
 
 
+def cache_size(runtime: Runtime, ids: np.ndarray) -> dict[str, float]:
+    """Bytes that keys and values of a token take, where the runtime has a choice of them."""
+    if not hasattr(runtime, "cache_bytes"):
+        return {}
+    whole: Any = runtime
+    runtime.prefill(ids)
+    return {"cache_bytes_per_token": whole.cache_bytes() / len(ids)}
+
+
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Load time, peak memory, speed and quality of one artifact.
 
@@ -72,6 +81,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         if job["repeats"]:
             out |= speed(runtime, ids[0], job["repeats"])
         out |= {"peak_bytes": peak_bytes(), "peak_above_base_bytes": peak_bytes() - base}
+        out |= cache_size(runtime, ids[0])
         quality = Quality()
         for row, ref in zip(ids, reference, strict=True):
             logits = runtime.logits(row[None])[0]

@@ -13,6 +13,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.gguf.support import CACHES
+from backends.gguf.types import TYPES
+from backends.session import cache_types, exact_cache
 from spec.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -142,8 +145,12 @@ class Words:
 class GGUFRuntime(Words):
     """A model in llama.cpp; one sequence is cached at a time. Not for several threads at once."""
 
-    def __init__(self, path: Path, threads: int | None, context: int | None, exact: bool, gpu: bool) -> None:
+    def __init__(
+        self, path: Path, threads: int | None, context: int | None, exact: bool, gpu: bool, cache: str | None
+    ) -> None:
         self.path, self.exact = path, exact
+        exact_cache(cache, exact)
+        self.cache: tuple[str, str] = ("f32", "f32") if exact else _ggml_types(cache)
         self._model = self._ctx = None
         lib = self._lib = _library()
         params = lib.llama_model_default_params()
@@ -161,6 +168,9 @@ class GGUFRuntime(Words):
         if not 1 <= self._context <= trained:
             self.close()
             raise UserError(f"context={context}: must be between 1 and the model's {trained} tokens")
+        if misfit := self._misfit():
+            self.close()
+            raise UserError(f"cache={cache!r}: {misfit}")
         self.threads = threads or max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
         self._ctx = lib.llama_init_from_model(self._model, self._session(lib))
         if not self._ctx:
@@ -177,10 +187,31 @@ class GGUFRuntime(Words):
         p.n_threads = p.n_threads_batch = self.threads
         p.no_perf = True
         p.offload_kqv = p.op_offload = self.gpu
+        p.type_k, p.type_v = (TYPES[t].id for t in self.cache)
         if self.exact:
-            p.type_k = p.type_v = 0  # float32
-            p.flash_attn_type = 0  # disabled: its CPU kernel computes in float16
+            p.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # its CPU kernel computes in float16
+        elif any(TYPES[t].block > 1 for t in self.cache):
+            p.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED  # nothing else reads quantized values
         return p
+
+    def _misfit(self) -> str:
+        """Why heads of this model do not fit the cache's types; nothing where they do. llama.cpp says so only in its
+        log."""
+        lib, arch = self._lib, self.meta("general.architecture")
+        if arch == "grok" and any(TYPES[t].block > 1 for t in self.cache):
+            return "llama.cpp has no flash attention for grok, and a quantized cache needs it (f16 works)"
+        usual = int(lib.llama_model_n_embd(self._model)) // max(1, int(lib.llama_model_n_head(self._model)))
+        for part, kind in zip(("key", "value"), self.cache, strict=True):
+            keys = [f"{arch}.attention.{part}_length", f"{arch}.attention.{part}_length_swa"]
+            dims = {int(n) for n in map(self.meta, keys) if n is not None} or {usual}
+            block = TYPES[kind].block
+            if bad := sorted(d for d in dims if d % block):
+                return f"heads of {bad[0]} dimensions are no whole blocks of {block}, which {kind} has (f16 works)"
+        return ""
+
+    def cache_bytes(self) -> int:
+        """Bytes that keys and values of the sequence in progress take."""
+        return int(self._lib.llama_state_seq_get_size(self._ctx, 0)) if self._used else 0
 
     @property
     def context(self) -> int:
@@ -275,6 +306,7 @@ class GGUFRuntime(Words):
             "carrier": self.meta("general.architecture"),
             "threads": self.threads,
             "context": self._context,
+            "cache": "/".join(dict.fromkeys(self.cache)),
             "exact": self.exact,
         }
 
@@ -286,23 +318,36 @@ class GGUFRuntime(Words):
         super().close()
 
 
+def _ggml_types(asked: str | None) -> tuple[str, str]:
+    """ggml's types of keys and values."""
+    k, v = cache_types(asked or "f16", tuple(CACHES))
+    return CACHES[k], CACHES[v]
+
+
 def devices() -> list[str]:
     """Where llama.cpp, as it was built, can run here, best first."""
     return [*(["gpu"] if _library().llama_supports_gpu_offload() else []), "cpu"]
 
 
 def load(
-    path: str | Path, *, threads: int | None = None, context: int | None = None, exact: bool = False, gpu: bool = True
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    exact: bool = False,
+    gpu: bool = True,
+    cache: str | None = None,
 ) -> GGUFRuntime:
     """Open a GGUF file in llama.cpp.
 
     context: tokens of a session (default: the model's, at most 4096); it also selects length-dependent rotary
     tables. exact: float32 cache, no flash attention and no repacked weights, on the CPU, for parity. gpu: whether a
-    llama.cpp that was built for a GPU uses it. Raises `UserError` where
+    llama.cpp that was built for a GPU uses it. cache: type of keys and values, one of `support.CACHES`, or keys/values
+    (default: f16). Raises `UserError` where
     the file cannot be loaded; a file that breaks llama.cpp's assertions ends the process, which is why verification
     runs in a child.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    return GGUFRuntime(path, threads, context, exact, gpu)
+    return GGUFRuntime(path, threads, context, exact, gpu, cache)

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from backends.mlx.bundle import arguments
 from backends.mlx.cache import Cache, new_cache
 from backends.mlx.layout import BUNDLED, Fit, Piece, Stored
+from backends.mlx.levels import Packing
 from backends.mlx.model import Model
 from backends.mlx.read import MLXArtifact, open_artifact
-from backends.session import NOT_BEGUN, Session, session_length
+from backends.mlx.support import CACHES
+from backends.session import NOT_BEGUN, Session, cache_types, exact_cache, session_length
 from backends.text import Text
 from spec.errors import UserError
 from spec.rope import rope_keys
@@ -34,10 +36,19 @@ class MLXRuntime(Session):
     """One model with one sequence in progress; see `backends.base.Runtime`."""
 
     def __init__(
-        self, model: Model, artifact: MLXArtifact, text: Text | None, context: int, device: Any, exact: bool
+        self,
+        model: Model,
+        artifact: MLXArtifact,
+        text: Text | None,
+        context: int,
+        device: Any,
+        exact: bool,
+        packings: tuple[Packing | None, Packing | None] = (None, None),
     ) -> None:
+        """packings: of keys and of values in the cache; none: floats."""
         super().__init__(artifact.path, text, artifact.spec.vocab_size, context, artifact.source.context)
         self.model, self.artifact, self.device, self.exact = model, artifact, device, exact
+        self._packings = packings
         self._cache: list[Cache] | None = None
 
     def _ids(self, ids: NDArray[np.integer], dims: int, used: int) -> NDArray[np.int32]:
@@ -60,13 +71,13 @@ class MLXRuntime(Session):
 
     def logits(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """[B, T] -> [B, T, V], no cache kept."""
-        return self._run(self._ids(ids, 2, 0), new_cache(self.model), True)
+        return self._run(self._ids(ids, 2, 0), new_cache(self.model, self._packings), True)
 
     def prefill(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """Start a new sequence: [T] -> [V] logits after the last token."""
         checked = self._ids(ids, 1, 0)
         self._cache = None  # the old one's memory first
-        cache = new_cache(self.model)
+        cache = new_cache(self.model, self._packings)
         logits = self._run(checked, cache, False)
         self._cache = cache
         return logits[0, 0]
@@ -77,15 +88,22 @@ class MLXRuntime(Session):
             raise UserError(NOT_BEGUN)
         return self._run(self._ids(ids, 1, self._cache[0].offset), self._cache, True)[0]
 
+    def cache_bytes(self) -> int:
+        """Bytes that keys and values of the sequence in progress take, and the room that is kept for more."""
+        return sum(c.nbytes for c in self._cache or ())
+
     def info(self) -> dict[str, Any]:
         """Backend, runtime, device, precision, carrier."""
+        compute = "f32" if self.exact else self.artifact.compute
+        kinds = [compute if p is None else f"q{p.bits}-g{p.group}" for p in self._packings]
         return {
             "backend": "mlx",
             "runtime": f"Allotrope on mlx {version('mlx')}",
             "device": "gpu" if self.device == mx.gpu else "cpu",
-            "precision": f"{self.artifact.level}, computing in {'f32' if self.exact else self.artifact.compute}",
+            "precision": f"{self.artifact.level}, computing in {compute}",
             "carrier": self.artifact.fit.carrier,
             "context": self._context,
+            "cache": "/".join(dict.fromkeys(kinds)),
             "exact": self.exact,
         }
 
@@ -105,21 +123,52 @@ def load(
     context: int | None = None,
     exact: bool = False,
     device: str | None = None,
+    cache: str | None = None,
 ) -> MLXRuntime:
     """Open a folder that a conversion wrote; mlx-lm is not needed.
 
     context: tokens of the longest session (default: the model's). exact: float32 throughout, on the CPU, for parity.
     device: `gpu` or `cpu` (default: the GPU where MLX has one). threads is accepted for all backends' sake: MLX decides
-    itself. Raises `UserError`.
+    itself. cache: how keys and values are kept, one of `support.CACHES`, or keys/values (default: in the dtype that the
+    artifact computes in). Raises `UserError`.
     """
     path = Path(path)
+    exact_cache(cache, exact)
     artifact = open_artifact(path)
+    packings = _packings(artifact, cache)
     tokens = session_length(context, artifact.source.context, threads)
     where = mx.cpu if exact else _device(device)
     with mx.stream(where):
         model = build(artifact, exact)
         mx.eval(model.parameters())
-    return MLXRuntime(model, artifact, Text.read(path), tokens, where, exact)
+    return MLXRuntime(model, artifact, Text.read(path), tokens, where, exact, packings)
+
+
+def _packings(artifact: MLXArtifact, asked: str | None) -> tuple[Packing | None, Packing | None]:
+    """How keys and values are packed; none: in the dtype of the activations. Raises `UserError` where heads are no
+    whole groups."""
+    if asked is None:
+        return None, None
+    heads = sorted({b.attention.head_dim or 0 for b in artifact.fit.shipped.layers})
+
+    def packing(kind: str) -> Packing | None:
+        found = re.fullmatch(r"q(\d)(?:-g(\d+))?", kind)
+        if found is None:
+            if kind != artifact.compute:
+                raise UserError(f"cache={asked!r}: this artifact keeps keys and values in {artifact.compute}, in which "
+                                "it computes (or q8, q6, q5, q4, q3, q2)")  # fmt: skip
+            return None
+        groups = [int(found[2])] if found[2] else [64, 32]
+        for group in groups:
+            if not any(dim % group for dim in heads):
+                return Packing(int(found[1]), group)
+        odd = next(dim for dim in heads if dim % groups[-1])
+        others = [g for g in (128, 64, 32) if not any(dim % g for dim in heads)]
+        instead = f"try q{found[1]}-g{others[0]}" if others else f"leave it out: {artifact.compute}"
+        raise UserError(f"cache={asked!r}: heads of {odd} dimensions are no whole groups of {groups[-1]} ({instead})")
+
+    k, v = cache_types(asked, CACHES)
+    return packing(k), packing(v)
 
 
 def devices() -> list[str]:

@@ -17,6 +17,10 @@ OPTIONS = (
     ),
 )  # fmt: skip
 
+CACHES = ("f32", "f16", "bf16", *(f"q{b}{g}" for b in (8, 6, 5, 4, 3, 2) for g in ("", "-g32", "-g64", "-g128")))
+"""What `--cache` may be: the dtype that the artifact computes in, or `mx.quantize`'s bits and group; by default groups
+of 64 as in mlx-lm, or of 32 where heads want it."""
+
 
 def levels() -> tuple[str, ...]:
     """Every precision level: the portable ones, then MLX's own."""
