@@ -45,10 +45,11 @@ def calibrate(
     """Round a source's matrices for a text, layer by layer, into a folder.
 
     source: open, without a rounding. recipe: levels. planned: the plan of measured gains, or of none; by default
-    `convert.recipe.plan` of the recipe. What has a native level there is measured and not rounded. folder: made where it is missing; one that an interrupted run of
-    the same source, recipe, settings and text left goes on from its last whole layer, bit for bit as if it had never
-    stopped, and one that is finished is only opened. Memory: one layer, its statistics, and nothing else that grows
-    with the model. Raises `UserError`; what is whole in the folder stays.
+    `convert.recipe.plan` of the recipe. What has a native level there is measured and not rounded. folder: made where
+    it is missing; one that an interrupted run of the same source, recipe, settings and text left goes on from its last
+    whole layer, bit for bit as if it had never stopped, and one that is finished is only opened. Memory: a few layers
+    and their statistics, nothing that grows with the model's depth (the disk holds the residual stream before each
+    layer). Raises `UserError`; what is whole in the folder stays.
     """
     check()
     from convert.calibrate.driver import run

@@ -75,6 +75,6 @@ class Sink:
 
     def __call__(self, start: int, windows: NDArray[np.float32]) -> None:
         """Windows start..."""
-        data, at, done = memoryview(np.ascontiguousarray(windows)).cast("B"), start * self._row, 0
+        data, at, done = memoryview(np.ascontiguousarray(windows).data).cast("B"), start * self._row, 0
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], at + done)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backends.base import Planned, QuantizedTensor, content_hash
 from convert.calibrate import Choose, Progress
+from convert.calibrate.fisher import Fisher
 from convert.calibrate.measure import Measured
 from convert.calibrate.rounder import Rounder, to_round, untouched
 from convert.calibrate.runner import Runner, computing, device_of
@@ -28,6 +29,8 @@ from convert.sources.base import collapse, weights_hash
 from spec.errors import UserError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 VERSION = 1
 """Of the arithmetic: a folder that another version left is not gone on with."""
@@ -53,23 +56,27 @@ def run(
             return Rounding(folder)
         _check_space(source, made, store)
         runner = Runner(source, made.ids.shape[1], device)
-        measured = Measured(store, runner, made.ids, 0)
-        depth = source.spec.depth
-        for i in range(depth + 1):
-            progress("measure", i, depth + 1)
-            measured.step(i)
-        progress("measure", depth + 1, depth + 1)
-        chosen = choose(None)
-        rounder = Rounder(store, runner, measured, chosen, searched)
-        units = rounder.units() if to_round(chosen, source.held) else []
-        for n, unit in enumerate(units):
-            progress("calibrate", n, len(units))
-            rounder.step(unit)
-        progress("calibrate", len(units), len(units))
+        wanted = bool(to_round(first, source.held))
+        measured = Measured(store, runner, made.ids, len(made.ids) if wanted else 0)
+        _each("measure", range(source.spec.depth + 1), measured.step, progress)
+        chosen, units = first, []
+        if wanted:
+            fisher = Fisher(store, measured, settings.seed)
+            _each("sensitivity", range(fisher.steps), fisher.step, progress)
+            rounder = Rounder(store, runner, measured, fisher, chosen, searched)
+            units = rounder.units()
+            _each("calibrate", units, rounder.step, progress)
         return _finished(source, settings, made, store, measured, chosen, units, hashes, key)
 
 
-def searched(weight: Tensor, hessian: Tensor | None, level: str) -> QuantizedTensor:
+def _each(stage: str, items: Sequence[T], step: Callable[[T], None], progress: Progress) -> None:
+    for n, item in enumerate(items):
+        progress(stage, n, len(items))
+        step(item)
+    progress(stage, len(items), len(items))
+
+
+def searched(weight: Tensor, hessian: Tensor | None, level: str, cross: Tensor | None = None) -> QuantizedTensor:
     """The scale search, its errors weighted by the mean squares of the inputs."""
     weights = None
     if hessian is not None:
@@ -110,8 +117,8 @@ def _check_space(source: Source, made: Sample, store: Store) -> None:
     need = source.weights * 9 // 8 + 4 * 4 * made.tokens * source.spec.width
     free = shutil.disk_usage(store.folder).free
     if need > free:
-        raise UserError(f"{store.folder}: calibrating needs {need / 1e6:,.1f} MB there, and {free / 1e6:,.1f} MB are free "
-                        "(--work names another folder)")  # fmt: skip
+        raise UserError(f"{store.folder}: calibrating needs {need / 1e6:,.1f} MB there, and {free / 1e6:,.1f} MB are "
+                        "free (--work names another folder)")  # fmt: skip
 
 
 def _finished(

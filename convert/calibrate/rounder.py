@@ -17,9 +17,10 @@ from torch import Tensor
 from backends.base import Floats, Planned, QuantizedTensor
 from backends.torch.modules import Block
 from convert.calibrate.boundary import Boundary
+from convert.calibrate.fisher import EXPERTS, Fisher
 from convert.calibrate.measure import Measured, head_weight
-from convert.calibrate.runner import Enough, Runner, embedding_rows, groups, observing
-from convert.calibrate.statistics import Hessians, spans
+from convert.calibrate.runner import Runner, embedding_rows, groups
+from convert.calibrate.statistics import Moments, spans
 from convert.calibrate.store import Store
 from convert.levels import GROUPS, LEVELS
 from convert.quantize import TooLarge
@@ -30,8 +31,9 @@ from spec.errors import UserError
 ROWS = 8192
 """Rows of an embedding or head that are rounded together."""
 
-Compensate = Callable[[Tensor, Tensor | None, str], QuantizedTensor]
-"""(weight [out, in], Hessian [in, in] or none where nothing was seen, level) -> codes and scales."""
+Compensate = Callable[[Tensor, Tensor | None, str, Tensor | None], QuantizedTensor]
+"""(weight [out, in], Hessian [in, in] or none where nothing was seen, level, cross moment [in, in] where there is one)
+-> codes and scales."""
 
 
 def to_round(planned: Sequence[Planned], held: Held) -> dict[str, str]:
@@ -46,6 +48,7 @@ class Rounder:
     store: Store
     runner: Runner
     measured: Measured
+    fisher: Fisher
     planned: Sequence[Planned]
     compensate: Compensate
 
@@ -90,14 +93,15 @@ class Rounder:
         self.store.add("embed", codes, tokens)
 
     def _layer(self, i: int) -> None:
-        block, before, prefix = self.runner.block(i), self.boundary(i), f"layers.{i}."
+        block, plain = self.runner.block(i), self.runner.block(i)
+        before, prefix = self.boundary(i), f"layers.{i}."
         self._round_floats(block, prefix)
         codes: dict[str, QuantizedTensor] = {}
         tokens: dict[str, Sequence[int]] = {}
         for group in groups(block):
             names = [n for n in group if f"{prefix}{n}.weight" in self.wanted]
             if names:
-                found, counts = self._group(i, block, names)
+                found, counts = self._group(i, block, plain, names)
                 codes |= {f"{prefix}{n}.weight": q for n, q in found.items()}
                 tokens |= {f"{prefix}{n}.weight": counts for n in names}
         with self.boundary(i + 1).writing() as sink:
@@ -105,6 +109,7 @@ class Rounder:
                 sink(a, self.runner.run(i, block, self._on_device(before, a, z)).cpu().numpy())
         self.store.add(f"layers.{i}", codes, tokens)
         before.keep(0)
+        self.measured.boundary(i).keep(0)
 
     def _head(self) -> None:
         codes, tokens = {}, {}
@@ -114,47 +119,61 @@ class Rounder:
             codes[name] = self._by_rows(name, hessian)
         self.store.add("head", codes, tokens)
 
-    def _group(self, i: int, block: Block, names: Sequence[str]) -> tuple[dict[str, QuantizedTensor], list[int]]:
+    def _group(
+        self, i: int, block: Block, plain: Block, names: Sequence[str]
+    ) -> tuple[dict[str, QuantizedTensor], list[int]]:
         """Round products of one input, in the block too; and the tokens that each expert saw."""
         own = {n: block.get_submodule(n) for n in names}
         experts = getattr(own[names[0]], "experts", None)
-        width = self._weight(own[names[0]]).shape[1]
-        parts: dict[str, list[QuantizedTensor]] = {n: [] for n in names}
+        width = _weight(own[names[0]]).shape[1]
+        found: dict[str, list[QuantizedTensor]] = {n: [] for n in names}
         counts: list[int] = []
         for span in [None] if experts is None else spans(experts, width):
-            hessians = self._collect(i, block, names[0], Hessians(width, span, self.runner.device))
-            counts += hessians.counts
-            for n, e in enumerate(span or range(1)):
-                hessian = hessians.mean(n)
-                for name, module in own.items():
-                    weight = self._weight(module)
-                    rows = len(weight) // (experts or 1)
+            moments = self._collect(i, block, None if experts else plain, names, width, span)
+            counts += moments[names[0]].counts
+            for name, module in own.items():
+                weight = _weight(module)
+                rows = len(weight) // (experts or 1)
+                for n, e in enumerate(span or range(1)):
                     part = weight[e * rows : (e + 1) * rows]
-                    full = f"layers.{i}.{name}.weight"
-                    q = self._round(full, e * rows, part, hessian)
+                    hessian, cross = moments[name].hessian(n), moments[name].cross(n)
+                    q = self._round(f"layers.{i}.{name}.weight", e * rows, part, hessian, cross)
                     part.copy_(torch.from_numpy(q.dequantize()))
-                    parts[name].append(q)
-        return {name: joined(found) for name, found in parts.items()}, counts
+                    found[name].append(q)
+                del moments[name]
+        return {name: joined(parts) for name, parts in found.items()}, counts
 
-    def _collect(self, i: int, block: Block, name: str, hessians: Hessians) -> Hessians:
-        def observe(x: Tensor, counts: Tensor | None) -> None:
-            hessians(x, counts)
-            raise Enough
+    def _collect(
+        self, i: int, block: Block, plain: Block | None, names: Sequence[str], width: int, span: range | None
+    ) -> dict[str, Moments]:
+        """Moments of each product's input, rows weighted by the energy of the gradient at its output."""
+        device = self.runner.device
+        moments = {n: Moments(width, span, plain is not None, device) for n in names}
+        energies = {n: self._energy(i, n) for n in names}
+        for a, z in self.runner.chunks(len(self.ids)):
+            entered = self.runner.enter(i, block, names[0], self._on_device(self.boundary(i), a, z))
+            before = None
+            if plain is not None:
+                before = self.runner.enter(i, plain, names[0], self._on_device(self.measured.boundary(i), a, z)).x
+            for n, m in moments.items():
+                energy = energies[n][a * self.runner.length : z * self.runner.length].to(device)
+                m.add(entered.x, entered.counts, entered.weights(energy), before)
+        return moments
 
-        with observing(block, {name: observe}):
-            for a, z in self.runner.chunks(len(self.ids)):
-                try:
-                    self.runner.run(i, block, self._on_device(self.boundary(i), a, z))
-                except Enough:
-                    continue
-        return hessians
+    def _energy(self, i: int, name: str) -> Tensor:
+        """[tokens] of mean 1."""
+        tail = EXPERTS if name.startswith(f"{EXPERTS}.") else f"{name}.weight"
+        energy = torch.from_numpy(self.fisher.layer(i)[f"layers.{i}.{tail}.energy"])
+        mean = energy.mean(dtype=torch.float64)
+        return (energy.double() / mean).float() if mean > 0 else torch.ones_like(energy)
 
     def _head_hessian(self, boundary: Boundary) -> tuple[Tensor | None, list[int]]:
-        norm = self.runner.final_norm()
-        hessians = Hessians(self.runner.spec.width, None, self.runner.device)
+        norm, device = self.runner.final_norm(), self.runner.device
+        moments = Moments(self.runner.spec.width, None, False, device)
         for a, z in self.runner.chunks(len(self.ids)):
-            hessians(self.runner.end(norm, self._on_device(boundary, a, z)).flatten(0, -2), None)
-        return hessians.mean(0), hessians.counts
+            x = self.runner.end(norm, self._on_device(boundary, a, z)).flatten(0, -2)
+            moments.add(x, None, torch.ones(len(x), device=device), None)
+        return moments.hessian(0), moments.counts
 
     def _by_rows(self, name: str, hessian: Tensor | None) -> QuantizedTensor:
         """A matrix that is never whole in memory: rows are rounded one like the other."""
@@ -164,9 +183,11 @@ class Rounder:
         ]
         return joined(found)
 
-    def _round(self, name: str, start: int, weight: Tensor, hessian: Tensor | None) -> QuantizedTensor:
+    def _round(
+        self, name: str, start: int, weight: Tensor, hessian: Tensor | None, cross: Tensor | None = None
+    ) -> QuantizedTensor:
         try:
-            return self.compensate(weight, hessian, self.wanted[name])
+            return self.compensate(weight, hessian, self.wanted[name], cross)
         except TooLarge as e:
             raise UserError(e.at(name, start)) from None
 
@@ -189,11 +210,11 @@ class Rounder:
     def _on_device(self, boundary: Boundary, start: int, stop: int) -> Tensor:
         return torch.from_numpy(boundary.read(start, stop)).to(self.runner.device)
 
-    @staticmethod
-    def _weight(module: torch.nn.Module) -> Tensor:
-        weight = module.weight
-        assert isinstance(weight, Tensor), "a product"
-        return weight
+
+def _weight(module: torch.nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor), "a product"
+    return weight
 
 
 def _floats(values: Floats | QuantizedTensor) -> Floats:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from backends.torch.attention import Request, plan
-from backends.torch.modules import Block, GroupedLinear, Norm, Rotary
+from backends.torch.modules import Block, Experts, GroupedLinear, Norm, Rotary
 from backends.torch.ops import TorchOps
 from convert.sources import Source
 from spec import forward
-from spec.config import Spec
 from spec.errors import UserError
 from spec.ops import Step
 from spec.rope import rope_tables
@@ -48,8 +48,31 @@ Observe = Callable[[Tensor, Tensor | None], None]
 """Called with the rows [n, in] that enter a product, and for stacked experts how many of them are each one's [E]."""
 
 
-class Enough(Exception):
-    """Raised by an observer: nothing after its product is needed."""
+@dataclass
+class Entered:
+    """What entered a product."""
+
+    x: Tensor
+    """[n, in]; of stacked experts sorted by expert."""
+    counts: Tensor | None
+    """[E] how many of the rows are each expert's."""
+    tokens: Tensor | None = None
+    """[n] the token of each row, counted over the windows; none: in order."""
+    shares: Tensor | None = None
+    """[n] how much the expert of a row counts at its token."""
+
+    def weights(self, energy: Tensor) -> Tensor:
+        """[n] for the energies [tokens] of gradients at the product's output; at that of the mixture for experts."""
+        if self.tokens is None or self.shares is None:
+            return energy
+        return energy[self.tokens] * self.shares.square()
+
+
+class _Enough(Exception):
+    """Nothing after a product is needed."""
+
+    def __init__(self, found: Entered) -> None:
+        self.found = found
 
 
 def device_of(name: str) -> torch.device:
@@ -116,6 +139,30 @@ class Runner:
         w = SimpleNamespace(layers={i: block})
         return forward.blocks(ops, self.spec, w, x, step, tables, span=range(i, i + 1))[0]
 
+    def enter(self, i: int, block: Block, name: str, x: Tensor) -> Entered:
+        """Run layer i on the residual stream [N, T, D] as far as one of its products."""
+        routed: dict[str, Tensor] = {}
+
+        def route(_: nn.Module, args: Any) -> None:
+            _, _, chosen, weights, _ = args
+            order = chosen.flatten().argsort(stable=True)
+            routed.update(tokens=order // chosen.shape[-1], shares=weights.flatten()[order].float())
+
+        def before(_: nn.Module, args: Any, named: Any) -> None:
+            counts = named.get("counts")
+            raise _Enough(Entered(args[0].flatten(0, -2), counts, **(routed if counts is not None else {})))
+
+        handles = [block.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True)]
+        handles += [m.register_forward_pre_hook(route) for m in block.modules() if isinstance(m, Experts)]
+        try:
+            self.run(i, block, x)
+        except _Enough as e:
+            return e.found
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise AssertionError(f"{name} did not run")
+
     def begin(self, ids: NDArray[np.int64], rows: Callable[[NDArray[np.int64]], NDArray[np.float32]]) -> Begin:
         """What makes the residual stream of ids [N, T]; `rows` gives rows of the embedding."""
         return Begin(self, ids, rows)
@@ -173,8 +220,19 @@ class Begin:
 
     def __call__(self, start: int, stop: int) -> Tensor:
         """[N, T, D] of windows start..stop."""
-        step = self.runner._step(stop - start)
-        return forward.begin(TorchOps([]), self.runner.spec, self.w, self.places[start:stop], step)
+        return self._of(self.w.embed, start, stop)
+
+    def gradient(self, start: int, stop: int, g: Tensor) -> Tensor:
+        """The gradient at the rows of the embedding [N, T, D] for that at the residual stream."""
+        rows = self.w.embed(self.places[start:stop]).requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(self._of(lambda _: rows, start, stop), rows, g)[0]
+
+    def _of(self, embed: Callable[[Tensor], Tensor], start: int, stop: int) -> Tensor:
+        w = SimpleNamespace(**{**vars(self.w), "embed": embed})
+        return forward.begin(
+            TorchOps([]), self.runner.spec, w, self.places[start:stop], self.runner._step(stop - start)
+        )
 
 
 def _table(weight: Tensor) -> Callable[[Tensor], Tensor]:

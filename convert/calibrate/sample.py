@@ -79,8 +79,8 @@ def sample(spec: Spec, tokenizer: Tokenizer | None, text: str, tokens: int, seed
     """
     length = min(WINDOW, spec.context, tokens)
     if text == RANDOM:
-        ids = np.random.default_rng(seed).integers(0, spec.vocab_size, (max(1, tokens // length), length))
-        return Sample(ids, RANDOM, tokens)
+        drawn = np.random.default_rng(seed).integers(0, spec.vocab_size, (max(1, tokens // length), length))
+        return Sample(drawn, RANDOM, tokens)
     if tokenizer is None:
         raise UserError(f"--calibrate {text}: the source has no tokenizer, so no text can be read: put its tokenizer.json "
                         f"beside the weights, or --effort fast (or --calibrate {RANDOM}: random ids)")  # fmt: skip

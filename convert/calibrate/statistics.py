@@ -1,4 +1,4 @@
-"""What is measured of the rows that enter a product: their mean squares, and their Hessian.
+"""What is measured of the rows that enter a product: their mean squares and their second moments.
 
 The Hessian of a product's squared error in one row of its weight is the second moment of its input, E[x x^T] (Hassibi
 and Stork 1993, arXiv 2210.17323), the same for every row. Of stacked experts each has its own.
@@ -48,26 +48,43 @@ class Squares:
         return np.stack(each) if self.stacked else each[0]
 
 
-class Hessians:
-    """Sums of x x^T, in float32: of everything, or of each expert in a range."""
+class Moments:
+    """Second moments of what enters a product, weighted row by row: of everything, or of each expert in a range.
 
-    def __init__(self, width: int, experts: range | None, device: torch.device) -> None:
+    All in float32: the Hessian is sum w x x^T / sum w, and the cross moment is that of the same rows in the model as it
+    is and in the rounded one, sum w x_plain x^T / sum w.
+    """
+
+    def __init__(self, width: int, experts: range | None, cross: bool, device: torch.device) -> None:
         self.experts = experts
         count = 1 if experts is None else len(experts)
-        self.sums = torch.zeros(count, width, width, device=device)
+        self._sums = torch.zeros(count, width, width, device=device)
+        self._crosses = torch.zeros(count, width, width, device=device) if cross else None
+        self._weights = [0.0] * count
         self.counts = [0] * count
+        """Rows of each."""
 
-    def __call__(self, x: Tensor, counts: Tensor | None) -> None:
-        """More rows [n, in]."""
-        rows = parts(x, counts)
+    def add(self, x: Tensor, counts: Tensor | None, weights: Tensor, plain: Tensor | None) -> None:
+        """More rows [n, in] with their weights [n]; `plain` [n, in] are they in the model as it is."""
+        rows, shares = parts(x, counts), parts(weights, counts)
         for n, e in enumerate(self.experts or range(1)):
-            if len(rows[e]):
-                self.counts[n] += len(rows[e])
-                self.sums[n].addmm_(rows[e].T, rows[e])
+            if not len(rows[e]):
+                continue
+            self.counts[n] += len(rows[e])
+            self._weights[n] += float(shares[e].sum(dtype=torch.float64))
+            weighted = rows[e] * shares[e][:, None]
+            self._sums[n].addmm_(weighted.T, rows[e])
+            if self._crosses is not None and plain is not None:
+                self._crosses[n].addmm_(plain.T, weighted)
 
-    def mean(self, n: int) -> Tensor | None:
-        """The n-th Hessian [in, in], in place of its sum; none where no row came."""
-        return self.sums[n].div_(self.counts[n]) if self.counts[n] else None
+    def hessian(self, n: int) -> Tensor | None:
+        """The n-th Hessian [in, in]; none where no row came that counts. Asked for once: it is made in place."""
+        return self._sums[n].div_(self._weights[n]) if self._weights[n] > 0 else None
+
+    def cross(self, n: int) -> Tensor | None:
+        """The n-th cross moment [in (plain), in], likewise."""
+        found = self._crosses is not None and self._weights[n] > 0
+        return self._crosses[n].div_(self._weights[n]) if found and self._crosses is not None else None
 
 
 def spans(experts: int, width: int) -> list[range]:
