@@ -212,7 +212,7 @@ def summary(result: Any) -> list[str]:
         f"trained {result.step} steps{loss}{bits}",
         f"checkpoint {out}, report {out / 'training' / 'report.html'}, metrics {out / 'training' / 'train.jsonl'}",
         "next:",
-        *(f"  {line}" for line in following(out)),
+        *(f"  {line}" for line in following(out, result.ships_at)),
     ]
 
 

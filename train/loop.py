@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import FrameType
 
@@ -24,6 +24,7 @@ from train.data.batches import Batches, Sequences, validation_rows
 from train.engine import Engine
 from train.losses import Losses
 from train.parallel import Ranks, Scaler
+from train.quant import Quantized
 from train.watch import Board, Guard, Meter, Metrics, Profile, Sampler, Score, Verdict, by_name
 
 
@@ -49,6 +50,8 @@ class Run:
     sampler: Sampler | None = None
     scaler: Scaler | None = None
     """Keeps float16's gradients in range."""
+    quant: Quantized | None = None
+    """What rounds the weights that forward passes read."""
     verdict: Verdict | None = None
     """Of the last step, where its update was not applied."""
     ended: bool = False
@@ -58,6 +61,16 @@ class Run:
     def micro(self) -> int:
         """Sequences of one forward pass."""
         return self.config.batch.at_once(self.ranks.degrees.data)
+
+    def rounded(self, step: int) -> AbstractContextManager[None]:
+        """Inside, the weights after `step` steps are as they ship, where they are trained for that."""
+        return nullcontext() if self.quant is None else self.quant.weights(step)
+
+    @contextmanager
+    def shipped(self) -> Iterator[None]:
+        """Inside, the weights are those that a checkpoint of this step has: averaged, rounded."""
+        with self.optimizer.averaged(), self.rounded(self.step):
+            yield
 
 
 @dataclass
@@ -101,7 +114,8 @@ def gradients(run: Run) -> tuple[float, Tensor, int]:
     micro_batches, valid = run.batches.next(run.config.batch.sequences, run.micro, ranks.data, ranks.degrees.data)
     run.meter.waited += run.batches.waited
     factor = 1.0 if run.scaler is None else run.scaler.scale
-    loss = run.engine.backward(micro_batches, factor / max(1, valid)) / factor
+    with run.rounded(run.step - 1):
+        loss = run.engine.backward(micro_batches, factor / max(1, valid)) / factor
     if run.scaler is not None:
         run.scaler.unscale(run.decoder.parameters())
     detailed = run.step % run.config.log_every == 0
@@ -191,7 +205,7 @@ def validate(run: Run) -> Score | None:
     valid = [0] * len(run.held_out)
     share = run.ranks.data, run.ranks.degrees.data
     seen = min(1.0, run.config.validation.tokens / sum(s.inputs for s in run.held_out))
-    with run.optimizer.averaged():
+    with run.shipped():
         for n, s in enumerate(run.held_out):
             for rows in validation_rows([s], round(seen * s.inputs), run.micro, *share):
                 sums[n] += run.engine.score(rows)
@@ -228,6 +242,8 @@ def fit(run: Run, saver: Saver, board: Board, last: int, stop: Stop, profile: Pr
             react(run, saver, board, metrics)
             if run.verdict.action == "rollback":
                 continue
+        if run.config.quant.on and run.step == run.config.quant.start:
+            quantize(run, saver, board)
         stopping, late, failed = (any_ > 0 for any_ in run.ranks.sum(stop.signal, saver.late, saver.failed))
         if failed:
             saver.wait()
@@ -237,7 +253,7 @@ def fit(run: Run, saver: Saver, board: Board, last: int, stop: Stop, profile: Pr
             metrics = scored(run, metrics)
         board.step(metrics)
         if run.sampler is not None and not stopping and (c.sampled(run.step) if c.samples.every else due):
-            with run.optimizer.averaged():
+            with run.shipped():
                 texts = list(run.sampler.write())
             for prompt, text in texts:
                 board.text(run.step, prompt, text)
@@ -263,6 +279,13 @@ def begin(run: Run, saver: Saver, board: Board) -> None:
         bits = "" if found.bits_per_byte is None else f" = {found.bits_per_byte:.3f} bits/byte"
         board.say(f"step 0  validation loss {found.loss:.4f}{bits}")
         board.event("start", 0, 0, "validation", val_loss=found.loss, val_bits_per_byte=found.bits_per_byte)
+
+
+def quantize(run: Run, saver: Saver, board: Board) -> None:
+    """From the next step on weights are rounded: losses in full precision are no measure of what comes."""
+    run.guard.forget()
+    saver.best = None
+    board.event("quant", run.step, run.batches.state.batches, f"quant={run.config.quant.level} begins")
 
 
 def scored(run: Run, metrics: Metrics) -> Metrics:

@@ -100,6 +100,7 @@ def facts(c: TrainConfig, plan: Plan) -> dict[str, Any]:
         "precision": plan.ready.precision,
         "sequences": {"step": c.batch.sequences, "rank": c.batch.sequences // plan.degrees.data, "pass": plan.micro},
         "passes": plan.passes,
+        "quant": plan.ready.quant or None,
         "length": plan.length,
         "flops": {"step": flops, "rank": max(s.flops for s in plan.stages), "run": flops * c.steps},
         "memory": max(s.memory for s in plan.stages),
@@ -144,6 +145,7 @@ def _summary(c: TrainConfig, plan: Plan, text: str) -> dict[str, str]:
         "spec": f"{spec.name}: {short(cost.count(spec).total)} parameters, {spec.depth} layers, width {spec.width}",
         "data": text,
         "loss": plan.ready.loss,
+        **({"quant": plan.ready.quant} if plan.ready.quant else {}),
         "tokenizer": c.tokenizer or f"byte-level BPE of {spec.vocab_size} tokens, trained on the data",
         "ranks": f"{d.world} = {degrees}",
         "step": f"{c.batch.sequences} sequences of {plan.length} = {per_step:,} tokens; a rank sees "

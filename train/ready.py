@@ -15,7 +15,7 @@ from backends.targets import Target
 from backends.torch.attention import chosen
 from spec.config import Spec
 from spec.errors import UserError
-from train import checkpoint, losses, optim, parallel
+from train import checkpoint, losses, optim, parallel, quant
 from train.config import TrainConfig
 from train.config.sources import CHATML
 from train.data import tokenizer
@@ -39,8 +39,10 @@ class Ready:
     """The precision, whether layers are compiled, and why, for people."""
     loss: str
     """What is minimised, for people."""
+    quant: str
+    """What is quantized, for people; empty where nothing is."""
     targets: list[Target]
-    """What will carry the model at the levels of `quant`."""
+    """What will carry the model at the levels of `ship`."""
     trackers: list[tuple[str, Tracker]]
 
 
@@ -76,8 +78,9 @@ def check(
     ask(parallel.check_batch, c.batch, degrees)
     ask(parallel.check_passes, c.parallel, c.batch.passes(degrees.data))
     stages = ask(parallel.spans, spec, degrees.pp)
+    quantized = ask(quant.describe, c.quant, spec, degrees)
     ask(checkpoint.check_exports, spec, c.checkpoint.export)
-    targets = ask(portability.carriers, spec, c.quant)
+    targets = ask(portability.carriers, spec, c.ships)
     chosen_trackers = ask(trackers, c.watch, out / "training")
     budget, moving = c.memory.checkpointing == "budget", degrees.ep > 1
     compiled = ask(parallel.choose_compile, c.compile, device, experts_move=moving, budget=budget)
@@ -89,7 +92,7 @@ def check(
         raise UserError("\n".join(map(str, problems)))
     layers = f"layers are {'' if compiled[0] else 'not '}compiled ({compiled[1]})"
     arithmetic = f"{precision[0]} ({precision[1]}); {layers}"
-    return Ready(stages, precision[0], compiled[0], arithmetic, loss, targets, chosen_trackers)
+    return Ready(stages, precision[0], compiled[0], arithmetic, loss, quantized, targets, chosen_trackers)
 
 
 def _folder(c: TrainConfig, out: Path, resume: bool, force: bool) -> None:

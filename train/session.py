@@ -21,7 +21,7 @@ from spec.config import Spec
 from spec.errors import UserError
 from spec.load import load as load_spec
 from spec.show import short
-from train import checkpoint, config, loop, losses, optim, parallel, ready, watch
+from train import checkpoint, config, loop, losses, optim, parallel, quant, ready, watch
 from train.checkpoint import init
 from train.config import TrainConfig
 from train.data import tokenizer
@@ -49,6 +49,8 @@ class Result:
     """Of the last step, if any was made."""
     ended: bool = False
     """Whether it ended early, since the validation no longer improved."""
+    ships_at: str = "q4"
+    """The level to convert to."""
 
 
 def out_folder(c: TrainConfig, spec: Spec | None = None) -> Path:
@@ -149,8 +151,8 @@ def _train(
     there = ranks.agree(checkpoint.newest(out) if resume else checkpoint.occupied(out))
     if there != found if resume else there and not force:
         raise UserError(f"{out}: another run was just there (start again)")
-    if found is None and c.quant and ranks.first:
-        portability.tell(spec, c.init or c.spec, c.quant, known.targets, console)
+    if found is None and c.ships and ranks.first:
+        portability.tell(spec, c.init or c.spec, c.ships, known.targets, console)
     with _first_rank_first(ranks):
         tok, data = text(c, spec, console if ranks.first else Console(quiet=True), given)
     run, kernels = _begun(c, spec, ranks, known, tok, data, found, say)
@@ -182,7 +184,7 @@ def _train(
         tracer.close()
         board.close()
         board.report(picture=True)
-    return Result(out, run.step, c.steps, stop.signal, metrics, run.ended)
+    return Result(out, run.step, c.steps, stop.signal, metrics, run.ended, c.quant.ships_at)
 
 
 def _begun(
@@ -227,6 +229,8 @@ def _begun(
     for reason, kernel in kernels.items():
         say(f"attention: {kernel} ({reason})")
     say(f"loss: {known.loss}")
+    if known.quant:
+        say(f"quant: {known.quant}")
     objective = losses.build(losses.Setting(c, spec, tok, length, dtype, ranks))
     torch.manual_seed(c.seed + ranks.rank)  # dropout
     run = loop.Run(
@@ -244,6 +248,7 @@ def _begun(
             parallel.peak_flops(ranks.device, known.precision, ranks.world),
         ),
         scaler=parallel.scaler(known.precision),
+        quant=quant.Quantized(decoder, c.quant, spec) if c.quant.on else None,
     )
     return run, kernels
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from backends.safetensors import INDEX, WEIGHTS
 from backends.torch.model import Decoder
+from backends.trained import SCALES
 from spec.config import Spec
 from spec.errors import UserError
 from spec.load import load as load_spec
@@ -105,13 +106,15 @@ def load_weights(decoder: Decoder, folder: str | Path) -> None:
     own = dict(decoder.named_parameters())
     handles = {file: _open(file) for file in sorted(set(files.values()))}
     problems = [f"{p.name}: missing (shape {list(p.shape)})" for p in params(decoder.spec) if p.name not in files]
-    for name, file in files.items():
-        if name not in own:
+    for name, file in list(files.items()):
+        if name.removesuffix(SCALES) in own and name not in own:
+            del files[name]  # the weights are on their grid
+        elif name not in own:
             problems.append(f"{name}: the spec has no such tensor")
-            continue
-        shape = list(handles[file].get_slice(name).get_shape())
-        if shape != list(own[name].shape):
-            problems.append(f"{name}: shape {shape}, and the spec says {list(own[name].shape)}")
+        else:
+            shape = list(handles[file].get_slice(name).get_shape())
+            if shape != list(own[name].shape):
+                problems.append(f"{name}: shape {shape}, and the spec says {list(own[name].shape)}")
     if problems:
         raise UserError("\n".join(f"{folder}: {p}" for p in problems))
     with torch.no_grad():

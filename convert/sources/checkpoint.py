@@ -8,6 +8,7 @@ from pathlib import Path
 from convert.sources.adapter import merge
 from convert.sources.base import Source
 from convert.sources.safetensors import Tensors
+from convert.sources.trained import on_grid
 from convert.tokenizers import read_tokenizer
 from spec.layout import Layout, Rule
 from spec.load import load
@@ -19,5 +20,5 @@ def open_checkpoint(folder: Path, adapters: Sequence[Path] = ()) -> Source:
     spec = load(folder)
     rules = [Rule(p.name, p.name) for p in params(spec)]
     rules += [Rule("head.weight", "head.weight")] if spec.head.tied else []
-    tensors, spec, named, notes = merge(adapters, Tensors(folder), spec, rules)
+    tensors, spec, named, notes = merge(adapters, on_grid(Tensors(folder)), spec, rules)
     return Source(folder, spec, Layout(rules, spec), tensors, read_tokenizer(folder), notes=notes, adapters=named)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spec.errors import UserError
-from train import config
+from train import config, quant
 from train.checkpoint import state
 from train.checkpoint.export import Exporter
 from train.checkpoint.folder import CONFIG, STATE, TENSORS, RunFolder
@@ -54,6 +54,7 @@ class Saver:
         self.asynchronous = c.checkpoint.in_background(ranks.device.type)
         self.exporter = Exporter(folder, c.checkpoint.export, say) if ranks.first and c.checkpoint.export else None
         self._text, self._last = config.dump(c).encode(), c.steps
+        self._quant, self._levels = c.quant, quant.levels(c.quant, folder.spec)
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world > 1 else None
         self._stage = Stager(ranks.device)
         self._thread: threading.Thread | None = None
@@ -135,14 +136,15 @@ class Saver:
     def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """One checkpoint, all ranks in step. Nothing has its name before everything is on the disk."""
         folder, partial = self.folder, self.folder.partial(step)
-        files = shards(folder.spec, self.config.dtype, round(self.config.shard_size * 1e9))
+        levels, recipe = (self._levels, quant.recipe(self._quant)) if self._quant.after(step) else ({}, None)
+        files = shards(folder.spec, self.config.dtype, round(self.config.shard_size * 1e9), levels)
         small = {STATE: (json.dumps(about, indent=2) + "\n").encode(), CONFIG: self._text}
         mine = list(files)[self.ranks.rank :: self.ranks.world]
         try:
             self._first(lambda: folder.begin(step))
             self._each(lambda: save(tensors, partial / TENSORS, self._group))
             tensors.clear()
-            self._each(lambda: write_weights(Reader(partial / TENSORS), partial, files, mine))
+            self._each(lambda: write_weights(Reader(partial / TENSORS), partial, files, mine, levels, recipe))
             self._first(lambda: write_index(partial, files), lambda: folder.commit(step, small))
             self._first(lambda: self._publish(step))
         except UserError as e:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spec.errors import UserError
-from train import optim
+from train import optim, quant
 from train.checkpoint.folder import STATE, TENSORS
 from train.checkpoint.tensors import CheckpointException, Reader, quiet, reason
 from train.watch import Guard
@@ -48,6 +48,7 @@ def state(run: Run) -> dict[str, Any]:
         "torch": torch.__version__,
         "data": run.batches.state.as_dict(),
         "watch": run.guard.as_dict(),
+        "quant": _scored(run, run.step),
         "scaler": None if run.scaler is None else run.scaler.state(),
     }
 
@@ -103,11 +104,20 @@ def restore(run: Run, folder: Path) -> dict[str, Any]:
         torch.manual_seed(run.config.seed + run.ranks.rank + RESEED * saved["step"])
     run.batches.state = there
     run.guard = Guard.of(saved.get("watch", {}))
+    if saved.get("quant") != _scored(run, saved["step"]):  # the losses of its checkpoints are another measure
+        run.guard.forget()
+        saved["best"] = None
     if run.scaler is not None and saved.get("scaler"):
         run.scaler.load_state(saved["scaler"])
     for name, value in counters.items():
         setattr(run, name, value)
     return saved
+
+
+def _scored(run: Run, step: int) -> dict[str, Any] | None:
+    """What a validation loss after `step` steps is of: the recipe that the weights are rounded by, or none."""
+    q = run.config.quant
+    return quant.recipe(q).to_dict() if q.after(step) else None
 
 
 def _damaged(folder: Path, error: BaseException) -> UserError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from train.config.data import Batch, Data
 from train.config.loss import Experts, Loss
 from train.config.optim import Optimizer, Schedule
+from train.config.quant import Quant
 from train.config.run import Checkpoint, Samples, Validation, Watch
 from train.config.system import Memory, Parallel
 from train.config.top import TrainConfig, differences, dump, layered, parse, read, resumed
@@ -18,6 +19,7 @@ __all__ = [
     "Memory",
     "Optimizer",
     "Parallel",
+    "Quant",
     "Samples",
     "Schedule",
     "TrainConfig",

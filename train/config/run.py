@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from train.config.top import TrainConfig
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """`q4,q8` as a list; the command line gives a list of such texts."""
     if isinstance(value, list | tuple):
-        return [part for v in value for part in (_listed(v) if isinstance(v, str) else [v])]
+        return [part for v in value for part in (listed(v) if isinstance(v, str) else [v])]
     return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
 
 
@@ -52,7 +52,7 @@ class Checkpoint(Model):
     """Of model.safetensors. Resuming reads the training state, which has every bit."""
     shard_size: Positive = 5.0
     """Gigabytes of one file of weights; a larger model has several, and an index."""
-    export: Annotated[tuple[str, ...], BeforeValidator(_listed), Parameter(negative="", n_tokens=1)] = ()
+    export: Annotated[tuple[str, ...], BeforeValidator(listed), Parameter(negative="", n_tokens=1)] = ()
     """What checkpoints are converted to beside the training, target and level: `hf:f32,gguf:q4`, or a list. f32 is
     the level of one without."""
     export_every: Size | None = None
@@ -107,7 +107,7 @@ class Watch(Model):
 
 
 Levels = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed), Parameter(negative="", n_tokens=1)
+    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(listed), Parameter(negative="", n_tokens=1)
 ]
 """Precision levels, `q4,q8` or a list."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from spec.config import Model, Spec
 from spec.errors import Problem, SpecError, UserError, problems_from
@@ -17,6 +17,8 @@ from train.config.loss import Experts, Loss
 from train.config.loss import problems as loss_problems
 from train.config.optim import Optimizer, Schedule
 from train.config.optim import problems as optimizer_problems
+from train.config.quant import Quant, leveled
+from train.config.quant import problems as quant_problems
 from train.config.run import Checkpoint, Levels, Samples, Steps, Validation, Watch
 from train.config.run import problems as watch_problems
 from train.config.sources import problems as source_problems
@@ -66,10 +68,20 @@ class TrainConfig(Model):
     checkpoint: Checkpoint = Checkpoint()
     samples: Samples = Samples()
     watch: Watch = Watch()
-    quant: Levels = ("q8", "q4")
-    """Levels that the model shall ship at later: which targets carry them is said before the first step."""
+    quant: Annotated[Quant, BeforeValidator(leveled), Parameter(name="*")] = Quant()
+    ship: Levels | None = None
+    """Levels that the model shall ship at later: which targets carry them is said before the first step. none = that of
+    `quant`, else q8 and q4."""
     profile: Steps | None = None
     """Steps to trace with torch's profiler, `10..12`; the trace and a table go to OUT/training/profile."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, data: Any) -> Any:
+        """A list at `quant` is what `ship` was called once; runs of that time go on."""
+        if isinstance(data, Mapping) and isinstance(data.get("quant"), list | tuple):
+            return {"ship": data["quant"], **{k: v for k, v in data.items() if k != "quant"}}
+        return data
 
     @property
     def warmup(self) -> int:
@@ -80,6 +92,13 @@ class TrainConfig(Model):
     def validate_every(self) -> int:
         """Steps between two validations."""
         return self.validation.every or max(20, self.steps // 5)
+
+    @property
+    def ships(self) -> tuple[str, ...]:
+        """The levels that the model shall ship at."""
+        if self.ship is not None:
+            return self.ship
+        return (self.quant.level,) if self.quant.on else ("q8", "q4")
 
     def length(self, spec: Spec) -> int:
         """Tokens of a sequence."""
@@ -99,7 +118,10 @@ def _contradictions(c: TrainConfig) -> list[Problem]:
         best = min(near, key=lambda n: abs(n - (c.batch.micro or 0)))
         rule = f"does not divide batch.sequences={c.batch.sequences}"
         out.append(Problem("batch.micro", c.batch.micro, rule, f"try {best}"))
-    return out + optimizer_problems(c) + loss_problems(c) + source_problems(c) + watch_problems(c) + system_problems(c)
+    return [*out, *(p for problems in _SECTIONS for p in problems(c))]
+
+
+_SECTIONS = (optimizer_problems, loss_problems, source_problems, watch_problems, system_problems, quant_problems)
 
 
 def parse(data: Mapping[str, Any], source: str = "") -> TrainConfig:

@@ -126,7 +126,7 @@ def test_the_check_and_the_run_refuse_the_same_before_any_text_is_read(
     file = tmp_path / "file"
     file.write_text("", encoding="utf-8")
     run = ["--spec", str(spec_file), "--device", "cpu", "--out", str(file / "run"), "--tokenizer", "/nope"]
-    run += ["--quant", "zz", "--checkpoint.export", "foo:f32", "--attention.kernel", "flash"]
+    run += ["--ship", "zz", "--checkpoint.export", "foo:f32", "--attention.kernel", "flash"]
     run += ["--data.messages", "m", "--data.template", str(tmp_path / "none.jinja")]
     code, checked = cli(capsys, *run, "--check")
     assert (code, checked) == cli(capsys, *run)
@@ -134,7 +134,7 @@ def test_the_check_and_the_run_refuse_the_same_before_any_text_is_read(
     for said in (
         f"{file / 'run'}: cannot be written: ",
         "checkpoint.export: foo:f32: ",
-        "quant: zz: no such precision level",
+        "ship: zz: no such precision level",
         "attention.kernel: the kernel 'flash' cannot run causal attention",
         "/nope: No such file",
     ):

@@ -449,7 +449,7 @@ def _poisoned_ranks(rank: int, ports: list[int], data: dict[str, Any]) -> None:
 
 def test_two_ranks_write_samples_and_roll_back_together(options: Options, tmp_path: Path) -> None:
     """What is wrong on one rank alone is so for both."""
-    how = {"steps": 4, "samples__every": 2, "samples__tokens": 6, "checkpoint__every": 2, "quant": []}
+    how = {"steps": 4, "samples__every": 2, "samples__tokens": 6, "checkpoint__every": 2, "ship": []}
     data = options(**how, watch__nonfinite="rollback")
     spawn(_poisoned_ranks, 2, data)
     out = tmp_path / "run"
@@ -497,7 +497,7 @@ def test_the_report_is_one_page_that_loads_nothing_and_escapes_everything(
     poisoned(5)
     nasty = "<script>alert(1)</script> & \" '"
     source = write_text(tmp_path / "text <b>")
-    data = options(steps=8, validation__every=2, samples__prompts=[nasty[:9]], samples__tokens=3, quant=["q4"])
+    data = options(steps=8, validation__every=2, samples__prompts=[nasty[:9]], samples__tokens=3, ship=["q4"])
     data["data"]["source"] = str(source)
     train(data)
     out = tmp_path / "run"
@@ -611,7 +611,7 @@ def test_dimensions_that_cripple_a_level_are_named(tmp_path: Path) -> None:
 
 def test_the_targets_are_said_before_the_first_step(options: Options, tmp_path: Path) -> None:
     log = StringIO()
-    data = options(steps=1, quant=["q4", "q4_k_m"])
+    data = options(steps=1, ship=["q4", "q4_k_m"])
     session.train(config.layered(data), console=Console(file=log, width=160))
     said = log.getvalue()
     assert said.index("gguf") < said.index("step 1/1")
@@ -623,8 +623,8 @@ def test_the_targets_are_said_before_the_first_step(options: Options, tmp_path: 
 
 
 def test_a_level_that_no_backend_has_is_refused_before_anything(options: Options, train: Train, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"quant: q44: no such precision level \(did you mean q4"):
-        train(options(quant=["q44"]))
+    with pytest.raises(UserError, match=r"ship: q44: no such precision level \(did you mean q4"):
+        train(options(ship=["q44"]))
     assert not (tmp_path / "run").exists()
 
 
@@ -668,8 +668,8 @@ def test_wrong_fields_are_one_line_with_a_suggestion(fields: dict[str, Any], sai
 def test_levels_may_be_one_word(capsys: pytest.CaptureFixture[str]) -> None:
     from train.cli import main
 
-    assert config.layered({"quant": "q4, q8"}).quant == ("q4", "q8")
-    assert config.layered({"quant": []}).quant == ()
+    assert config.layered({"ship": "q4, q8"}).ships == ("q4", "q8")
+    assert config.layered({"ship": []}).ships == ()
     with pytest.raises(SystemExit):
-        main(["--quant", "q4,q44", "--device", "cpu"])
-    assert capsys.readouterr().err.strip() == "quant: q44: no such precision level (did you mean q4?)"
+        main(["--ship", "q4,q44", "--device", "cpu"])
+    assert capsys.readouterr().err.strip() == "ship: q44: no such precision level (did you mean q4?)"

@@ -69,6 +69,10 @@ class Guard:
         better = self.best is None or loss < self.best
         self.best, self.stale = (loss, 0) if better else (self.best, self.stale + 1)
 
+    def forget(self) -> None:
+        """Begin anew: what comes is another loss."""
+        self.losses, self.norms, self.best, self.stale = [], [], None, 0
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data; JSON gives every float back bit for bit."""
         return asdict(self)

@@ -122,21 +122,21 @@ def page(r: Record) -> str:
         status=_status(r),
         tiles=_tiles(r),
         charts=_charts(r),
-        events=[_event(e) for e in r.events if e.get("event") != "start"],
+        events=[_event(e) for e in r.events if e.get("event") not in ("start", "quant")],
         samples=r.samples[::-1],
         tables=_tables(r),
         targets=_targets(r),
-        crippled=[] if r.spec is None else crippled(r.spec, r.config.quant),
-        following=following(r.out),
+        crippled=[] if r.spec is None else crippled(r.spec, r.config.ships),
+        following=following(r.out, r.config.quant.ships_at),
         files=files,
     )
 
 
-def following(out: Path) -> list[str]:
+def following(out: Path, level: str) -> list[str]:
     """What to type next."""
     return [
         f"python -m backends generate {out} --prompt 'def main('",
-        f"convert {out} --to gguf --quant q4 --out {out.name}.gguf",
+        f"convert {out} --to gguf --quant {level} --out {out.name}.gguf",
         f"python -m evals {out.name}.gguf --reference {out}",
     ]
 
@@ -144,7 +144,9 @@ def following(out: Path) -> list[str]:
 def _status(r: Record) -> str:
     c = r.config
     done = f"step {r.step:,} of {c.steps:,}" if r.step < c.steps else f"all {c.steps:,} steps"
-    return f"{done}, trained on {c.data.source}, in {r.out}"
+    level = f" for quant={c.quant.level}" if c.quant.on else ""
+    level += f" after step {c.quant.start}" if c.quant.start else ""
+    return f"{done}, trained on {c.data.source}{level}, in {r.out}"
 
 
 def _tiles(r: Record) -> list[tuple[str, str]]:
@@ -158,7 +160,8 @@ def _tiles(r: Record) -> list[tuple[str, str]]:
         tiles.append(("training loss, smoothed (nats/token)", f"{losses[-1][1]:.4f}"))
     if r.scored:
         step, loss = r.scored[-1]
-        best_step, best = min(r.scored, key=lambda p: p[1])
+        alike = [p for p in r.scored if p[0] >= r.config.quant.start] or r.scored  # in full precision is another loss
+        best_step, best = min(alike, key=lambda p: p[1])
         tiles += [("validation loss", f"{loss:.4f}"), ("validation perplexity", f"{perplexity(loss):.2f}")]
         if best_step != step:
             tiles.append((f"best validation loss, step {best_step:.0f}", f"{best:.4f}"))
@@ -255,9 +258,9 @@ def _tables(r: Record) -> list[tuple[str, list[tuple[str, str]]]]:
 def _targets(r: Record) -> list[Any]:
     from backends.targets import targets
 
-    if r.spec is None or not r.config.quant:
+    if r.spec is None or not r.config.ships:
         return []
     try:
-        return targets(r.spec, levels=r.config.quant)
+        return targets(r.spec, levels=r.config.ships)
     except UserError:
         return []

@@ -1,0 +1,9 @@
+"""Quantization-aware training: forward passes read the weights as they will ship."""
+
+from __future__ import annotations
+
+from train.quant.check import describe
+from train.quant.levels import levels, recipe
+from train.quant.weights import Quantized
+
+__all__ = ["Quantized", "describe", "levels", "recipe"]
