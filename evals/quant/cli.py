@@ -16,17 +16,17 @@ KL divergence and perplexity against bits per weight.
 
 Example: python -m evals quant runs/tiny --levels q8,q4,q6_k,q4_k_m,mlx-lm-4bit-g32,ort-int4 --text held-out.txt
 
-Levels are ours (q8, q4, q4-g128), a container's own types by name (q4_k_m, iq4_xs, mlx-q4), or another tool's quantizer:
-llama.cpp-TYPE and llama.cpp-TYPE-imatrix, mlx-lm-4bit-g32, -4bit-g64, -8bit-g64, -mixed_3_6, -mixed_4_6, -dwq-g64 and
--gptq-g64, ort-int4, -int4-g128, -int4-sym, -rtn, -k_quant, -hqq and -gptq, torchao-int4 and -int4-g128; `peers` stands
-for one of each. All are decoded from the files that they were written to and scored by one float32 forward. What is
-measured already is not measured again.
+Levels are ours (q8, q4, q4-g128), a container's own types by name (q4_k_m, iq4_xs, mlx-q4), or another tool's
+quantizer: llama.cpp-TYPE and llama.cpp-TYPE-imatrix; mlx-lm-4bit-g32, -4bit-g64, -8bit-g64, -mixed_3_6, -mixed_4_6,
+-dwq-g32 and -g64, -gptq-g32 and -g64; ort-int4, -int4-g128, -int4-sym, -rtn, -k_quant, -hqq, -hqq-g64 and -gptq;
+torchao-int4 and -int4-g128. `peers` stands for the usual ones of each. All are decoded from the files that they were
+written to and scored by one float32 forward. What is measured already is not measured again.
 
 Exit status 0: measured; 1: something could not be measured; 2: something to fix in the command or its files.""",
     version_flags=[],
 )
 PEERS = ("llama.cpp-q4_k_m", "llama.cpp-q4_k_m-imatrix", "mlx-lm-4bit-g32", "mlx-lm-4bit-g64", "mlx-lm-mixed_4_6",
-         "mlx-lm-gptq-g32", "mlx-lm-dwq-g32", "ort-int4", "ort-hqq", "ort-gptq", "torchao-int4")  # fmt: skip
+         "ort-int4", "ort-hqq", "ort-gptq", "torchao-int4")  # fmt: skip
 
 
 @app.default

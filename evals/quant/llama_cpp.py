@@ -36,7 +36,8 @@ def make(job: Job, level: str, imatrix: bool) -> Decoded:
     if imatrix:
         entries = _imatrix(found, job, llama_cpp.llama_model_imatrix_data)
         settings.imatrix = entries[0]
-    status = llama_cpp.llama_model_quantize(str(before).encode(), str(out).encode(), ctypes.byref(settings))
+    pointer: Any = ctypes.byref(settings)
+    status = llama_cpp.llama_model_quantize(str(before).encode(), str(out).encode(), pointer)
     if status != 0 or not out.exists():
         raise Unavailable(f"llama.cpp's quantizer ended with status {status}")
     artifact = Artifact(out, found.spec)

@@ -42,7 +42,8 @@ def make(job: Job, method: str, group: int, symmetric: bool = False) -> Decoded:
                 continue
             files[name] = job.folder / f"{i:04d}.onnx"
             gather = name == "embed.weight" and not spec.head.tied
-            nbytes[name] = _quantize(source.tensor(name), files[name], method, group, symmetric, gather, inputs.get(name))
+            weight, x = source.tensor(name), inputs.get(name)
+            nbytes[name] = _quantize(weight, files[name], method, group, symmetric, gather, x)
 
     def fetch(name: str) -> Any:
         return read(files[name]) if name in files else open_source(job.source).tensor(name)
@@ -105,13 +106,14 @@ def _quantize(
         config = q.HQQWeightOnlyQuantConfig(group, 4, op_types_to_quantize=("MatMul",))
     elif method == "gptq":
         assert inputs is not None, "inputs of every product were watched"
-        config = q.GPTQWeightOnlyQuantConfig(_Windows(inputs), actorder=True, mse=True)  # type: ignore[arg-type]
+        config = q.GPTQWeightOnlyQuantConfig(_Windows(inputs))  # type: ignore[arg-type]
     else:
         config = {"rtn": q.RTNWeightOnlyQuantConfig, "k_quant": q.KQuantWeightOnlyQuantConfig}[method]()
     quantizer = q.MatMulNBitsQuantizer(model, block_size=group, is_symmetric=symmetric, algo_config=config)
     quantizer.process()
-    onnx.save(quantizer.model.model, out)
-    found = quantizer.model.model.graph
+    made: Any = quantizer.model
+    onnx.save(made.model, out)
+    found = made.model.graph
     if [n.op_type for n in found.node] not in (["MatMulNBits"], ["GatherBlockQuantized"]):
         raise Unavailable(f"onnxruntime left a matrix [{rows}, {cols}] as it was")
     return sum(len(t.raw_data) for t in found.initializer)

@@ -135,7 +135,8 @@ def write(result: dict[str, Any], folder: Path) -> list[Path]:
     try:
         drawn = figure(result)
     except ImportError:
-        raise MissingDependency(f"{folder}: no plot: matplotlib is not installed (pip install 'allotrope[train]')") from None
+        why = "no plot: matplotlib is not installed (pip install 'allotrope[train]')"
+        raise MissingDependency(f"{folder}: {why}") from None
     for kind in ("svg", "png"):
         path = folder / f"quant.{kind}"
         drawn.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})

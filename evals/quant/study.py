@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.verify.metrics import standard_error
 from evals.compare import SESSION, WINDOW
 from evals.quant.decoded import weights
 from evals.quant.variants import Variant
+from evals.quant.worker import clustered_error
 from evals.reference import Windows, cut
 from spec.config import Spec
 from spec.errors import UserError
@@ -28,8 +28,12 @@ BASELINES = ("llama.cpp-q4_k_m-imatrix", "q4_k_m-importance", "llama.cpp-q4_k_m"
 """What others are compared with where nothing is said: the first of these that was measured."""
 CALIBRATION = 32768
 """Tokens that peers calibrate on."""
+WINDOWS = 16
+"""At least so many windows are scored, whose spread gives the standard errors."""
 LOGITS = 128 << 20
 """Bytes of one window's logits, at most."""
+LEAST = 256
+"""Tokens that a study needs."""
 PACKAGES = ("allotrope", "llama-cpp-python", "gguf", "mlx", "mlx-lm", "onnxruntime", "torch", "torchao", "numpy")
 
 Say = Callable[[str], None]
@@ -137,8 +141,8 @@ class Study:
         need = 4 * self.windows.ids.size * self.spec.vocab_size
         free = shutil.disk_usage(self.folder).free
         if need > 0.9 * free:
-            raise UserError(f"--tokens {self.options.tokens}: the original's logits take {need / 1e9:.1f} GB, and "
-                            f"{free / 1e9:.1f} GB are free in {self.folder} (fewer tokens, or another --out)")  # fmt: skip
+            where = f"{free / 1e9:.1f} GB are free in {self.folder} (fewer tokens, or another --out)"
+            raise UserError(f"--tokens {self.options.tokens}: the logits take {need / 1e9:.1f} GB, and {where}")
         say("the original's logits")
         np.save(self.folder / "ids.npy", self.windows.ids)
         answer = self._work({"kind": "reference", "source": str(self.source), **self._common()}, done, "original")
@@ -172,7 +176,7 @@ class Study:
         if not rows:
             return None
         nll = self.tokens(rows[0])["nll_ref"]
-        return {"nll": float(nll.mean()), "perplexity": float(np.exp(nll.mean())), "nll_se": standard_error(nll)}
+        return {"nll": float(nll.mean()), "perplexity": float(np.exp(nll.mean())), "nll_se": clustered_error(nll)}
 
     def tidy(self, rows: Sequence[dict[str, Any]]) -> None:
         """Delete the large files once everything is measured; the results stay."""
@@ -193,21 +197,20 @@ def compare(rows: Sequence[dict[str, Any]], study: Study, baseline: str) -> None
         spread = (own["kl"] - ratio * base["kl"]) / base["kl"].mean() if base["kl"].mean() > 0 else own["kl"] * 0
         row["against"] = {
             "kl_ratio": float(ratio),
-            "kl_ratio_se": standard_error(spread),
+            "kl_ratio_se": clustered_error(spread),
             "kl_difference": float((own["kl"] - base["kl"]).mean()),
-            "kl_difference_se": standard_error(own["kl"] - base["kl"]),
+            "kl_difference_se": clustered_error(own["kl"] - base["kl"]),
             "nll_difference": float((own["nll"] - base["nll"]).mean()),
-            "nll_difference_se": standard_error(own["nll"] - base["nll"]),
+            "nll_difference_se": clustered_error(own["nll"] - base["nll"]),
         }
 
 
 def _prepare(source: Path, options: Options, out: Path, variants: Sequence[Variant]) -> Study:
     """Everything that can be refused before any work."""
     from convert.sources import open_source
-    from convert.verify.sample import read_text
 
-    if options.tokens < 2:
-        raise UserError(f"--tokens {options.tokens}: at least 2")
+    if options.tokens < LEAST:
+        raise UserError(f"--tokens {options.tokens}: at least {LEAST}, so that there are standard errors")
     if options.baseline is not None and options.baseline not in [v.name for v in variants]:
         names = ", ".join(v.name for v in variants)
         raise UserError(f"--baseline {options.baseline}: is none of what is measured ({names})")
@@ -221,9 +224,9 @@ def _prepare(source: Path, options: Options, out: Path, variants: Sequence[Varia
         spec, tokenizer = opened.spec, opened.tokenizer
         if tokenizer is None:
             raise UserError(f"{source}: no tokenizer, and a text needs one (put tokenizer.json beside the weights)")
-        window = max(16, min(WINDOW, LOGITS // (4 * spec.vocab_size)))
+        window = max(16, min(WINDOW, LOGITS // (4 * spec.vocab_size), options.tokens // WINDOWS))
         windows = cut(spec, tokenizer, text, options.tokens, window)
-        calibration = cut(spec, tokenizer, calibrate, CALIBRATION, window) if calibrating else None
+        calibration = cut(spec, tokenizer, calibrate, CALIBRATION, WINDOW) if calibrating else None
         digest = hashlib.sha256(windows.ids.tobytes())
         digest.update(f"{windows.ids.shape} {spec.hash} {opened.hash()}".encode())
     folder = out / "cache" / digest.hexdigest()[:16]

@@ -21,7 +21,8 @@ def make(job: Job, group: int) -> Decoded:
         from torchao.quantization import IntxWeightOnlyConfig, quantize_
         from torchao.quantization.granularity import PerGroup
 
-    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
+    width: Any = torch
+    config = IntxWeightOnlyConfig(weight_dtype=width.int4, granularity=PerGroup(group))
     files: dict[str, Path] = {}
     nbytes = 0
     with open_source(job.source) as source:

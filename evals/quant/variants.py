@@ -121,7 +121,8 @@ def _named(name: str, efforts: Sequence[str]) -> list[Variant]:
     if name in PEERS:
         return [PEERS[name]]
     if name in LEVELS:
-        return [_ours(name, "", e, LEVELS[name].group is not None) for e in _useful(efforts, LEVELS[name].group is None)]
+        coded = LEVELS[name].group is not None
+        return [_ours(name, e, coded) for e in (EFFORTS if coded else ("fast",)) if e in efforts or not coded]
     for b, needs in NATIVE.items():
         if name in backends.part(backends.get(b), "support").levels():
             kinds = ("fast", "good") if b == "gguf" and set(efforts) - {"fast"} else ("fast",)
@@ -129,12 +130,8 @@ def _named(name: str, efforts: Sequence[str]) -> list[Variant]:
     raise UserError(f"--levels {name}: no such level ({nearest(name, known())})")
 
 
-def _useful(efforts: Sequence[str], floats: bool) -> list[str]:
-    return ["fast"] if floats else [e for e in EFFORTS if e in efforts]
-
-
-def _ours(level: str, target: str, effort: str, coded: bool) -> Variant:
-    settings = {"target": target, "level": level, "effort": effort}
+def _ours(level: str, effort: str, coded: bool) -> Variant:
+    settings = {"target": "", "level": level, "effort": effort}
     name = level if effort == "fast" else f"{level}-{effort}"
     by = f"allotrope, {effort}" if coded else "allotrope, floats"
     needs = () if effort == "fast" else ("torch",)

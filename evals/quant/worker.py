@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evals.quant.decoded import Decoded, Job, Unavailable
 
@@ -60,9 +61,19 @@ def score(made: Decoded, job: dict[str, Any]) -> dict[str, Any]:
     quality = Quality()
     for row, ref in zip(ids, references, strict=True):
         quality.add(ref, logits(row[None])[0], np.append(row[1:], -1))
-    tokens = {"kl": quality.kl, "nll": quality.nll, "nll_ref": quality.nll_ref, "agree": quality.agree}
-    np.savez_compressed(job["tokens"], **{k: np.asarray(v) for k, v in tokens.items()})
-    return {"how": how, **quality.summary()}
+    found = {"kl": quality.kl, "nll": quality.nll, "nll_ref": quality.nll_ref, "agree": quality.agree}
+    tokens = {k: np.asarray(v, np.float64).reshape(len(ids), -1) for k, v in found.items()}
+    np.savez_compressed(job["tokens"], **tokens)  # type: ignore[arg-type]
+    spread = {"kl_se": tokens["kl"], "nll_se": tokens["nll"], "delta_nll_se": tokens["nll"] - tokens["nll_ref"]}
+    return {"how": how, **quality.summary(), **{k: clustered_error(v) for k, v in spread.items()}}
+
+
+def clustered_error(values: NDArray[np.float64]) -> float:
+    """Standard error of the mean of values [windows, tokens], by the means of windows: neighbouring tokens are alike,
+    and counted as independent they would make it about half of what it is."""
+    from convert.verify.metrics import standard_error
+
+    return standard_error(values.mean(1))
 
 
 def main() -> None:
