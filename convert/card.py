@@ -36,6 +36,7 @@ def card(
         ("parameters", f"{result.weights:,}"),
         ("level", f"{result.level} ({result.bits:.2f} bits/weight over all matrices)"),
         ("stored as", ", ".join(f"{n} × {level}" for level, n in receipt["levels"].items())),
+        *((("calibrated", _calibrated(receipt["rounding"])),) if "rounding" in receipt else ()),
         ("size", f"{result.size / 1e6:,.1f} MB"),
         ("carrier", f"{receipt['backend']} {receipt['carrier']}".strip()),
         ("context", f"{spec.context:,} tokens"),
@@ -112,6 +113,11 @@ def beside(out: Path) -> Path:
 
 def _table(rows: Rows) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""]
+
+
+def _calibrated(record: dict[str, Any]) -> str:
+    return (f"effort {record['effort']}, {record['tokens']:,} tokens of {record['text']} "
+            f"(sha256 of their ids {record['text_hash']})")  # fmt: skip
 
 
 def _source(source: dict[str, Any]) -> str:

@@ -20,11 +20,13 @@ For example:
   convert ~/models/Llama-3.2-1B --quant q4_k_m --check
   convert runs/tiny --to gguf --quant q8 --out tiny.gguf --force
   convert runs/tiny --to gguf,mlx,onnx,coreml,hf --quant q4 --out shipped
+  convert runs/tiny --to mlx --quant q4 --effort good --override head=q8
+  convert runs/tiny --quant q4 --size 2GB --calibrate book.txt --check
   convert hf:Qwen/Qwen3-0.6B --adapter lora --to mlx
   convert model.Q8_0.gguf --to hf --quant q8
 
-Portable levels: f32, bf16, f16, q8, q4; and every type of the target by its
-own name (q4_k_m, q6_k, ...).
+Portable levels: f32, bf16, f16, q8, q4, q4-g128; and every type of the target
+by its own name (q4_k_m, q6_k, ...).
 
 Exit status 0: written and verified; 1: a verification failed and that artifact
 was kept back; 2: something that you can fix, named in one line; 130: interrupted.
@@ -48,7 +50,15 @@ def convert(
     /,
     *,
     to: str = "gguf",
-    quant: str = "q4",
+    quant: str | None = None,
+    override: Annotated[list[str] | None, Flag] = None,
+    recipe: Path | None = None,
+    bits: float | None = None,
+    size: str | None = None,
+    effort: str | None = None,
+    calibrate: str | None = None,
+    work: Path | None = None,
+    device: str | None = None,
     out: Path | None = None,
     adapter: Annotated[list[str] | None, Flag] = None,
     push: str | None = None,
@@ -73,7 +83,26 @@ def convert(
     to
         The target, or several with commas between: gguf, mlx, onnx, coreml, hf, tensorrt.
     quant
-        The precision level.
+        The precision level; by default what the checkpoint was trained for, else q4.
+    override
+        GLOB=LEVEL for the matrices that the glob names, as in head=q8 or 'layers.*.attn.v=q8'; once for each, the last
+        that matches holds.
+    recipe
+        A YAML file with level, overrides (a mapping), and bits or size.
+    bits
+        Bits per weight that q4 or q4-g128 may spend, with q8 where it pays most (4.95).
+    size
+        The same as bytes of the largest artifact: 2GB, 700MB, 1.5GiB.
+    effort
+        fast: the scales are searched. good: codes are chosen for what they cost on a text, which needs torch.
+        best: the same, for longer.
+    calibrate
+        That text: a UTF-8 file, a folder of them, JSON lines with a text each, or stdlib. Means --effort good.
+    work
+        Keep what was calibrated in this folder: for the next conversion at the same levels, and for python -m
+        convert.verify --rounding.
+    device
+        Where the calibrated model runs: cpu, cuda, mps; by default CUDA where there is some.
     out
         The artifact, or for several targets the folder they go into; by default SOURCE.LEVEL.gguf, SOURCE.LEVEL-mlx
         and so on in the working directory.
@@ -106,6 +135,7 @@ def convert(
     json
         Print the result as JSON.
     """
+    from convert.asked import asked
     from convert.pipeline import convert_all as run
     from convert.push import Push
     from convert.show import dumps, progress, show_expected, show_result, show_summary
@@ -119,7 +149,8 @@ def convert(
         raise UserError("--private: says how --push makes a repository (give --push owner/name too)")
     with progress(quiet=json or check) as reporting:
         results = run(
-            source, targets, quant, out, options=options, adapters=adapter or (),
+            source, targets, asked(quant, recipe, override or (), bits, size), out, effort=effort, calibrate=calibrate,
+            work=work, device=device, options=options, adapters=adapter or (),
             push=None if push is None else Push(push, private), verify=verify, force=force, check=check,
             threads=threads, text=text, progress=reporting, on_check=reporting.checked,
         )  # fmt: skip
@@ -147,6 +178,11 @@ def _say(message: str) -> None:
     sys.stderr.write(message + "\n")
 
 
+def _kept(e: BaseException) -> list[str]:
+    """What an exception says is kept, and how to go on."""
+    return list(getattr(e, "__notes__", ()))
+
+
 class Terminated(BaseException):
     """SIGTERM."""
 
@@ -172,19 +208,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(app(argv, exit_on_error=False, print_error=False, result_action="return_value") or 0)
     except CycloptsError as e:
         _say(f"convert: {' '.join(str(e).split())} (convert --help lists the options)")
-    except KeyboardInterrupt:
-        _say("convert: interrupted; nothing was written")
+    except KeyboardInterrupt as e:
+        _say("; ".join(["convert: interrupted; nothing was written", *_kept(e)]))
         sys.exit(130)
-    except Terminated:
-        _say("convert: terminated; nothing was written")
+    except Terminated as e:
+        _say("; ".join(["convert: terminated; nothing was written", *_kept(e)]))
         sys.exit(143)
-    except MemoryError:
-        _say("convert: not enough memory")
+    except MemoryError as e:
+        _say("; ".join(["convert: not enough memory", *_kept(e)]))
     except ValueError as e:
         from spec.errors import UserError  # brings the whole schema, which --help can do without
 
         if not isinstance(e, UserError):
             raise
-        for line in str(e).splitlines():
+        for line in (*str(e).splitlines(), *_kept(e)):
             _say("convert: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line))  # names from a folder
     sys.exit(2)

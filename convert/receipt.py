@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import backends
 from backends.base import Backend, Planned, Support
+from convert import calibrated
+from convert.levels import LEVELS
+from convert.recipe import Recipe
 from convert.sources import Source
 from convert.sources.base import weights_hash
 
@@ -22,17 +25,20 @@ def receipt(
     source: Source,
     backend: Backend,
     support: Support,
-    level: str,
+    recipe: Recipe,
     options: Mapping[str, str],
     planned: Sequence[Planned],
     source_hashes: Mapping[str, str],
     hashes: Mapping[str, str],
+    own: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The receipt of a conversion. `hashes` are the `ContentHash`es of what was stored, for portable levels.
+    """The receipt of a conversion. `hashes` are the `ContentHash`es of what was stored, for portable levels; `own` are
+    those of bytes in a backend's own types, where it takes some.
 
     Nothing in it depends on when or where it was made, so equal conversions give equal files.
     """
-    stored = {p.name: [p.level, hashes[p.name]] if p.name in hashes else [p.level] for p in planned}
+    known = {**{p.name: own[p.name] for p in planned if p.level not in LEVELS and p.name in own}, **hashes}
+    stored = {p.name: [p.level, known[p.name]] if p.name in known else [p.level] for p in planned}
     return {
         "format": FORMAT,
         "spec_hash": source.spec.hash,
@@ -46,7 +52,9 @@ def receipt(
         "backend": backend.name,
         "carrier": support.carrier,
         "folds": list(support.folds),
-        "level": level,
+        "level": recipe.level,
+        **({} if recipe.plain else {"recipe": recipe.to_dict()}),
+        **({} if source.rounding is None else {"rounding": calibrated.told(source.rounding)}),
         "options": {k: v for k, v in options.items() if v},
         "levels": dict(sorted(Counter(p.level for p in planned).items())),
         "weights_hash": weights_hash((n, hashes[n]) for n in source.names()) if len(hashes) == len(stored) else None,

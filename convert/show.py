@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from convert.pipeline import Result
     from convert.verify import Check, Report
 
+BYTES = "convert"
+"""The stage that counts bytes."""
 EVERY = 5.0
 """Seconds between plain progress lines."""
 
@@ -30,24 +32,31 @@ class Reporting:
         self._bar: Progress | None = None
         self._task: Any = None
         self._started = self._said = time.monotonic()
-        self._finished = False
+        self._stage, self._finished = "", False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Bytes of the source done and in all."""
+        """How much of a stage is done, and all of it: bytes of the source, or layers of a calibration."""
         now = time.monotonic()
+        if stage != self._stage:
+            self.stop()
+            self._stage, self._started, self._said = stage, now, now
+        elif self._finished:
+            return
+        self._finished = done >= total
         if self.console.is_terminal:
             if self._bar is None:
                 self._bar = self._new_bar()
                 self._task = self._bar.add_task(stage, total=total)
             self._bar.update(self._task, completed=done)
-        elif not self._finished and (done >= total or now - self._said >= EVERY):
+        elif self._finished or now - self._said >= EVERY:
             self._said = now
             rate = done / max(now - self._started, 1e-9)
             left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
-            mega = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
-            self.console.print(f"{stage}: {done / total:4.0%}  {mega}  {rate / 1e6:,.1f} MB/s{left}", markup=False)
-        if done >= total and not self._finished:
-            self._finished = True
+            what = f"{done} of {total} steps"
+            if stage == BYTES:
+                what = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB  {rate / 1e6:,.1f} MB/s"
+            self.console.print(f"{stage}: {done / max(total, 1):4.0%}  {what}{left}", markup=False)
+        if self._finished:
             self.stop()
 
     def checked(self, backend: str, check: Check) -> None:
@@ -71,10 +80,12 @@ class Reporting:
             self._bar = None
 
     def _new_bar(self) -> Progress:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+        from rich import progress
 
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        bar = Progress("{task.description}", *columns, console=self.console)
+        amount = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+        columns = amount if self._stage == BYTES else (progress.MofNCompleteColumn(),)
+        bar = progress.Progress("{task.description}", progress.BarColumn(), *columns, progress.TimeRemainingColumn(),
+                                console=self.console)  # fmt: skip
         bar.start()
         return bar
 
@@ -100,10 +111,17 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
     yield "tensors", levels
     disk = "" if result.file_bits is None else f", {result.file_bits:.2f} on disk"
     yield "bits/weight", f"{result.bits:.2f} over all matrices{disk} ({result.weights:,} weights)"
+    if result.calibration is not None:
+        yield "calibrated", calibration(result.calibration)
     for fold in result.support.folds:
         yield "exact rewrite", fold
     for note in result.notes:
         yield "note", note
+
+
+def calibration(record: dict[str, Any]) -> str:
+    """A rounding's record in a line."""
+    return f"effort {record['effort']}, {record['tokens']:,} tokens of {record['text']}"
 
 
 def _lines(rows: Iterator[tuple[str, str]]) -> str:
@@ -175,6 +193,8 @@ def show_summary(results: Sequence[Result]) -> None:
     levels = ", ".join(f"{n} x {level}" for level, n in results[0].levels.items())
     seconds = _duration(results[0].seconds)
     levels += f" ({results[0].bits:.2f} bits/weight over all matrices)"
+    if results[0].calibration is not None:
+        levels += f", calibrated: {calibration(results[0].calibration)}"
     console.print(f"{levels}; read, rounded and written in one pass of {seconds}", markup=False)
 
 

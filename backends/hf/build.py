@@ -20,11 +20,13 @@ from backends import folder
 from backends.base import Planned, QuantizedTensor, Tokenizer, Values
 from backends.hf.config import config
 from backends.hf.fit import Fit, choose
+from backends.hf.names import FUSED_BY_SERVERS
 from backends.hf.store import TORCH, Slot, Store, describe, pack
 from backends.safetensors import INDEX, FileWriter, Tensor, header, index_table, narrow
 from backends.tokens import misread
 from spec.config import Spec
 from spec.errors import UserError
+from spec.layout import Layout
 from spec.levels import CODES, GROUPS
 from spec.params import params
 
@@ -209,6 +211,18 @@ def writer_for(
     store = Store(fit, planned)
     log.info("Hugging Face: %s, %d tensors", fit.carrier.arch, len(store.slots))
     return FolderWriter(spec, store, tokenizer, out, level)
+
+
+def joined_matrices(
+    spec: Spec, level: str, tokenizer: Tokenizer | None, architecture: str = ""
+) -> list[tuple[str, ...]]:
+    """Canonical matrices that the folder stores as one, or that servers compute as one: they have one precision."""
+    fit = carried(spec, architecture, tokenizer)
+    stored = [[p.name for p in b.canonical if p.matrix] for b in Layout(fit.carrier.rules, fit.spec).rules]
+    served = [[f"layers.{i}.{stem}.weight" for stem in group] for i in range(spec.depth) for group in FUSED_BY_SERVERS]
+    mine = ([fit.origins[n].name for n in names if n in fit.origins] for names in (*stored, *served))
+    found = {tuple(dict.fromkeys(n for n in names if n is not None)): None for names in mine}
+    return [names for names in found if len(names) > 1]
 
 
 def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, architecture: str = "") -> int:

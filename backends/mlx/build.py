@@ -159,6 +159,13 @@ def writer(
     return MLXWriter(spec, fit, stored, tokenizer, out, level, chosen, {"compute": chosen})
 
 
+def joined_matrices(spec: Spec, level: str, tokenizer: Tokenizer | None, *, compute: str = "") -> list[tuple[str, ...]]:
+    """Canonical matrices that the folder stores as one, which has one packing."""
+    fit = choose(spec, level, compute or computes(level)[0], misread(tokenizer))
+    found = (tuple(dict.fromkeys(p.name for p in s.pieces)) for s in fit.slots if s.matrix)
+    return [names for names in found if len(names) > 1]
+
+
 def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, *, compute: str = "") -> int:
     """Bytes of the folder, near the truth."""
     level = _level(planned)

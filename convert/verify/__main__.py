@@ -27,6 +27,7 @@ def main(
     *,
     source: str,
     adapter: list[str] | None = None,
+    rounding: Path | None = None,
     level: str | None = None,
     backend: str | None = None,
     text: Path | None = None,
@@ -44,6 +45,9 @@ def main(
         The checkpoint, Hugging Face folder, GGUF file or hf:owner/name@revision that it was converted from.
     adapter
         A LoRA adapter that was merged in, a folder or hf:owner/name@revision; once for each.
+    rounding
+        The work folder of a calibrated conversion (convert --work): its codes are compared bit for bit; without it,
+        their hashes with the receipt's.
     level
         The precision level it was converted at; by default its receipt says so.
     backend
@@ -60,13 +64,15 @@ def main(
     if journal is not None:
         from convert.verify.run import run
 
-        run(artifact, backend or "", source, level or "", text, threads, journal, adapter or ())
+        run(artifact, backend or "", source, level or "", text, threads, journal, adapter or (), rounding)
         return 0
     from convert.verify import verify
     from convert.verify.run import describe
 
     found, declared = describe(artifact, backend)
-    report = verify(artifact, found, source, level or declared, text, adapters=adapter or (), threads=threads)
+    report = verify(
+        artifact, found, source, level or declared, text, adapters=adapter or (), rounding=rounding, threads=threads
+    )
     if json:
         from convert.verify.report import dumps
 

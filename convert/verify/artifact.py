@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 import backends
 from backends.base import Artifact, Backend, ContentHash, Planned, QuantizedTensor, RowBlocks, Runtime, Values
-from convert.levels import LEVELS
-from convert.recipe import Held, plan
+from convert.levels import GROUPS, LEVELS
+from convert.recipe import Held, kept, plan
 from convert.stream import rounded
 from convert.verify import numeric
 from convert.verify.emulate import Typed
@@ -62,7 +62,7 @@ class Shipped:
     ) -> None:  # fmt: skip
         self.backend, self.path, self.artifact, self.threads = backend, path, artifact, threads
         self.spec: Spec = artifact.spec
-        self._planned = planned(backend, source, level, held)
+        self._planned = planned(backend, source, level, held, artifact.receipt)
         self._shapes = {p.name: p.shape for p in params(self.spec)}
 
     @property
@@ -98,7 +98,9 @@ class Shipped:
         kind = None if name in a.unrounded else a.activations
         if len(rows.shape) == 1:
             return rows[:]
-        return Typed(rows, kind) if kind and rows.quantized else rows
+        if kind is None or rows.group is None:
+            return rows
+        return Typed(rows, kind if rows.group == 32 else f"{kind}-g{rows.group}")  # blocks as long as the groups
 
     def stored(self) -> Packed:
         """The artifact's weights in canonical names."""
@@ -129,12 +131,29 @@ class Shipped:
         return Twin(self.spec, exact, runtime, what, self.session or runtime.context, emulated=emulated)
 
 
-def planned(backend: Backend, spec: Spec, level: str, held: Held | None = None) -> list[Planned]:
-    """Every tensor with the level that a conversion gives it."""
+def planned(
+    backend: Backend, spec: Spec, level: str, held: Held | None = None, receipt: Mapping[str, Any] | None = None
+) -> list[Planned]:
+    """Every tensor with the level that a conversion gives it. Those of a recipe that is more than a level, or of a
+    calibrated one, are in the receipt. Raises `UserError` where that names none."""
+    if receipt and ("recipe" in receipt or "rounding" in receipt):
+        return _as_said(backend, spec, receipt.get("tensors"), held or Held())
     if level in LEVELS:
         return plan(spec, level, held)
     chosen: Mapping[str, str] = backends.part(backend, "build").recipe(spec, level)
     return [Planned(p.name, p.shape, chosen[p.name]) for p in params(spec)]
+
+
+def _as_said(backend: Backend, spec: Spec, tensors: Any, held: Held) -> list[Planned]:
+    """The plan that a receipt names."""
+    known, out = {*LEVELS, *backends.part(backend, "support").levels()}, []
+    for p in params(spec):
+        match tensors.get(p.name) if isinstance(tensors, dict) else None:
+            case [str(level), *_] if level in known:
+                out.append(Planned(p.name, p.shape, level, held.wide and kept(held.levels.get(p.name), level)))
+            case entry:
+                raise UserError(f"the receipt gives {p.name} no level that there is: {str(entry)[:40]}")
+    return out
 
 
 class ArtifactRows:
@@ -144,9 +163,10 @@ class ArtifactRows:
         self._artifact, self._name, self.shape = artifact, name, shape
 
     @property
-    def quantized(self) -> bool:
-        """Whether the file holds codes and scales."""
-        return isinstance(self._artifact.rows(self._name, 0, 1), QuantizedTensor)
+    def group(self) -> int | None:
+        """Weights that share a scale, where the file holds codes and scales."""
+        row = self._artifact.rows(self._name, 0, 1)
+        return row.group if isinstance(row, QuantizedTensor) else None
 
     def __getitem__(self, rows: Any) -> Array:
         if isinstance(rows, slice):
@@ -197,13 +217,29 @@ class Packed:
                 return how
         return ""
 
+    def calibrated(self, name: str) -> bool:
+        """Whether a text had a part in how it was rounded, so that its source alone does not tell what is right."""
+        level = self._plan[name].level
+        own = level not in LEVELS and self._said(name) is not None
+        return "rounding" in self._artifact.receipt and (level in GROUPS or own)
+
     def hashed(self, name: str) -> bool | None:
-        """Whether the tensor has the receipt's content hash, a few rows at a time in canonical order."""
-        entry = self._artifact.receipt.get("tensors", {}).get(name)
-        if not isinstance(entry, list) or len(entry) < 2:
+        """Whether the tensor has the receipt's content hash, a few rows at a time in canonical order; of a backend's
+        own type, that of its bytes."""
+        said = self._said(name)
+        if said is None:
             return None
-        shape = self._plan[name].shape
+        shape, level = self._plan[name].shape, self._plan[name].level
+        if level not in LEVELS:
+            return getattr(self._artifact, "bytes_hash")(name) == said  # noqa: B009 (of backends whose writer hashes)
+        group = GROUPS.get(level)
         digest, step = ContentHash(), max(1, (1 << 22) // shape[-1])
         for start in range(0, shape[0], step):
-            digest.update(self._artifact.rows(name, start, min(shape[0], start + step)))
-        return digest.hexdigest() == entry[1]
+            rows = self._artifact.rows(name, start, min(shape[0], start + step))
+            digest.update(rows.grouped(group) if group and isinstance(rows, QuantizedTensor) else rows)
+        return digest.hexdigest() == said
+
+    def _said(self, name: str) -> str | None:
+        """The hash in the receipt."""
+        entry = self._artifact.receipt.get("tensors", {}).get(name)
+        return str(entry[1]) if isinstance(entry, list) and len(entry) > 1 else None
