@@ -73,8 +73,8 @@ class Fisher:
             self._gradient(i + 1).keep(0)
 
     def layer(self, i: int) -> dict[str, NDArray[Any]]:
-        """Of layer i, by name: `NAME.squares` float64 [out] ([E * out]), sums over tokens; `NAME.energy` float32 [N * T]
-        ([N * T] of `layers.{i}.mlp.experts`, the mixture's own output, instead of one for each expert's matrices). The
+        """Of layer i, by name: `NAME.squares`, sums over tokens, float64 [out] ([E * out] of stacked experts), and
+        `NAME.energy`, float32 [N * T]; experts have that of the mixture's output, `layers.{i}.mlp.experts.energy`. The
         head has `head.curvature` [V], sums of p (1 - p); the embedding, which is layer -1, `embed.fisher` [D, D]."""
         return read_tensors(self._file(i))
 

@@ -231,7 +231,7 @@ def joined(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
 
 
 def untouched(tokens: Mapping[str, Sequence[int]]) -> Iterator[str]:
-    """Matrices that no token came to: `layers.3.mlp.experts.7.up.weight`, numbered where only some experts have none."""
+    """Matrices that no token came to; those of an expert with its number: `layers.3.mlp.experts.7.up.weight`."""
     for name, counts in tokens.items():
         for e, n in enumerate(counts):
             if not n:

@@ -74,16 +74,18 @@ class _Document:
 def sample(spec: Spec, tokenizer: Tokenizer | None, text: str, tokens: int, seed: int = 0) -> Sample:
     """Up to `tokens` tokens of a text (`convert.calibrate.Settings.text`), in windows of equal length.
 
-    A window begins with BOS where the tokenizer adds it to every text. `random` stands for random ids, seeded by `seed`:
-    what a model without a tokenizer can be run on. Raises `UserError`.
+    A window begins with BOS where the tokenizer adds it to every text. `random` stands for random ids, seeded by
+    `seed`: what a model without a tokenizer can be run on. Raises `UserError`.
     """
     length = min(WINDOW, spec.context, tokens)
     if text == RANDOM:
         drawn = np.random.default_rng(seed).integers(0, spec.vocab_size, (max(1, tokens // length), length))
         return Sample(drawn, RANDOM, tokens)
     if tokenizer is None:
-        raise UserError(f"--calibrate {text}: the source has no tokenizer, so no text can be read: put its tokenizer.json "
-                        f"beside the weights, or --effort fast (or --calibrate {RANDOM}: random ids)")  # fmt: skip
+        raise UserError(
+            f"--calibrate {text}: the source has no tokenizer, so no text can be read: put its tokenizer.json beside "
+            f"the weights, or give --effort fast (or --calibrate {RANDOM}: random ids)"
+        )
     documents = _documents(text)
     library = open_tokenizer(tokenizer)
     bos = library.token_to_id(tokenizer.bos) if tokenizer.add_bos and tokenizer.bos is not None else None
@@ -140,7 +142,7 @@ def _stdlib() -> Iterator[_Document]:
 
 
 def _passages(documents: Sequence[_Document], count: int, size: int) -> Iterator[str]:
-    """The documents whole where that is little enough, else `count` passages of `size` bytes, evenly spread over them."""
+    """The documents whole where that is little enough, else `count` passages of `size` bytes, spread evenly."""
     total = sum(d.size for d in documents)
     if not total:
         raise UserError(f"--calibrate {documents[0].label}: is empty")

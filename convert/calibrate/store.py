@@ -198,7 +198,7 @@ class Store:
     def add(
         self, unit: str, codes: Mapping[str, QuantizedTensor], tokens: Mapping[str, Sequence[int]] | None = None
     ) -> None:
-        """The codes of a unit, by canonical name, and of how many tokens each matrix's (each expert's) statistics are."""
+        """The codes of a unit, by canonical name; tokens: how many each matrix (each expert) was fitted to."""
         tensors: dict[str, NDArray[Any]] = {}
         for name, q in codes.items():
             tensors[f"{name}.codes"], tensors[f"{name}.scales"] = q.codes, q.scales
