@@ -13,6 +13,7 @@ from backends.base import Planned, Tokenizer
 from backends.gguf.build import writer_for
 from backends.gguf.carriers import Carrier
 from backends.gguf.fit import Fit, choose
+from backends.gguf.importance import Lookup
 from spec import Spec, params, parse
 
 
@@ -137,6 +138,7 @@ def write_file(
     fit: Fit | None = None,
     tokenizer: Tokenizer | None = None,
     planned: list[Planned] | None = None,
+    importance: Lookup | None = None,
 ) -> Path:
     """A GGUF file of these weights: portable levels by the portable quantizer, native ones by ggml's."""
     from backends.gguf.recipe import recipe
@@ -147,9 +149,9 @@ def write_file(
         if level in PORTABLE:
             planned = [Planned(p.name, p.shape, _level(p, level)) for p in params(spec)]
         else:
-            kinds = recipe(spec, level)
+            kinds = recipe(spec, level, importance=importance is not None)
             planned = [Planned(p.name, p.shape, kinds[p.name]) for p in params(spec)]
-    out = writer_for(fit or choose(spec), spec, planned, tokenizer, path, metadata={}, threads=2)
+    out = writer_for(fit or choose(spec), spec, planned, tokenizer, path, metadata={}, threads=2, importance=importance)
     for p in planned:
         x = weights[p.name]
         for start in range(0, len(x), 24):  # blocks that cut through heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from backends.base import Planned, QuantizedTensor, Tokenizer, Values
 from backends.gguf import metadata as meta
 from backends.gguf.fit import Fit, choose
+from backends.gguf.importance import Importance, Lookup, conditioned
 from backends.gguf.names import Piece, Slot, slots
 from backends.gguf.pack import pack
 from backends.gguf.recipe import recipe
@@ -34,6 +36,8 @@ __all__ = ["GGUFWriter", "layout", "recipe", "size", "stamp", "twin", "writer"]
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 32
+EXACT = ("f32", "f16", "bf16")
+"""Types whose rounding weighs nothing."""
 SPEC_KEY = "allotrope.spec"
 RECEIPT_KEY = "allotrope.receipt"
 
@@ -153,14 +157,24 @@ class GGUFWriter:
     """A `backends.base.Writer`: rows of canonical tensors in any order, each once, to their final offsets."""
 
     def __init__(
-        self, spec: Spec, fit: Fit, tensors: Sequence[Stored], keys: dict[str, Any], out: Path, threads: int
+        self,
+        spec: Spec,
+        fit: Fit,
+        tensors: Sequence[Stored],
+        keys: dict[str, Any],
+        out: Path,
+        threads: int,
+        importance: Lookup | None = None,
     ) -> None:
-        self.path, self.threads = out, threads
+        self.path, self.threads, self._importance = out, threads, importance
+        self._hashed: dict[str, tuple[hashlib._Hash, int]] = {}
+        self._weights: tuple[str, Importance | None] = ("", None)
         self._places: dict[str, list[tuple[Stored, Piece]]] = {}
         for t in tensors:
             for p in t.slot.pieces:
                 self._places.setdefault(p.name, []).append((t, p))
-        self._missing = {p.name: p.shape[0] for p in params(spec)}
+        self._shapes = {p.name: p.shape for p in params(spec)}
+        self._missing = {name: shape[0] for name, shape in self._shapes.items()}
         self._room = _room(tensors)
         try:
             self._receipt_end, self._data = _write_header(
@@ -208,13 +222,36 @@ class GGUFWriter:
                 key = t.type if hi - lo == count else ""
                 data = packed.get(key) if key else None
                 if data is None:
-                    data = pack(mine, t.type, self.threads, name)
+                    weights = self._weighed(t, name)
+                    data = pack(mine, t.type, self.threads, name, weights, lo)
                     packed[key] = data
+                if t is self._places[name][0][0] and t.type not in EXACT and not isinstance(mine, QuantizedTensor):
+                    self._hash(name, lo, data)
                 self._scatter(t, to, data)
             else:
                 assert not isinstance(mine, QuantizedTensor), f"{name} is a vector"
                 self._vector(t, p, to, mine)
         self._missing[name] -= count
+
+    def _weighed(self, t: Stored, name: str) -> Importance | None:
+        """Importance of a tensor that ggml rounds, where there is some."""
+        if self._importance is None or t.type in EXACT:
+            return None
+        if self._weights[0] != name:
+            found = self._importance(name)
+            self._weights = name, None if found is None else conditioned(found, self._shapes[name])
+        return self._weights[1]
+
+    def _hash(self, name: str, start: int, data: NDArray[np.uint8]) -> None:
+        digest, rows = self._hashed.setdefault(name, (hashlib.sha256(), 0))
+        if start == rows:
+            digest.update(np.ascontiguousarray(data).data)
+            self._hashed[name] = digest, rows + len(data)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the bytes, in canonical rows, of every matrix that ggml rounded and whose rows came in order."""
+        return {n: d.hexdigest() for n, (d, rows) in self._hashed.items() if rows == self._shapes[n][0]}
 
     def _vector(self, t: Stored, p: Piece, to: NDArray[np.intp], values: NDArray[np.float32]) -> None:
         x = np.ascontiguousarray(values, np.float32)
@@ -287,14 +324,17 @@ def writer(
     level: str = "",
     metadata: dict[str, Any],
     threads: int,
+    importance: Lookup | None = None,
 ) -> GGUFWriter:
     """A writer for `out`, with header, metadata and constants already in place.
 
     level: the conversion's, which the receipt names. metadata: further keys (`general.` is put before those without a
-    dot). Raises `UserError` where no llama.cpp
+    dot). importance: mean squares of the inputs of matrices that ggml rounds. Raises `UserError` where no llama.cpp
     architecture carries the spec, the tokenizer has no llama.cpp equivalent, or the disk is full.
     """
-    return writer_for(carrier(spec), spec, planned, tokenizer, out, metadata=metadata, threads=threads)
+    return writer_for(
+        carrier(spec), spec, planned, tokenizer, out, metadata=metadata, threads=threads, importance=importance
+    )
 
 
 def writer_for(
@@ -306,13 +346,20 @@ def writer_for(
     *,
     metadata: dict[str, Any],
     threads: int,
+    importance: Lookup | None = None,
 ) -> GGUFWriter:
     """`writer` with a carrier of one's own choice."""
     assert not fit.refusals, fit.refusals
     tensors = layout(spec, fit, planned)
     keys = _header(spec, fit, tensors, tokenizer, metadata)
     log.info("GGUF: %s, %d tensors", fit.carrier.arch, len(tensors))
-    return GGUFWriter(spec, fit, tensors, keys, out, threads)
+    return GGUFWriter(spec, fit, tensors, keys, out, threads, importance)
+
+
+def joined_matrices(spec: Spec, level: str, tokenizer: Tokenizer | None) -> list[tuple[str, ...]]:
+    """Canonical matrices that the file stores as one, which has one type."""
+    found = (tuple(dict.fromkeys(p.name for p in s.pieces)) for s in slots(spec, carrier(spec)) if s.matrix)
+    return [names for names in found if len(names) > 1]
 
 
 def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None) -> int:

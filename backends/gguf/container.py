@@ -74,13 +74,14 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Parse the head. Raises `UserError` where the file is no whole GGUF; nothing is allocated that it has not."""
-    out = _read(path)
+    out = parse(path)
     if not isinstance(out.keys.get("general.architecture"), str):
         raise UserError(f"{path}: a GGUF file without general.architecture: not a model, or not the first of its files")
     return out
 
 
-def _read(path: Path) -> Header:
+def parse(path: Path) -> Header:
+    """Parse a head that need not be a model's. Raises `UserError`."""
     try:
         with path.open("rb") as f:
             end = f.seek(0, 2)
@@ -119,7 +120,7 @@ def read_split(path: Path) -> Header:
     if promised not in (0, len(files)):
         raise UserError(f"{files[0]}: one of {promised} files (split.count), and it is named as one of {len(files)}")
     for n, file in enumerate(files[1:], 1):
-        part = _read(file)
+        part = parse(file)
         if part.keys.get("split.no") != n or part.keys.get("split.count") != len(files):
             raise UserError(f"{file}: split.no and split.count do not say that it is file {n + 1} of {len(files)}")
         twice = sorted(set(out.tensors) & set(part.tensors))

@@ -6,16 +6,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import QuantizedTensor, Values
+from backends.gguf.importance import Importance
 from backends.gguf.types import TYPES
 from spec.errors import UserError
 
 Bytes = NDArray[np.uint8]
 
 
-def pack(values: Values, name: str, threads: int = 1, what: str = "") -> Bytes:
+def pack(
+    values: Values, name: str, threads: int = 1, what: str = "", importance: Importance | None = None, start: int = 0
+) -> Bytes:
     """[rows, cols] values to [rows, bytes] of ggml type `name`; codes and scales go in bit for bit.
 
-    Raises `UserError` where a finite value becomes infinite in float16. `what` names the tensor in errors.
+    importance: of the tensor whose rows `start...` these are, for types that ggml rounds. Raises `UserError` where a
+    finite value becomes infinite in float16. `what` names the tensor in errors.
     """
     if isinstance(values, QuantizedTensor) and name in ("q4_0", "q8_0"):
         return _pack_codes(values, name)
@@ -33,7 +37,13 @@ def pack(values: Values, name: str, threads: int = 1, what: str = "") -> Bytes:
         return to_bf16(dense).view(np.uint8)
     from backends.gguf.ggml import quantize
 
-    return quantize(dense, name, threads)
+    try:
+        if importance is None:
+            return quantize(dense, name, threads)
+        runs = importance.runs(start, len(dense))
+        return np.concatenate([quantize(dense[a:z], name, threads, weights) for a, z, weights in runs])
+    except UserError as e:
+        raise UserError(f"{what}: {e}") from None
 
 
 def to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -44,6 +54,7 @@ def to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 def _pack_codes(q: QuantizedTensor, name: str) -> Bytes:
     """Q4_0: byte j of a block holds elements j and j + 16, each code + 8. Q8_0: the codes. A float16 scale before."""
+    q = q.grouped(32)
     assert q.group == 32, "GGUF's groups are 32 wide"
     rows, cols = q.shape
     blocks = cols // 32

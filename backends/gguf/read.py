@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Arithmetic, Planned, QuantizedTensor, Values
-from backends.gguf.build import RECEIPT_KEY, SPEC_KEY, Stored, layout
+from backends.gguf.build import EXACT, RECEIPT_KEY, SPEC_KEY, Stored, layout
 from backends.gguf.container import Header, Info, read_header, read_rows, read_split
 from backends.gguf.fit import Fit
 from backends.gguf.foreign import read_foreign
+from backends.gguf.importance import Lookup, conditioned
 from backends.gguf.names import Piece
 from backends.gguf.pack import dense, pack, unpack
 from backends.gguf.twin import shipped_fit, shipped_spec
@@ -77,6 +79,8 @@ class Artifact:
             for piece in t.slot.pieces:
                 self._places.setdefault(piece.name, []).append((t, piece))
         self.shapes = {p.name: p.shape for p in params(self.source)}
+        self.importance: Lookup | None = None
+        """What `expected` rounds with: mean squares of the inputs of matrices."""
 
     @property
     def session(self) -> int | None:
@@ -126,7 +130,10 @@ class Artifact:
         """What `rows` must give for these rows of the source: through ggml's own quantizer for a native type."""
         t, piece = self._place(name)
         if t.slot.matrix:
-            return dense(unpack(pack(values, self.type(name), 1, name), self.type(name)))
+            kind = self.type(name)
+            found = None if self.importance is None or kind in EXACT else self.importance(name)
+            weights = None if found is None else conditioned(found, self.shapes[name])
+            return dense(unpack(pack(values, kind, 1, name, weights, start), kind))
         return self._unfold((values.astype(np.float64) * piece.times + piece.add).astype(np.float32), piece)
 
     @staticmethod
@@ -206,12 +213,23 @@ class Artifact:
 
     def stored_rows(self, t: Stored, rows: NDArray[np.intp]) -> Values:
         """Rows of a tensor of the file in any order: one read where they lie close together, else one a row."""
+        return unpack(self._bytes(t, rows), self._info(t).type)
+
+    def _bytes(self, t: Stored, rows: NDArray[np.intp]) -> NDArray[np.uint8]:
         info = self._info(t)
         first, last = int(rows.min()), int(rows.max()) + 1
         with info.file.open("rb") as f:
             if last - first <= 4 * len(rows):
-                return unpack(read_rows(f, info, first, last)[rows - first], info.type)
-            return unpack(np.concatenate([read_rows(f, info, int(r), int(r) + 1) for r in rows]), info.type)
+                return read_rows(f, info, first, last)[rows - first]
+            return np.concatenate([read_rows(f, info, int(r), int(r) + 1) for r in rows])
+
+    def bytes_hash(self, name: str) -> str:
+        """SHA-256 of a matrix's bytes in canonical rows, as the receipt has it for native types."""
+        t, piece = self._place(name)
+        digest, step = hashlib.sha256(), max(1, (1 << 22) // self._info(t).row_bytes)
+        for start in range(0, len(piece.to), step):
+            digest.update(np.ascontiguousarray(self._bytes(t, piece.to[start : start + step])).data)
+        return digest.hexdigest()
 
     def tensor(self, name: str) -> Values:
         """A whole canonical tensor."""

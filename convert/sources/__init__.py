@@ -15,22 +15,32 @@ __all__ = ["Source", "open_source"]
 KINDS = "a source is a checkpoint folder of ours, a Hugging Face folder, a .gguf file, or hf:owner/name"
 
 
-def open_source(path: str | Path, adapters: Sequence[str | Path] = (), rounding: str | Path | None = None) -> Source:
+def open_source(
+    path: str | Path,
+    adapters: Sequence[str | Path] = (),
+    rounding: str | Path | None = None,
+    imatrix: str | Path | None = None,
+) -> Source:
     """Open a checkpoint: everything about it is checked, and no weight is read.
 
     path: a folder, a GGUF file, or hf:owner/name[@revision]. adapters: LoRA adapters to merge into its weights,
-    likewise. rounding: the folder of a calibrated rounding of it. Raises `UserError` (or `SpecError`, with every
+    likewise. rounding: the folder of a calibrated rounding of it. imatrix: llama.cpp's file of what its inputs count.
+    Raises `UserError` (or `SpecError`, with every
     problem at once) where it is missing, damaged or of no known kind.
     """
     source = _opened(path, adapters)
-    if rounding is not None:
-        from convert.calibrate.store import Rounding
+    try:
+        if rounding is not None:
+            from convert.calibrate.store import Rounding
 
-        try:
             source.attach(Rounding.open(rounding))
-        except BaseException:
-            source.close()
-            raise
+        if imatrix is not None:
+            from convert.calibrate.imatrix import open_imatrix
+
+            source.importance = open_imatrix(imatrix, source.spec)
+    except BaseException:
+        source.close()
+        raise
     return source
 
 

@@ -23,6 +23,7 @@ from spec.layout import Layout
 from spec.params import params
 
 if TYPE_CHECKING:
+    from convert.calibrate.imatrix import Importance
     from convert.calibrate.store import Rounding
 
 BLOCK = 1 << 21
@@ -59,6 +60,8 @@ class Source:
         """Name and sha256 of each adapter that is merged into what is read."""
         self.rounding: Rounding | None = None
         """The calibrated codes that `values` yields."""
+        self.importance: Importance | None = None
+        """What the inputs of its matrices count: measured with the codes, or read from a file."""
         self._layout, self._tensors = layout, tensors
         self._params = {p.name: p for p in params(spec)}
         self._aliases = {c: e for e, c in (aliases or {}).items() if e in tensors.entries}
@@ -137,8 +140,10 @@ class Source:
     def attach(self, rounding: Rounding) -> None:
         """Let `values` yield the codes of a calibrated rounding of this source. Raises `UserError` where it is one of
         another model."""
+        from convert.calibrate.imatrix import measured
+
         rounding.check(self.spec)
-        self.rounding = rounding
+        self.rounding, self.importance = rounding, measured(rounding)
 
     def values(self, name: str, rows: int | None = None) -> Iterator[tuple[int, Values]]:
         """`blocks` as they are stored: the codes and scales of an attached rounding, or the source's own, where there
