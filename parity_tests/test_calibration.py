@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from backends.base import Planned, QuantizedTensor
+from backends.base import QuantizedTensor
 from backends.torch.checkpoint import load_decoder
 from backends.torch.model import Decoder
 from backends.torch.modules import Experts, GroupedLinear
-from convert.calibrate import runner as runners
+from convert.calibrate import sizes
 from convert.calibrate.driver import searched
 from convert.calibrate.fisher import Fisher
 from convert.calibrate.measure import Measured
-from convert.calibrate.rounder import Rounder
+from convert.calibrate.rounder import Rounder, untouched
 from convert.calibrate.runner import Runner, computing
 from convert.calibrate.store import Store
+from convert.quantize import quantize
 from convert.recipe import plan
 from convert.sources import open_source
 from parity_tests.cases import BASE, FEATURES, random_ids, random_weights
@@ -73,7 +74,7 @@ class Passes:
 
 @pytest.fixture
 def passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Spec], Passes]:
-    monkeypatch.setattr(runners, "TOKENS", 2 * LENGTH)
+    monkeypatch.setattr(sizes, "CHUNK", 2 * LENGTH)
     return lambda spec: Passes(tmp_path, spec)
 
 
@@ -184,7 +185,7 @@ def test_each_product_is_rounded_for_what_the_rounded_ones_before_it_make(
     seen: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
 
     def compensate(w: Tensor, hessian: Tensor | None, level: str, cross: Tensor | None) -> QuantizedTensor:
-        seen.append((w.clone(), *(None if m is None else m.clone() for m in (hessian, cross))))
+        seen.append((w.clone(), None if hessian is None else hessian.clone(), None if cross is None else cross.clone()))
         return searched(w, hessian, level)
 
     rounder = p.rounded("q4", compensate)
@@ -201,25 +202,51 @@ def test_each_product_is_rounded_for_what_the_rounded_ones_before_it_make(
     before, _ = Whole(p.checkpoint, p.ids).inputs[last]
     energy = torch.from_numpy(p.fisher.layer(spec.depth - 1)[f"{last}.weight.energy"]).double()
     energy /= energy.sum()
-    weight, hessian, cross = next(s for s in reversed(seen) if s[0].shape == weights[f"{last}.weight"].shape
+    _, hessian, cross = next(s for s in reversed(seen) if s[0].shape == weights[f"{last}.weight"].shape
                                   and np.array_equal(s[0].numpy(), weights[f"{last}.weight"]))  # fmt: skip
     assert hessian is not None and cross is not None
     close(hessian, (x.double().T * energy) @ x.double(), "hessian", 10 * CLOSE)
     close(cross, (before.double().T * energy) @ x.double(), "cross", 10 * CLOSE)
 
 
-def test_experts_that_no_token_chose_are_counted_and_searched(passes: Callable[[Spec], Passes]) -> None:
-    spec = ROUNDED["moe"]
+def test_an_expert_that_no_token_chose_is_counted_and_searched(passes: Callable[[Spec], Passes]) -> None:
+    spec = wide("few", block={"mlp": {"kind": "moe", "experts": 60, "hidden": 32, "router": {"top_k": 1}}})
     p = passes(spec)
-    # of 4 experts of 2, the ids of one window of 1 token reach 2
-    p2 = Measured(p.store, p.runner, p.ids, WINDOWS)
-    counts = p2.importance()["layers.0.mlp.experts.up.weight.count"]
-    assert counts.sum() == 2 * WINDOWS * LENGTH
+    without: list[tuple[int, ...]] = []
+
+    def compensate(w: Tensor, hessian: Tensor | None, level: str, cross: Tensor | None) -> QuantizedTensor:
+        if hessian is None:
+            without.append(tuple(w.shape))
+        return searched(w, hessian, level)
+
+    rounder = p.rounded("q4", compensate)
+    absent = []
+    for unit in rounder.units():
+        codes, tokens = p.store.codes(unit, rounder.levels)
+        absent += list(untouched(tokens))
+        for name, counts in tokens.items():
+            assert sum(counts) == WINDOWS * LENGTH, name
+            if ".experts." in name:
+                rows = random_weights(spec)[name].reshape(60, 32, 32)
+                e = counts.index(0)
+                alone = quantize(rows[e], codes[name].bits)
+                assert np.array_equal(codes[name].codes.reshape(60, 32, 32)[e], alone.codes)
+    assert len(absent) == len([w for w in without if w == (32, 32)]) > 0
+    assert all(".mlp.experts." in name for name in absent)
 
 
-def test_planned_levels_of_the_plan_are_those_of_the_codes(passes: Callable[[Spec], Passes]) -> None:
-    p = passes(ROUNDED["tied"])
-    rounder = p.rounded("q8")
-    codes, tokens = p.store.codes("embed", rounder.levels)
-    assert codes["embed.weight"].bits == 8 and tokens == {"embed.weight": [WINDOWS * LENGTH]}
-    assert isinstance(rounder.planned[0], Planned)
+def test_experts_in_spans_give_what_all_at_once_do(
+    passes: Callable[[Spec], Passes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = passes(ROUNDED["moe"])
+    whole = {u: (p.store.folder / f"{u}.safetensors") for u in p.rounded("q4").units()}
+    before = {u: path.read_bytes() for u, path in whole.items()}
+    for path in whole.values():
+        path.unlink()
+    for i in range(p.spec.depth + 1):  # the pass over a layer drops its input
+        (p.store.work / f"measured.{i}.safetensors").unlink()
+    for i in range(p.spec.depth + 1):
+        p.measured.step(i)
+    monkeypatch.setattr(sizes, "HESSIANS", 3 * 4 * 32 * 32)
+    p.rounded("q4")
+    assert before == {u: path.read_bytes() for u, path in whole.items()}

@@ -16,15 +16,24 @@ from convert.calibrate.store import Rounding
 from spec.errors import MissingDependency
 
 if TYPE_CHECKING:
+    from convert.calibrate.estimate import Expected
     from convert.recipe import Recipe
     from convert.sources import Source
 
-__all__ = ["EFFORTS", "Choose", "Progress", "Rounding", "Settings", "calibrate", "check"]
+__all__ = ["EFFORTS", "Choose", "Progress", "Rounding", "Settings", "calibrate", "check", "expected"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name (`measure`, `sensitivity`, `calibrate`) and its units (layers) done and in all."""
 Choose = Callable[[Mapping[str, float] | None], Sequence[Planned]]
 """Gains by tensor (`convert.recipe.plan`), or none, to the storage of every parameter."""
+
+
+def expected(source: Source, settings: Settings, planned: Sequence[Planned]) -> Expected:
+    """What `calibrate` will take for a plan: tokens, seconds, bytes. Reads the text, no weight, and needs no torch.
+    Raises `UserError` where there is nothing in the text to calibrate on."""
+    from convert.calibrate.estimate import expected as estimated
+
+    return estimated(source, settings, planned)
 
 
 def check() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,28 +13,25 @@ from torch import Tensor
 
 from backends.base import Planned, QuantizedTensor, content_hash
 from convert.calibrate import Choose, Progress
+from convert.calibrate.estimate import disk
 from convert.calibrate.fisher import Fisher
 from convert.calibrate.measure import Measured
 from convert.calibrate.rounder import Rounder, to_round, untouched
 from convert.calibrate.runner import Runner, computing, device_of
 from convert.calibrate.sample import Sample, sample
-from convert.calibrate.settings import Settings
+from convert.calibrate.settings import TOKENS, Settings
 from convert.calibrate.store import Rounding, Store
 from convert.levels import CODES, GROUPS
 from convert.quantize import quantize
 from convert.recipe import Recipe, plan
 from convert.sources import Source
-from convert.sources.base import collapse, weights_hash
+from convert.sources.base import weights_hash
 from spec.errors import UserError
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 VERSION = 1
 """Of the arithmetic: a folder that another version left is not gone on with."""
-TOKENS = {"good": 32768, "best": 65536}
-"""Calibration tokens by effort, where no number is given."""
 
 
 def run(
@@ -54,9 +50,9 @@ def run(
         store = Store(folder, key)
         if store.whole:
             return Rounding(folder)
-        _check_space(source, made, store)
-        runner = Runner(source, made.ids.shape[1], device)
         wanted = bool(to_round(first, source.held))
+        _check_space(source, made, store, wanted)
+        runner = Runner(source, made.ids.shape[1], device)
         measured = Measured(store, runner, made.ids, len(made.ids) if wanted else 0)
         _each("measure", range(source.spec.depth + 1), measured.step, progress)
         chosen, units = first, []
@@ -112,10 +108,10 @@ def _key(
     }
 
 
-def _check_space(source: Source, made: Sample, store: Store) -> None:
-    """Whether the disk holds what the run writes: codes, and the residual stream in four places at most."""
-    need = source.weights * 9 // 8 + 4 * 4 * made.tokens * source.spec.width
-    free = shutil.disk_usage(store.folder).free
+def _check_space(source: Source, made: Sample, store: Store, rounds: bool) -> None:
+    """Whether the disk holds what the run writes and has not written yet. Raises `UserError`."""
+    written = sum(f.stat().st_size for f in store.folder.rglob("*") if f.is_file())
+    need, free = disk(source.spec, made, rounds) - written, shutil.disk_usage(store.folder).free
     if need > free:
         raise UserError(f"{store.folder}: calibrating needs {need / 1e6:,.1f} MB there, and {free / 1e6:,.1f} MB are "
                         "free (--work names another folder)")  # fmt: skip
@@ -142,9 +138,6 @@ def _finished(
     importance = measured.importance()
     counts = {n.removesuffix(".count"): v.tolist() for n, v in importance.items() if n.endswith(".count")}
     unmeasured = list(untouched(counts))
-    for what, names in (("no calibration token came to", absent), ("no importance for", unmeasured)):
-        if names:
-            log.warning("%s %s: the plain search rounds them", what, collapse(names))
     contents = {n: contents[n] for n in source.names() if n in contents}
     record = {
         "source": source.name,

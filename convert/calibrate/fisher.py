@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from backends.torch.modules import Block, Experts
+from convert.calibrate import sizes
 from convert.calibrate.boundary import Boundary
 from convert.calibrate.measure import Measured, head_weight
 from convert.calibrate.runner import embedding_rows, groups, parts
 from convert.calibrate.store import Store, read_tensors, write_tensors
 
-LOGITS = 1 << 22
-"""Logits that exist at a time."""
 EXPERTS = "mlp.experts"
 
 
@@ -90,7 +89,7 @@ class Fisher:
         norm, weight = runner.final_norm(), runner.tensor(head_weight(runner))
         bias = runner.tensor("head.bias") if runner.spec.head.bias else None
         curvature = np.zeros(runner.spec.vocab_size)
-        rows = max(1, LOGITS // runner.spec.vocab_size)
+        rows = max(1, sizes.LOGITS // runner.spec.vocab_size)
 
         def scores(x: Tensor) -> Tensor:
             return runner.logits(lambda h: F.linear(h, weight, bias), runner.end(norm, x)).log_softmax(-1)

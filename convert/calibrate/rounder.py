@@ -16,6 +16,7 @@ from torch import Tensor
 
 from backends.base import Floats, Planned, QuantizedTensor
 from backends.torch.modules import Block
+from convert.calibrate import sizes
 from convert.calibrate.boundary import Boundary
 from convert.calibrate.fisher import EXPERTS, Fisher
 from convert.calibrate.measure import Measured, head_weight
@@ -27,9 +28,6 @@ from convert.quantize import TooLarge
 from convert.recipe import Held, kept
 from convert.stream import rounded
 from spec.errors import UserError
-
-ROWS = 8192
-"""Rows of an embedding or head that are rounded together."""
 
 Compensate = Callable[[Tensor, Tensor | None, str, Tensor | None], QuantizedTensor]
 """(weight [out, in], Hessian [in, in] or none where nothing was seen, level, cross moment [in, in] where there is one)
@@ -179,7 +177,7 @@ class Rounder:
         """A matrix that is never whole in memory: rows are rounded one like the other."""
         found = [
             self._round(name, start, torch.from_numpy(rows).to(self.runner.device), hessian)
-            for start, rows in self.runner.source.blocks(name, ROWS)
+            for start, rows in self.runner.source.blocks(name, sizes.ROWS)
         ]
         return joined(found)
 

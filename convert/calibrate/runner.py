@@ -23,14 +23,12 @@ from torch import Tensor, nn
 from backends.torch.attention import Request, plan
 from backends.torch.modules import Block, Experts, GroupedLinear, Norm, Rotary
 from backends.torch.ops import TorchOps
+from convert.calibrate import sizes
 from convert.sources import Source
 from spec import forward
 from spec.errors import UserError
 from spec.ops import Step
 from spec.rope import rope_tables
-
-TOKENS = 4096
-"""Tokens that go through a layer together (one window at least)."""
 
 GROUPS = (
     ("attn.q", "attn.k", "attn.v"),
@@ -116,7 +114,7 @@ class Runner:
         self.source, self.spec, self.length, self.device = source, spec, length, device
         self.kinds = list(dict.fromkeys(b.attention for b in spec.layers))
         self.rope = nn.ModuleList(Rotary(t) for t in rope_tables(spec, length)).to(device)
-        self.windows = max(1, TOKENS // length)
+        self.windows = max(1, sizes.CHUNK // length)
         """Windows that go through a layer together."""
 
     def chunks(self, windows: int) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,10 @@ EFFORTS = ("fast", "good", "best")
 """`fast` reads no text and needs no torch: the scale search alone. The others calibrate."""
 
 
+TOKENS = {"good": 32768, "best": 65536}
+"""Calibration tokens by effort, where no number is given."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Choices of a calibration. Raises `UserError` for what is none."""

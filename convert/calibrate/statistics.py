@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backends.base import Floats
+from convert.calibrate import sizes
 from convert.calibrate.runner import parts
-
-HESSIANS = 1 << 30
-"""Bytes of Hessians that are collected together, where one alone does not take more: of many experts some at a time."""
 
 
 @dataclass
@@ -89,5 +87,5 @@ class Moments:
 
 def spans(experts: int, width: int) -> list[range]:
     """Experts whose Hessians are collected together."""
-    together = max(1, HESSIANS // (4 * width * width))
+    together = max(1, sizes.HESSIANS // (4 * width * width))
     return [range(a, min(experts, a + together)) for a in range(0, experts, together)]
