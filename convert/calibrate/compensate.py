@@ -25,7 +25,7 @@ from torch import Tensor
 
 from backends.base import QuantizedTensor
 from convert.levels import CODES, GROUPS
-from convert.quantize import GRIDS, TINY, quantize
+from convert.quantize import GRIDS, TINY, TooLarge, quantize
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, in units of its mean: the codes must not depend on directions without inputs."""

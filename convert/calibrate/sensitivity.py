@@ -16,7 +16,7 @@ from convert.calibrate.compensate import Factor, compensate
 def cost(weight: Tensor, level: str, factor: Factor, hessian: Tensor, squares: Tensor) -> float:
     """Expected KL a token where `weight` [R, C] alone is rounded at `level`, by `compensate` with `factor`.
 
-    hessian [C, C]: the mean of x x^T over tokens. squares [R]: mean over tokens of the squared gradients at the outputs.
+    hessian [C, C]: the mean of x x^T over tokens. squares [R]: that of the squared gradients at the outputs.
     """
     q = compensate(weight, factor, level, sweeps=1)
     error = weight - torch.from_numpy(q.dequantize()).to(weight.device)
