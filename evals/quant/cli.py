@@ -89,8 +89,9 @@ def quant(
     variants = parse(names, efforts)
     options = Options(text, tokens, calibrate or "stdlib", baseline, threads, keep)
     folder = out or Path(f"{source.resolve().name}.quant")
-    with Console(stderr=True).status("reading") as status:
-        result = run(source, variants, options, folder, status.update)
+    told = Console(stderr=True)
+    with told.status("reading") as status:
+        result = run(source, variants, options, folder, status.update if told.is_terminal else told.print)
     missing = report.absent(result)
     try:
         written = report.write(result, folder)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.calibrate.sample import Sample, sample
 from evals.compare import SESSION, WINDOW
 from evals.quant.decoded import weights
 from evals.quant.variants import Variant
@@ -66,6 +67,7 @@ def run(source: Path, variants: Sequence[Variant], options: Options, out: Path, 
     chosen = options.baseline or next((b for b in BASELINES if b in measured), None)
     if chosen is not None and chosen in measured:
         compare(list(measured.values()), study, chosen)
+    original = study.original(list(measured.values()))
     for r in rows:
         r.pop("key", None)
     return {
@@ -77,7 +79,7 @@ def run(source: Path, variants: Sequence[Variant], options: Options, out: Path, 
         "text": options.text,
         "calibrated_on": options.calibrate if any(v.calibrated for v in variants) else None,
         "baseline": chosen if chosen in measured else None,
-        "original": study.original(list(measured.values())),
+        "original": original,
         "versions": _versions(),
         "rows": rows,
     }
@@ -90,7 +92,7 @@ class Study:
     source: Path
     spec: Spec
     windows: Windows
-    calibration: Windows | None
+    calibration: Sample | None
     options: Options
     folder: Path
     """Of everything that depends on the original and the tokens."""
@@ -208,15 +210,17 @@ def compare(rows: Sequence[dict[str, Any]], study: Study, baseline: str) -> None
 def _prepare(source: Path, options: Options, out: Path, variants: Sequence[Variant]) -> Study:
     """Everything that can be refused before any work."""
     from convert.sources import open_source
+    from convert.verify.sample import read_text
 
     if options.tokens < LEAST:
         raise UserError(f"--tokens {options.tokens}: at least {LEAST}, so that there are standard errors")
     if options.baseline is not None and options.baseline not in [v.name for v in variants]:
         names = ", ".join(v.name for v in variants)
         raise UserError(f"--baseline {options.baseline}: is none of what is measured ({names})")
-    text = _text("--text", options.text)
-    calibrating = any(v.calibrated for v in variants)
-    calibrate = _text("--calibrate", options.calibrate) if calibrating else ""
+    try:
+        text = read_text(options.text)
+    except UserError as e:
+        raise UserError(f"--text {e}") from None
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     opened = open_source(source)
@@ -226,7 +230,8 @@ def _prepare(source: Path, options: Options, out: Path, variants: Sequence[Varia
             raise UserError(f"{source}: no tokenizer, and a text needs one (put tokenizer.json beside the weights)")
         window = max(16, min(WINDOW, LOGITS // (4 * spec.vocab_size), options.tokens // WINDOWS))
         windows = cut(spec, tokenizer, text, options.tokens, window)
-        calibration = cut(spec, tokenizer, calibrate, CALIBRATION, WINDOW) if calibrating else None
+        calibrating = any(v.calibrated for v in variants)
+        calibration = sample(spec, tokenizer, options.calibrate, CALIBRATION) if calibrating else None
         digest = hashlib.sha256(windows.ids.tobytes())
         digest.update(f"{windows.ids.shape} {spec.hash} {opened.hash()}".encode())
     folder = out / "cache" / digest.hexdigest()[:16]
@@ -234,18 +239,9 @@ def _prepare(source: Path, options: Options, out: Path, variants: Sequence[Varia
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {out}: {e.strerror}") from None
-    state = hashlib.sha256(calibrate.encode()).hexdigest()
+    state = calibration.hash if calibration is not None else ""
     session = min(spec.context, max(window, SESSION))
     return Study(source, spec, windows, calibration, options, folder, state, session)
-
-
-def _text(option: str, name: str) -> str:
-    from convert.verify.sample import read_text
-
-    try:
-        return read_text(name)
-    except UserError as e:
-        raise UserError(f"{option} {e}") from None
 
 
 def _code(v: Variant) -> str:

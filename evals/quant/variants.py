@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+from convert.calibrate.settings import EFFORTS
 from convert.levels import LEVELS
 from spec.errors import UserError, nearest
 
-EFFORTS = ("fast", "good", "best")
 DEFAULT = ("q8", "q4", "q4-g128", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q4_0", "mlx-q4", "mlx-lm-4bit-g32", "ort-int4")
 
 
