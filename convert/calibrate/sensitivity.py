@@ -7,6 +7,8 @@ of the gradient at output r with labels sampled from the model, H the second mom
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,9 @@ def cost(weight: Tensor, level: str, factor: Factor, hessian: Tensor, squares: T
     error = weight - torch.from_numpy(q.dequantize()).to(weight.device)
     each = ((error @ hessian.to(error.dtype)) * error).sum(1)
     return 0.5 * float((each.double() * squares.double().to(each.device)).sum())
+
+
+def row_cost(error: Tensor, uses: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Expected KL a token where rows of an embedding or head are off by `error` [R, D]; each use of them is a Hessian
+    [D, D] and how much of it each row gets [R] (`convert.calibrate.vocabulary` says which), both means over tokens."""
+    return sum(0.5 * float((((error @ h.to(error.dtype)) * error).sum(1).double() * n.double()).sum()) for h, n in uses)
