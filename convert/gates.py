@@ -107,6 +107,8 @@ KL_BUDGET: Mapping[str, float] = {
     "iq4_nl": 0.1,
     "iq4_xs": 0.1,
     "mxfp4": 0.2,
+    "nvfp4": 0.15,
+    "fp8": 0.015,
     "q3_k": 0.25,
     "iq3": 0.3,
     "q2_k": 0.9,

@@ -14,22 +14,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import backends
-from backends.tensorrt import graph
 from backends.tensorrt.build import ENGINE
-from backends.tensorrt.support import LEVELS, computed_in, support
+from backends.tensorrt.support import HOLDS, REFUSED, computed_in, levels, recipe, support
 from parity_tests import tensorrt_rtx as rtx
 from parity_tests.cases import FEATURES, random_specs, random_weights
 from parity_tests.tensorrt_graphs import write_graph
 from spec import Spec
+from spec.params import params
 
 pytest.importorskip("onnx_ir")
 
 ROOT = Path(__file__).parents[1]
 MIXED = ("llama", "tied", "uneven_width", "gemma2", "gpt2", "sinks")
 """Every kind of weight and of attention."""
-CHOICES = [
-    (level, compute) for level in LEVELS for compute in ("f16", "bf16", "f32") if level in graph.HOLDS[compute]
-]  # fmt: skip
+LEVELS = [level for level in levels() if level not in REFUSED]
+CHOICES = [(level, compute) for level in LEVELS for compute in ("f16", "bf16", "f32") if level in HOLDS[compute]]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,9 @@ def test_any_combination_builds(
     builds(shop, spec, *choice, tmp_path_factory.mktemp("any"))
 
 
-@pytest.mark.parametrize(("level", "compute"), [("f16", "f16"), ("q8", "bf16"), ("q4", "f16")])
+@pytest.mark.parametrize(
+    ("level", "compute"), [("f16", "f16"), ("q8", "bf16"), ("q4", "f16"), ("fp8", "f16"), ("nvfp4", "f16")]
+)
 def test_the_float32_twin_builds(level: str, compute: str, shop: rtx.Workshop, tmp_path: Path) -> None:
     builds(shop, FEATURES["tied"], level, compute, tmp_path, exact=True)
 
@@ -202,3 +203,37 @@ def test_support_needs_no_package_and_names_what_to_do() -> None:
     assert refusal.startswith("compute: f16 would round the weights of level f32 again")
     (refusal,) = backends.support("tensorrt", FEATURES["llama"], "q4_k_m").refusals
     assert refusal.startswith("level: q4_k_m")
+    (refusal,) = backends.support("tensorrt", FEATURES["llama"], "fp8", compute="bf16").refusals
+    assert refusal.startswith("compute: bf16 would round the weights of level fp8 again (try --compute f16")
+    (refusal,) = backends.support("tensorrt", FEATURES["llama"], "mxfp8").refusals
+    assert "E8M0" in refusal and refusal.endswith("(try fp8 or nvfp4)")
+
+
+@pytest.mark.parametrize("level", ["fp8", "nvfp4"])
+def test_narrow_floats_keep_embeddings_heads_and_routers(level: str) -> None:
+    """As NVIDIA's own recipes do; and widths that are no whole blocks."""
+    for name in ("moe", "uneven_width", "learned"):
+        chosen = recipe(FEATURES[name], level)
+        assert {k for n, k in chosen.items() if n.startswith(("embed.w", "head.w", "positions."))} == {"f16"}
+        assert {chosen[p.name] for p in params(FEATURES[name]) if not p.matrix} == {"f32"}
+        odd = {p.name for p in params(FEATURES[name]) if p.matrix and p.shape[-1] % 16 and p.name.startswith("layers.")}
+        assert {chosen[n] for n in odd} <= {"f16" if level == "nvfp4" else "fp8"}
+        assert level in chosen.values()
+
+
+def test_scales_in_e8m0_are_still_refused_by_the_parser(shop: rtx.Workshop, tmp_path: Path) -> None:
+    """When this fails, TensorRT has learnt to read them: then mxfp8 can be offered."""
+    import ml_dtypes
+    import onnx
+    from onnx import TensorProto, helper
+
+    codes = np.ones((32, 32), ml_dtypes.float8_e4m3fn).tobytes()
+    held = [helper.make_tensor("codes", TensorProto.FLOAT8E4M3FN, (32, 32), codes, raw=True),
+            helper.make_tensor("scales", TensorProto.FLOAT8E8M0, (32, 1), bytes(32 * [127]), raw=True)]  # fmt: skip
+    nodes = [helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], axis=1, block_size=32,
+                              output_dtype=TensorProto.FLOAT),
+             helper.make_node("MatMul", ["x", "w"], ["y"])]  # fmt: skip
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, (1, 32)) for n in "xy")
+    made = helper.make_graph(nodes, "g", [x], [y], held)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 25)], ir_version=12), tmp_path / "m.onnx")
+    assert "Failed to import initializer" in shop.plain(tmp_path / "m.onnx").error

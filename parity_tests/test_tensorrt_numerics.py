@@ -57,7 +57,7 @@ def test_features_match_the_oracle(name: str, tmp_path: Path) -> None:
     check(FEATURES[name], tmp_path, "f32", "f32")
 
 
-@pytest.mark.parametrize("level", ["bf16", "f16", "q8", "q4"])
+@pytest.mark.parametrize("level", ["bf16", "f16", "q8", "q4", "fp8", "nvfp4"])
 @pytest.mark.parametrize("name", ["llama", "tied", "uneven_width", "gpt2", "gemma2", "moe_sinks"])
 def test_levels_match_the_oracle_on_their_own_weights(name: str, level: str, tmp_path: Path) -> None:
     """The shipped 16-bit graph with its arithmetic widened, as `load(exact=True)` builds it."""
@@ -72,7 +72,7 @@ def test_any_combination_matches_the_oracle(spec: Spec, tmp_path_factory: pytest
         check(spec, tmp_path_factory.mktemp("any"), level, computed_in(level, ""))
 
 
-@pytest.mark.parametrize("level", ["f32", "bf16", "f16", "q8", "q4"])
+@pytest.mark.parametrize("level", ["f32", "bf16", "f16", "q8", "q4", "fp8", "nvfp4"])
 @pytest.mark.parametrize("name", ["tied", "uneven_width", "learned", "alibi_odd_heads", "moe_sigmoid"])
 def test_weights_go_in_bit_for_bit(name: str, level: str, tmp_path: Path) -> None:
     spec, weights = FEATURES[name], random_weights(FEATURES[name])

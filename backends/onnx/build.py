@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Planned, QuantizedTensor, Tokenizer, Values
+from backends import narrow
+from backends.base import Floats, Planned, QuantizedTensor, Tokenizer, Values
 from backends.folder import stamp, write_mark, write_tokenizer
 from backends.onnx.layout import DATA, MODEL, Layout, Profile, Stored, constants, encode, layout, pack
 from backends.placed import PlacedFile
@@ -27,6 +28,7 @@ class DataWriter:
     def __init__(self, path: Path, spec: Spec, places: Layout) -> None:
         self.path, self.places = path, places
         self._missing = {name: self._rows(name) for name in places.levels}
+        self._held: dict[str, Floats] = {}
         path.unlink(missing_ok=True)
         self._file = PlacedFile(path, places.nbytes)
         try:
@@ -49,10 +51,32 @@ class DataWriter:
             assert values.bits == CODES[level], f"{name}: {values.bits} bits at level {level}"
             self._put(codes, start, pack(values, self.places.profile))
             self._put(scales, start, encode(values.scales, scales.dtype))
+        elif level in narrow.LEVELS:
+            self._narrow(name, level, start, values)
         else:
             assert level not in CODES, f"{name}: floats at level {level}"
             self._put(parts[0], start, encode(values, level))
         self._missing[name] -= values.shape[0]
+
+    def _narrow(self, name: str, level: str, start: int, values: Floats) -> None:
+        """Round rows here. What nvfp4's largest weight decides waits until all rows are there."""
+        codes, scales, *whole = self.places.parts(name)
+        if whole:
+            held = self._held.setdefault(name, np.empty(codes.shape, np.float32))
+            held[start : start + len(values)] = values
+            if self._missing[name] > len(values):
+                return
+            start, values = 0, self._held.pop(name)
+        try:
+            q = narrow.quantize(values, level)
+        except UserError as e:
+            raise UserError(f"{name}: {e}") from None
+        self._put(codes, start, narrow.pack(q.codes, codes.dtype))
+        if whole:
+            self._put(scales, start, narrow.encode(q.scales, "e4m3").reshape(-1))
+            self._put(whole[0], 0, encode(np.array([q.whole], np.float32), "f32"))
+        else:
+            self._put(scales, start, encode(q.scales, scales.dtype))
 
     def _put(self, t: Stored, start: int, data: NDArray[np.uint8]) -> None:
         apart = t.row_bytes * t.step

@@ -16,7 +16,7 @@ from backends.onnx.layout import BITS, DATA, Stored
 DTYPES = {
     "f32": ir.DataType.FLOAT, "f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "i64": ir.DataType.INT64,
     "i32": ir.DataType.INT32, "i8": ir.DataType.INT8, "u8": ir.DataType.UINT8, "i4": ir.DataType.INT4,
-    "bool": ir.DataType.BOOL,
+    "bool": ir.DataType.BOOL, "e4m3": ir.DataType.FLOAT8E4M3FN, "e2m1": ir.DataType.FLOAT4E2M1,
 }  # fmt: skip
 """ONNX's types by our names."""
 

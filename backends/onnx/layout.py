@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from backends import narrow
 from backends.base import Planned, QuantizedTensor
 from backends.onnx.kernels import grouped_experts
 from spec.config import Alibi, MoE, Spec
@@ -31,8 +32,10 @@ MODEL = "model.onnx"
 ALIGNMENT = 4096
 """Of tensors of at least a page, so that they can be mapped from the file."""
 
-BITS = {"f32": 32, "f16": 16, "bf16": 16, "i64": 64, "i8": 8, "u8": 8, "i4": 4}
+BITS = {"f32": 32, "f16": 16, "bf16": 16, "i64": 64, "i8": 8, "u8": 8, "i4": 4, "e4m3": 8, "e2m1": 4}
 """Bits of an element by our names of types."""
+CODED = frozenset((*CODES, *narrow.LEVELS))
+"""Levels that store codes and scales."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,18 @@ class Layout:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A canonical tensor's own shape."""
-        n, *rest = self.parts(name)[-1].shape
-        return (n, *rest) if self.levels[name] not in CODES else (n, rest[0] * GROUPS[self.levels[name]])
+        if self.levels[name] not in CODES:
+            return self.parts(name)[0].shape
+        n, groups = self.parts(name)[-1].shape
+        return n, groups * GROUPS[self.levels[name]]
 
     def parts(self, name: str) -> tuple[Stored, ...]:
-        """Where a canonical tensor lies: itself, or its codes and scales."""
+        """Where a canonical tensor lies: itself, or its codes and scales, and of nvfp4 the scale of the whole."""
         level = self.levels[name]
-        return tuple(self.tensors[n] for n in ((name,) if level not in CODES else part_names(name, level)))
+        if level not in CODED:
+            return (self.tensors[name],)
+        names = (*part_names(name, level), *((f"{name}.whole",) if level == "nvfp4" else ()))
+        return tuple(self.tensors[n] for n in names)
 
 
 def part_names(name: str, level: str) -> tuple[str, str]:
@@ -141,6 +149,15 @@ def _wanted(
             else:
                 yield codes, "u8", (n, k // group, group * CODES[p.level] // 8)
             yield scales, compute, (n, k // group)
+        elif p.level in narrow.LEVELS:
+            codes, scales = part_names(p.name, p.level)
+            n, k = p.shape
+            yield codes, "e4m3" if p.level == "fp8" else "e2m1", (n, k)
+            if p.level == "fp8":
+                yield scales, compute, (n,)
+            else:
+                yield scales, "e4m3", (n, k // narrow.BLOCK)
+                yield f"{p.name}.whole", "f32", ()
         else:
             yield p.name, p.level, p.shape
     for k, table in enumerate(rope_tables(spec)):

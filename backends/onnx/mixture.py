@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from backends.onnx.layout import CODED
 from spec.config import MoE
 from spec.forward import dense
 from spec.levels import CODES, GROUPS
@@ -87,7 +88,7 @@ def linear(ops: PortableOps, x: X, w: Weight) -> X:
 
 def _everyones(ops: PortableOps, x: X, w: Weight, level: str, n: int, k: int) -> X:
     g, name = ops.g, w.weight or ""
-    table = ops.dequantized(name) if level in CODES else ops.vector(name)
+    table = ops.dequantized(name) if level in CODED else ops.vector(name)
     table = g("Transpose", g("Reshape", _typed(ops, table, level), g.ints(w.experts, n, k)), perm=[0, 2, 1])
     y = g("MatMul", x, table)
     return y if w.bias is None else ops.add(y, ops.narrow(g("Reshape", ops.vector(w.bias), g.ints(w.experts, 1, n))))
@@ -131,7 +132,7 @@ def _dequantized(ops: PortableOps, w: Weight, level: str, n: int, k: int) -> X:
 
 
 def _typed(ops: PortableOps, table: X, level: str) -> X:
-    return table if level in (*CODES, ops.compute) else ops.to(table, ops.compute)
+    return table if level in (*CODED, ops.compute) else ops.to(table, ops.compute)
 
 
 def _by_token(ops: PortableOps, routes: Routes, m: MoE) -> Routes:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from backends import narrow
 from backends.onnx import attention, mixture
 from backends.onnx.builder import DTYPES, Builder
 from backends.onnx.kernels import Kernel, kernel
-from backends.onnx.layout import Layout, Stored
+from backends.onnx.layout import CODED, Layout, Stored
 from spec.config import Activation, Attention, Block, MoE, Norm
 from spec.levels import CODES, GROUPS
 from spec.ops import Ops, Step
@@ -125,8 +126,9 @@ class PortableOps(Ops[X, Weight, Past]):
         assert w.weight is not None
         rows = self.g("Add", ids, self.number(offset, "i64")) if offset else ids
         level = self.layout.levels[w.weight]
-        if level in CODES:
-            return self.looked_up(w.weight, rows) if self.rows_first else self.gather(self.dequantized(w.weight), rows)
+        if level in CODED:
+            first = self.rows_first and level in CODES
+            return self.looked_up(w.weight, rows) if first else self.gather(self.dequantized(w.weight), rows)
         x = self.gather(self.vector(w.weight), rows)
         return x if level == self.compute else self.to(x, self.compute)
 
@@ -154,15 +156,22 @@ class PortableOps(Ops[X, Weight, Past]):
 
     def dequantized(self, name: str) -> X:
         """A whole quantized matrix [N, K] in the compute type."""
-        codes, scales = (self.g.stored(t) for t in self.layout.parts(name))
-        return self.g("DequantizeLinear", codes, scales, axis=1, block_size=GROUPS[self.layout.levels[name]])
+        level = self.layout.levels[name]
+        codes, scales, *whole = (self.g.stored(t) for t in self.layout.parts(name))
+        if level == "fp8":
+            return self.g("DequantizeLinear", codes, scales, axis=0)
+        if level == "nvfp4":
+            each = self.g("DequantizeLinear", scales, *whole)
+            w = self.g("DequantizeLinear", codes, each, axis=1, block_size=narrow.BLOCK)
+            return self.narrow(w)  # float32 so far, as NVIDIA's own tools write it
+        return self.g("DequantizeLinear", codes, scales, axis=1, block_size=GROUPS[level])
 
     def matrix(self, name: str) -> X:
         """A whole matrix [K, N] in the compute type."""
         if name not in self._matrices:
             level = self.layout.levels[name]
-            w = self.dequantized(name) if level in CODES else self.vector(name)
-            w = w if level in (*CODES, self.compute) else self.to(w, self.compute)
+            w = self.dequantized(name) if level in CODED else self.vector(name)
+            w = w if level in (*CODED, self.compute) else self.to(w, self.compute)
             self._matrices[name] = self.g("Transpose", w, perm=[1, 0])
         return self._matrices[name]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from backends import narrow
 from backends.base import Arithmetic, Floats, Planned, QuantizedTensor, Values
 from backends.onnx.genai import CONFIG, config, tokenizer_class
 from backends.onnx.kernels import Kernel, grouped_experts, kernel
@@ -105,7 +106,9 @@ class GraphReader:
         found = self._find(name)
         if found is None:
             raise UserError(f"{self.folder / MODEL}: {name} is missing")
-        return decode(self._bytes(found, start, stop), found.dtype).reshape(stop - start, *found.shape[1:])
+        data = self._bytes(found, start, stop)
+        values = narrow.decode(data, found.dtype) if found.dtype == "e4m3" else decode(data, found.dtype)
+        return values.reshape(stop - start, *found.shape[1:])
 
     def rows(self, name: str, start: int, stop: int) -> Values:
         """Rows of a canonical tensor: codes and scales where they are on the portable grid, else float32."""
@@ -115,6 +118,12 @@ class GraphReader:
             if found is not None:
                 whole = unpack(self._bytes(found, start, stop), bits, self.profile).reshape(stop - start, -1)
                 return QuantizedTensor(whole, self.floats(scales, start, stop), bits, GROUPS[level])
+        for level in narrow.LEVELS:
+            codes, scales = part_names(name, level)
+            if (found := self._find(codes)) is not None:
+                held = narrow.unpack(self._bytes(found, start, stop), found.dtype).reshape(stop - start, -1)
+                whole = float(self.floats(f"{name}.whole", 0, 1)[0]) if level == "nvfp4" else 1.0
+                return narrow.Narrow(level, held, self.floats(scales, start, stop), whole).dequantize()
         if name not in self._shapes:
             raise UserError(f"{self.folder}: {name} is no tensor of this model")
         return self.floats(name, start, stop)

@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backends.base import Planned, Tokenizer, Values
+from backends import narrow
+from backends.base import Floats, Planned, Tokenizer, Values
 from backends.folder import MARK, read_mark, stamp, write_json, write_mark, write_tokenizer
 from backends.tensorrt import graph
 from backends.tensorrt.device import Device, device
 from backends.tensorrt.engine import build, limits
-from backends.tensorrt.support import computed_in, support
+from backends.tensorrt.support import computed_in, recipe, support
 from spec.config import Spec
 from spec.errors import UserError
 from spec.levels import GROUPS
 
-__all__ = ["TensorRTWriter", "size", "stamp", "writer"]
+__all__ = ["TensorRTWriter", "pack", "recipe", "size", "stamp", "writer"]
 
 ENGINE = "model.engine"
 KERNELS = 8_000_000
@@ -101,6 +102,11 @@ def writer(
     return TensorRTWriter(spec, planned, tokenizer, out, level, computed_in(level, compute), here)
 
 
+def pack(block: Floats, level: str) -> narrow.Narrow:
+    """Rows at one of TensorRT's own levels."""
+    return narrow.quantize(block, level)
+
+
 def ready() -> None:
     """Raises `UserError` in one line where no engine can be built: TensorRT or the GPU is missing."""
     device("--to tensorrt")
@@ -109,6 +115,6 @@ def ready() -> None:
 def size(spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, *, compute: str = "") -> int:
     """Bytes of the folder, roughly: the weights once in the graph and once in the engine, and the engine's kernels."""
     matrices = {p.level for p in planned if len(p.shape) > 1}
-    level = next((name for name in (*GROUPS, "f16", "bf16") if name in matrices), "f32")
+    level = next((name for name in (*GROUPS, *narrow.LEVELS, "f16", "bf16") if name in matrices), "f32")
     words = len(str(tokenizer.json)) if tokenizer is not None else 0
     return 2 * graph.nbytes(spec, planned, computed_in(level, compute)) + KERNELS + 30_000 * spec.depth + words

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from backends import narrow
 from backends.base import Arithmetic, Floats, Planned, Values
 from backends.folder import MARK, read_mark
 from backends.reading import own_mark, read_back, tokenizer_problems
@@ -12,6 +13,7 @@ from backends.tensorrt import graph
 from backends.tensorrt.build import ENGINE
 from backends.tensorrt.support import OPTIONS, levels
 from spec.errors import UserError
+from spec.params import params
 
 
 class Artifact:
@@ -27,6 +29,7 @@ class Artifact:
         if not isinstance(self.made_for, dict):
             raise UserError(f"{path / MARK}: engine: is no mapping")
         self._weights = graph.reader(path, self.spec)
+        self._shapes = {p.name: p.shape for p in params(self.spec)}
 
     @property
     def session(self) -> int | None:
@@ -48,9 +51,13 @@ class Artifact:
         """Rows of a canonical tensor as the graph holds them."""
         return self._weights.rows(name, start, stop)
 
+    def rows_together(self, name: str, level: str) -> int:
+        """All rows of a matrix whose largest weight decides how each is rounded."""
+        return self._shapes[name][0] if level == "nvfp4" else 1
+
     def expected(self, name: str, level: str, start: int, values: Floats) -> Floats:
-        """The source's rows rounded to the level's float type."""
-        return graph.rounded(values, level)
+        """The source's rows rounded to the level."""
+        return narrow.quantize(values, level).dequantize() if level in narrow.LEVELS else graph.rounded(values, level)
 
 
 def open_artifact(path: str | Path) -> Artifact:

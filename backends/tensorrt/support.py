@@ -5,29 +5,60 @@
 
 from __future__ import annotations
 
-from backends import experts
+from collections import Counter
+
+from backends import experts, narrow
 from backends.base import Option, Support
+from backends.tensorrt import graph
 from backends.tensorrt.engine import limits
-from backends.tensorrt.graph import HOLDS, session, written_out
+from backends.tensorrt.graph import session, written_out
 from spec.config import Spec
-from spec.errors import nearest
+from spec.errors import UserError, nearest
 from spec.levels import GROUPS, LEVELS, fits
 from spec.params import params
 
-COMPUTE = {"f32": "f32", "bf16": "bf16", "f16": "f16", **dict.fromkeys(GROUPS, "f16")}
+COMPUTE = {"f32": "f32", "bf16": "bf16", "f16": "f16", **dict.fromkeys((*GROUPS, *narrow.LEVELS), "f16")}
 """The type of activations and caches where none is asked for: what holds the level's weights."""
 
 OPTIONS = (Option("compute", ("f16", "bf16", "f32"), "", "type of activations and caches; f16 for quantized weights"),)
 
+HOLDS = {
+    kind: (*held, *(narrow.LEVELS if kind != "bf16" else ()))  # embeddings and heads are f16 there
+    for kind, held in graph.HOLDS.items()
+}
+"""Levels whose weights a compute type holds without rounding them again."""
+
+REFUSED = {
+    "mxfp8": "TensorRT's ONNX parser takes no scales in E8M0 (TensorRT-RTX 1.7.1: `Failed to import initializer`)",
+    "mxfp4": "TensorRT's ONNX parser takes no scales in E8M0 (TensorRT-RTX 1.7.1: `Failed to import initializer`)",
+}
+"""Levels that one might expect here, and why they are none."""
+
 
 def levels() -> tuple[str, ...]:
-    """Every precision level."""
-    return tuple(LEVELS)
+    """Every precision level, and those whose refusal says more than that there is none."""
+    return (*LEVELS, *narrow.LEVELS, *REFUSED)
 
 
 def bits(level: str) -> float:
     """Bits that a weight takes at a level, scales counted."""
-    return LEVELS[level].stored
+    return narrow.LEVELS[level] if level in narrow.LEVELS else LEVELS[level].stored
+
+
+def recipe(spec: Spec, level: str) -> dict[str, str]:
+    """What one of TensorRT's own levels makes of every tensor: the matrices of layers, but for routers, get it, as in
+    NVIDIA's own recipes; what has no whole blocks, embeddings and head are f16, vectors f32. Raises `UserError`."""
+    if level in REFUSED:
+        raise UserError(_refused(level))
+    out = {}
+    for p in params(spec):
+        narrowed = p.name.startswith("layers.") and narrow.fits(level, p.shape[-1])
+        out[p.name] = "f32" if not p.matrix else level if narrowed else "f16"
+    return out
+
+
+def _refused(level: str) -> str:
+    return f"level: {level}: {REFUSED[level]} (try fp8 or nvfp4)"
 
 
 def computed_in(level: str, compute: str) -> str:
@@ -38,11 +69,14 @@ def computed_in(level: str, compute: str) -> str:
 def support(spec: Spec, level: str, *, compute: str = "") -> Support:
     """Whether and how TensorRT carries `spec` at `level`."""
     refusals = experts.too_many(spec, "TensorRT")
-    if level not in LEVELS:
-        refusals.append(f"level: {level} is none of TensorRT's ({nearest(level, LEVELS)})")
+    known = level in LEVELS or level in narrow.LEVELS
+    if level in REFUSED:
+        refusals.append(_refused(level))
+    elif not known:
+        refusals.append(f"level: {level} is none of TensorRT's ({nearest(level, levels())})")
     if compute not in ("", *HOLDS):
         refusals.append(f"compute: {compute} is no choice ({nearest(compute, HOLDS)})")
-    if level in LEVELS and compute in ("", *HOLDS) and level not in HOLDS[computed_in(level, compute)]:
+    if known and compute in ("", *HOLDS) and level not in HOLDS[computed_in(level, compute)]:
         refusals.append(
             f"compute: {compute} would round the weights of level {level} again "
             f"(try --compute {COMPUTE[level]}, or --quant {compute})"
@@ -68,12 +102,18 @@ def _notes(spec: Spec, level: str, compute: str) -> list[str]:
     if (fixed := session(spec)) is not None:
         out.append(f"rotary tables are those of a session of {fixed} tokens, at every length")
     if level in GROUPS:
-        narrow = [p for p in params(spec) if p.matrix and not fits(level, p.shape[-1]) and p.name != "positions.weight"]
-        if narrow:
-            widths = sorted({p.shape[-1] for p in narrow})
-            out.append(f"{len(narrow)} matrices stay f16: widths {widths} are no multiples of {GROUPS[level]}")
+        odd = [p for p in params(spec) if p.matrix and not fits(level, p.shape[-1]) and p.name != "positions.weight"]
+        if odd:
+            widths = sorted({p.shape[-1] for p in odd})
+            out.append(f"{len(odd)} matrices stay f16: widths {widths} are no multiples of {GROUPS[level]}")
     if level == "q4":
         out.append("int4 in groups of 32: TensorRT-RTX's builder takes them, TensorRT's documents name 64 and 128")
+    if level in narrow.LEVELS:
+        kept = Counter(recipe(spec, level).values())["f16"]
+        out.append(
+            f"{level} is how weights are stored: products take them as {compute}; {kept} matrices stay f16 "
+            f"(embeddings, head, position tables, and at nvfp4 widths that are no multiples of {narrow.BLOCK})"
+        )
     slow = sum(written_out(b.attention, compute) for b in spec.layers)
     if slow:
         why = "float32" if compute == "f32" else "softcap, sinks, ALiBi, or a head_dim that is no multiple of 8"
