@@ -19,7 +19,7 @@ import numpy as np
 from convert.calibrate.sample import Sample, sample
 from evals.compare import SESSION, WINDOW
 from evals.quant.decoded import weights
-from evals.quant.variants import Variant
+from evals.quant.variants import OURS, Variant
 from evals.quant.worker import clustered_error
 from evals.reference import Windows, cut
 from spec.config import Spec
@@ -36,6 +36,10 @@ LOGITS = 128 << 20
 LEAST = 256
 """Tokens that a study needs."""
 PACKAGES = ("allotrope", "llama-cpp-python", "gguf", "mlx", "mlx-lm", "onnxruntime", "torch", "torchao", "numpy")
+
+CODE = ("evals.quant.worker", "evals.quant.decoded", "evals.quant.base", "evals.quant.activations", "evals.reference",
+        "convert.verify.metrics")  # fmt: skip
+"""Modules that every result depends on, besides what made it."""
 
 Say = Callable[[str], None]
 
@@ -245,14 +249,15 @@ def _prepare(source: Path, options: Options, out: Path, variants: Sequence[Varia
 
 
 def _code(v: Variant) -> str:
-    """Of what decides a result besides its settings: versions of the packages, and of ours the very code."""
+    """Hash of what decides a result besides its settings: versions of the packages, and the very code."""
     root = Path(__file__).parents[2]
-    parts = ("evals/quant",) if v.maker != "evals.quant.ours" else ("evals/quant", "convert", "backends", "spec")
     digest = hashlib.sha256(json.dumps(_versions()).encode())
-    for part in parts:
-        for file in sorted((root / part).rglob("*.py")):
-            if "tests" not in file.parts:
-                digest.update(file.read_bytes())
+    files = [root / f"{m.replace('.', '/')}.py" for m in (v.maker, *CODE)]
+    if v.maker == OURS:
+        files += [f for part in ("convert", "backends", "spec") for f in sorted((root / part).rglob("*.py"))]
+    for file in files:
+        if "tests" not in file.parts:
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

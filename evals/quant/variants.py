@@ -13,6 +13,7 @@ from convert.calibrate.settings import EFFORTS
 from convert.levels import LEVELS
 from spec.errors import UserError, nearest
 
+OURS = "evals.quant.ours"
 DEFAULT = ("q8", "q4", "q4-g128", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q4_0", "mlx-q4", "mlx-lm-4bit-g32", "ort-int4")
 
 
@@ -135,7 +136,7 @@ def _ours(level: str, effort: str, coded: bool) -> Variant:
     name = level if effort == "fast" else f"{level}-{effort}"
     by = f"allotrope, {effort}" if coded else "allotrope, floats"
     needs = () if effort == "fast" else ("torch",)
-    return Variant(name, by, "evals.quant.ours", settings, needs, effort != "fast")
+    return Variant(name, by, OURS, settings, needs, effort != "fast")
 
 
 def _native(level: str, target: str, effort: str, needs: tuple[str, ...]) -> Variant:
@@ -144,4 +145,4 @@ def _native(level: str, target: str, effort: str, needs: tuple[str, ...]) -> Var
     name = f"{level}-importance" if with_importance else level
     by = {"gguf": "llama.cpp's types", "mlx": "MLX's types"}[target] + (", importance" if with_importance else "")
     extra = ("torch",) if with_importance else ()
-    return Variant(name, by, "evals.quant.ours", settings, (*needs, *extra), with_importance)
+    return Variant(name, by, OURS, settings, (*needs, *extra), with_importance)
