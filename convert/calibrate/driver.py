@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from backends.base import Planned, QuantizedTensor, content_hash
+from backends.base import Planned, content_hash
 from convert.calibrate import Choose, Progress
 from convert.calibrate.estimate import disk
 from convert.calibrate.fisher import Fisher
@@ -21,8 +20,7 @@ from convert.calibrate.runner import Runner, computing, device_of
 from convert.calibrate.sample import Sample, sample
 from convert.calibrate.settings import TOKENS, Settings
 from convert.calibrate.store import Rounding, Store
-from convert.levels import CODES, GROUPS
-from convert.quantize import quantize
+from convert.levels import CODES
 from convert.recipe import Recipe, plan
 from convert.sources import Source
 from convert.sources.base import weights_hash
@@ -30,6 +28,8 @@ from spec.errors import UserError
 
 T = TypeVar("T")
 
+SWEEPS = {"good": 3, "best": 10}
+"""Rounds of polishing codes and scales, by effort."""
 VERSION = 1
 """Of the arithmetic: a folder that another version left is not gone on with."""
 
@@ -57,9 +57,12 @@ def run(
         _each("measure", range(source.spec.depth + 1), measured.step, progress)
         chosen, units = first, []
         if wanted:
-            fisher = Fisher(store, measured, settings.seed)
+            coarse = asked.level if CODES.get(asked.level) == 4 else None
+            priced = dict.fromkeys(to_round(first, source.held), coarse) if coarse else {}
+            fisher = Fisher(store, measured, settings.seed, priced)
             _each("sensitivity", range(fisher.steps), fisher.step, progress)
-            rounder = Rounder(store, runner, measured, fisher, chosen, searched)
+            chosen = choose(fisher.gains()) if priced else first
+            rounder = Rounder(store, runner, measured, fisher, chosen, SWEEPS[settings.effort])
             units = rounder.units()
             _each("calibrate", units, rounder.step, progress)
         return _finished(source, settings, made, store, measured, chosen, units, hashes, key)
@@ -70,15 +73,6 @@ def _each(stage: str, items: Sequence[T], step: Callable[[T], None], progress: P
         progress(stage, n, len(items))
         step(item)
     progress(stage, len(items), len(items))
-
-
-def searched(weight: Tensor, hessian: Tensor | None, level: str, cross: Tensor | None = None) -> QuantizedTensor:
-    """The scale search, its errors weighted by the mean squares of the inputs."""
-    weights = None
-    if hessian is not None:
-        squares = hessian.diagonal().cpu().numpy()
-        weights = np.maximum(squares, np.float32(1e-6) * squares.mean() + np.float32(1e-30))
-    return quantize(weight.cpu().numpy(), CODES[level], GROUPS[level], weights)
 
 
 def _key(

@@ -10,7 +10,7 @@ Shapes: N windows, T tokens of one, D model, V vocab, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from backends.torch.modules import Block, Experts
 from convert.calibrate import sizes
 from convert.calibrate.boundary import Boundary
 from convert.calibrate.measure import Measured, head_weight
-from convert.calibrate.runner import embedding_rows, groups, parts
-from convert.calibrate.store import Store, read_tensors, write_tensors
+from convert.calibrate.price import Lookup, gain, head_moments
+from convert.calibrate.runner import embedding_rows, groups, observing, parts, product_weight
+from convert.calibrate.statistics import Moments, spans
+from convert.calibrate.store import Store, read_tensors, write_json, write_tensors
+from convert.sources.files import read_json
 
 EXPERTS = "mlp.experts"
 
@@ -50,7 +53,9 @@ class Gradient:
 class Fisher:
     """The pass, and what it left in a store's work folder."""
 
-    def __init__(self, store: Store, measured: Measured, seed: int) -> None:
+    def __init__(self, store: Store, measured: Measured, seed: int, priced: Mapping[str, str] | None = None) -> None:
+        """priced: matrices whose gains are wanted, with the level that int8 is compared with."""
+        self.priced = dict(priced or {})
         self.store, self.measured, self.runner, self.ids = store, measured, measured.runner, measured.ids
         self.chance = np.random.default_rng(seed).random(self.ids.shape)
         """[N, T], what decides which label is sampled."""
@@ -66,7 +71,8 @@ class Fisher:
         i = depth - n  # the layer that it is of; depth is the head, -1 the embedding
         if self._file(i).is_file():
             return
-        found = self._head() if i == depth else self._embedding() if i < 0 else self._layer(i)
+        found, gains = self._head() if i == depth else self._embedding() if i < 0 else self._layer(i)
+        write_json(self._gains(i), gains)
         write_tensors(self._file(i), found)
         if i < depth:
             self._gradient(i + 1).keep(0)
@@ -77,6 +83,27 @@ class Fisher:
         head has `head.curvature` [V], sums of p (1 - p); the embedding, which is layer -1, `embed.fisher` [D, D]."""
         return read_tensors(self._file(i))
 
+    def lookup(self) -> Lookup:
+        """What rounds the embedding, once every step is done. A tied one is the head too: for the inputs that the head
+        has in the model as it is, since the rounded model's are not known before."""
+        return self._lookup(torch.from_numpy(self.layer(-1)["embed.fisher"]).to(self.runner.device))
+
+    def _lookup(self, fisher: Tensor) -> Lookup:
+        depth, head = self.runner.spec.depth, None
+        if self.runner.spec.head.tied:
+            head = head_moments(self.runner, self.measured.boundary(depth), len(self.ids)).hessian(0)
+        return Lookup(self.ids, fisher, self.layer(depth)["head.curvature"], head)
+
+    def gains(self) -> dict[str, float]:
+        """Nats of KL divergence a token that int8 saves, for each priced matrix, once every step is done."""
+        out: dict[str, float] = {}
+        for i in range(-1, self.runner.spec.depth + 1):
+            out |= read_json(self._gains(i))
+        return out
+
+    def _gains(self, i: int) -> Path:
+        return self.store.work / f"gains.{i if i >= 0 else 'embed'}.json"
+
     def _file(self, i: int) -> Path:
         return self.store.work / f"fisher.{i if i >= 0 else 'embed'}.safetensors"
 
@@ -84,7 +111,7 @@ class Fisher:
         """At the input of layer i."""
         return Boundary(self.store.work / f"gradient.{i}.f32", (*self.ids.shape, self.runner.spec.width))
 
-    def _head(self) -> dict[str, NDArray[Any]]:
+    def _head(self) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
         runner, depth = self.runner, self.runner.spec.depth
         norm, weight = runner.final_norm(), runner.tensor(head_weight(runner))
         bias = runner.tensor("head.bias") if runner.spec.head.bias else None
@@ -107,14 +134,22 @@ class Fisher:
                     p = logp.detach().exp()
                     curvature += (p * (1 - p)).sum(0, dtype=torch.float64).cpu().numpy()
                 sink(a, torch.cat(grads).view(z - a, *self.ids.shape[1:], -1).numpy())
-        return {"head.curvature": curvature}
+        gains: dict[str, float] = {}
+        if (level := self.priced.get("head.weight")) is not None:
+            hessian = head_moments(runner, self.measured.boundary(depth), len(self.ids)).hessian(0)
+            assert hessian is not None, "tokens"
+            squares = torch.from_numpy(curvature / self.ids.size)
+            gains["head.weight"] = gain(weight, level, hessian, squares)
+        return {"head.curvature": curvature}, gains
 
-    def _layer(self, i: int) -> dict[str, NDArray[Any]]:
+    def _layer(self, i: int) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
         runner, block = self.runner, self.runner.block(i)
         found = {name: Gradient() for group in groups(block) for name in group}
         if EXPERTS in dict(block.named_modules()):
             found[EXPERTS] = Gradient()
-        with self._gradient(i).writing() as sink, _differentiating(block, found):
+        moments = {group: m for group in groups(block) if (m := self._moments(i, block, group)) is not None}
+        inputs = {group[0]: m for group, m in moments.items()}
+        with self._gradient(i).writing() as sink, _differentiating(block, found), observing(block, inputs):
             for a, z in runner.chunks(len(self.ids)):
                 x = torch.from_numpy(self.measured.boundary(i).read(a, z)).to(runner.device).requires_grad_()
                 g = torch.from_numpy(self._gradient(i + 1).read(a, z)).to(runner.device)
@@ -127,16 +162,44 @@ class Fisher:
             if not name.startswith(f"{EXPERTS}."):
                 tail = "" if name == EXPERTS else ".weight"
                 out[f"layers.{i}.{name}{tail}.energy"] = np.concatenate(gradient.energy)
-        return out
+        gains: dict[str, float] = {}
+        for group, m in moments.items():
+            for n, part in m.all():
+                for name in group:
+                    full = f"layers.{i}.{name}.weight"
+                    if full in self.priced:
+                        weight, squares = product_weight(block, name), torch.from_numpy(out[f"{full}.squares"])
+                        rows = len(weight) // m.of
+                        mine = slice(n * rows, (n + 1) * rows)
+                        saved = gain(weight[mine], self.priced[full], part, squares[mine] / self.ids.size)
+                        gains[full] = gains.get(full, 0.0) + saved * m.of / len(m.counts)
+        return out, gains
 
-    def _embedding(self) -> dict[str, NDArray[Any]]:
+    def _moments(self, i: int, block: Block, group: Sequence[str]) -> Moments | None:
+        """What counts the moments of a group's input, where a gain of its matrices is wanted. Of many experts the first
+        stand for all."""
+        if not any(f"layers.{i}.{name}.weight" in self.priced for name in group):
+            return None
+        experts = getattr(block.get_submodule(group[0]), "experts", None)
+        width = product_weight(block, group[0]).shape[1]
+        span = None if experts is None else spans(experts, width)[0]
+        return Moments(width, span, False, self.runner.device, experts or 1)
+
+    def _embedding(self) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
         begin = self.runner.begin(self.ids, embedding_rows(self.runner.source))
         total = torch.zeros(self.runner.spec.width, self.runner.spec.width, device=self.runner.device)
         for a, z in self.runner.chunks(len(self.ids)):
             g = torch.from_numpy(self._gradient(0).read(a, z)).to(self.runner.device)
             rows = begin.gradient(a, z, g).flatten(0, -2)
             total.addmm_(rows.T, rows)
-        return {"embed.fisher": total.cpu().numpy()}
+        gains: dict[str, float] = {}
+        if (level := self.priced.get("embed.weight")) is not None:
+            lookup = self._lookup(total)
+            gains["embed.weight"] = sum(
+                lookup.gain(start, torch.from_numpy(rows.copy()).to(total.device), level)
+                for start, rows in self.runner.source.blocks("embed.weight", sizes.ROWS)
+            )
+        return {"embed.fisher": total.cpu().numpy()}, gains
 
 
 def _sampled(logp: Tensor, chance: NDArray[np.float64]) -> Tensor:

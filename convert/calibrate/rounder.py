@@ -18,20 +18,18 @@ from backends.base import Floats, Planned, QuantizedTensor
 from backends.torch.modules import Block
 from convert.calibrate import sizes
 from convert.calibrate.boundary import Boundary
+from convert.calibrate.compensate import Factor, compensate, prepare
 from convert.calibrate.fisher import EXPERTS, Fisher
-from convert.calibrate.measure import Measured, head_weight
-from convert.calibrate.runner import Runner, embedding_rows, groups
+from convert.calibrate.measure import Measured
+from convert.calibrate.price import head_moments
+from convert.calibrate.runner import Runner, embedding_rows, groups, product_weight
 from convert.calibrate.statistics import Moments, spans
 from convert.calibrate.store import Store
-from convert.levels import GROUPS, LEVELS
-from convert.quantize import TooLarge
+from convert.levels import CODES, GROUPS, LEVELS
+from convert.quantize import TooLarge, quantize
 from convert.recipe import Held, kept
 from convert.stream import rounded
 from spec.errors import UserError
-
-Compensate = Callable[[Tensor, Tensor | None, str, Tensor | None], QuantizedTensor]
-"""(weight [out, in], Hessian [in, in] or none where nothing was seen, level, cross moment [in, in] where there is one)
--> codes and scales."""
 
 
 def to_round(planned: Sequence[Planned], held: Held) -> dict[str, str]:
@@ -48,7 +46,8 @@ class Rounder:
     measured: Measured
     fisher: Fisher
     planned: Sequence[Planned]
-    compensate: Compensate
+    sweeps: int
+    """Of polishing, at most."""
 
     def __post_init__(self) -> None:
         self.ids: NDArray[np.int64] = self.measured.ids
@@ -75,15 +74,11 @@ class Rounder:
         return Boundary(self.store.work / f"rounded.{i}.f32", (*self.ids.shape, self.runner.spec.width))
 
     def _embed(self) -> None:
-        codes, tokens = {}, {}
         name = "embed.weight"
+        codes, tokens = {}, {}
         if name in self.wanted:
-            hessian = None
-            if (
-                head_weight(self.runner) == name
-            ):  # a tied one is the head too, and so far only the plain stream is known
-                hessian, tokens[name] = self._head_hessian(self.measured.boundary(self.runner.spec.depth))
-            codes[name] = self._by_rows(name, hessian)
+            codes[name] = self._vocabulary()
+            tokens[name] = [self.ids.size]
         begin = self.runner.begin(self.ids, self._embedding_rows(codes.get(name)))
         with self.boundary(0).writing() as sink:
             for a, z in self.runner.chunks(len(self.ids)):
@@ -110,82 +105,86 @@ class Rounder:
         self.measured.boundary(i).keep(0)
 
     def _head(self) -> None:
+        name = "head.weight"
         codes, tokens = {}, {}
-        name = head_weight(self.runner)
-        if name == "head.weight" and name in self.wanted:
-            hessian, tokens[name] = self._head_hessian(self.boundary(self.runner.spec.depth))
-            codes[name] = self._by_rows(name, hessian)
+        if name in self.wanted:
+            moments = head_moments(self.runner, self.boundary(self.runner.spec.depth), len(self.ids))
+            factor, tokens[name] = self._factor(moments, 0), moments.counts
+            codes[name] = joined([self._round(name, start, rows, factor) for start, rows in self._rows(name)])
         self.store.add("head", codes, tokens)
+
+    def _vocabulary(self) -> QuantizedTensor:
+        name, lookup = "embed.weight", self.fisher.lookup()
+        found = []
+        for start, rows in self._rows(name):
+            try:
+                found.append(lookup(start, rows, self.wanted[name]))
+            except TooLarge as e:
+                raise UserError(e.at(name, start)) from None
+        return joined(found)
+
+    def _rows(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Rows of a matrix that is never whole in memory."""
+        for start, rows in self.runner.source.blocks(name, sizes.ROWS):
+            yield start, torch.from_numpy(np.ascontiguousarray(rows)).to(self.runner.device)
 
     def _group(
         self, i: int, block: Block, plain: Block, names: Sequence[str]
     ) -> tuple[dict[str, QuantizedTensor], list[int]]:
         """Round products of one input, in the block too; and the tokens that each expert saw."""
-        own = {n: block.get_submodule(n) for n in names}
-        experts = getattr(own[names[0]], "experts", None)
-        width = _weight(own[names[0]]).shape[1]
+        experts = getattr(block.get_submodule(names[0]), "experts", None)
+        width = product_weight(block, names[0]).shape[1]
         found: dict[str, list[QuantizedTensor]] = {n: [] for n in names}
         counts: list[int] = []
         for span in [None] if experts is None else spans(experts, width):
             moments = self._collect(i, block, None if experts else plain, names, width, span)
-            counts += moments[names[0]].counts
-            for name, module in own.items():
-                weight = _weight(module)
-                rows = len(weight) // (experts or 1)
-                for n, e in enumerate(span or range(1)):
+            counts += moments.counts
+            for n, e in enumerate(span or range(1)):
+                factor = self._factor(moments, n)
+                for name in names:
+                    weight = product_weight(block, name)
+                    rows = len(weight) // (experts or 1)
                     part = weight[e * rows : (e + 1) * rows]
-                    hessian, cross = moments[name].hessian(n), moments[name].cross(n)
-                    q = self._round(f"layers.{i}.{name}.weight", e * rows, part, hessian, cross)
+                    q = self._round(f"layers.{i}.{name}.weight", e * rows, part, factor)
                     part.copy_(torch.from_numpy(q.dequantize()))
                     found[name].append(q)
-                del moments[name]
         return {name: joined(parts) for name, parts in found.items()}, counts
 
     def _collect(
         self, i: int, block: Block, plain: Block | None, names: Sequence[str], width: int, span: range | None
-    ) -> dict[str, Moments]:
-        """Moments of each product's input, rows weighted by the energy of the gradient at its output."""
+    ) -> Moments:
+        """Moments of the input of these products, rows weighted by the energy of the gradients at their outputs."""
         device = self.runner.device
-        moments = {n: Moments(width, span, plain is not None, device) for n in names}
-        energies = {n: self._energy(i, n) for n in names}
+        moments = Moments(width, span, plain is not None, device)
+        energies = self._energies(i, names)
         for a, z in self.runner.chunks(len(self.ids)):
             entered = self.runner.enter(i, block, names[0], self._on_device(self.boundary(i), a, z))
             before = None
             if plain is not None:
                 before = self.runner.enter(i, plain, names[0], self._on_device(self.measured.boundary(i), a, z)).x
-            for n, m in moments.items():
-                energy = energies[n][a * self.runner.length : z * self.runner.length].to(device)
-                m.add(entered.x, entered.counts, entered.weights(energy), before)
+            energy = energies[a * self.runner.length : z * self.runner.length].to(device)
+            moments.add(entered.x, entered.counts, entered.weights(energy), before)
         return moments
 
-    def _energy(self, i: int, name: str) -> Tensor:
-        """[tokens] of mean 1."""
-        tail = EXPERTS if name.startswith(f"{EXPERTS}.") else f"{name}.weight"
-        energy = torch.from_numpy(self.fisher.layer(i)[f"layers.{i}.{tail}.energy"])
-        mean = energy.mean(dtype=torch.float64)
-        return (energy.double() / mean).float() if mean > 0 else torch.ones_like(energy)
+    def _energies(self, i: int, names: Sequence[str]) -> Tensor:
+        """[tokens], the mean of what the products have, each of mean 1; that of the mixture for experts."""
+        found, total = self.fisher.layer(i), torch.zeros(self.ids.size, dtype=torch.float64)
+        for name in dict.fromkeys(EXPERTS if n.startswith(f"{EXPERTS}.") else f"{n}.weight" for n in names):
+            energy = torch.from_numpy(found[f"layers.{i}.{name}.energy"]).double()
+            total += energy / energy.mean().clamp_min(1e-300)
+        return (total / total.mean()).float() if total.any() else torch.ones(len(total))
 
-    def _head_hessian(self, boundary: Boundary) -> tuple[Tensor | None, list[int]]:
-        norm, device = self.runner.final_norm(), self.runner.device
-        moments = Moments(self.runner.spec.width, None, False, device)
-        for a, z in self.runner.chunks(len(self.ids)):
-            x = self.runner.end(norm, self._on_device(boundary, a, z)).flatten(0, -2)
-            moments.add(x, None, torch.ones(len(x), device=device), None)
-        return moments.hessian(0), moments.counts
+    def _factor(self, moments: Moments, n: int) -> Factor | None:
+        hessian = moments.hessian(n)
+        return None if hessian is None else prepare(hessian, moments.cross(n))
 
-    def _by_rows(self, name: str, hessian: Tensor | None) -> QuantizedTensor:
-        """A matrix that is never whole in memory: rows are rounded one like the other."""
-        found = [
-            self._round(name, start, torch.from_numpy(rows).to(self.runner.device), hessian)
-            for start, rows in self.runner.source.blocks(name, sizes.ROWS)
-        ]
-        return joined(found)
-
-    def _round(
-        self, name: str, start: int, weight: Tensor, hessian: Tensor | None, cross: Tensor | None = None
-    ) -> QuantizedTensor:
+    def _round(self, name: str, start: int, weight: Tensor, factor: Factor | None) -> QuantizedTensor:
+        """Rows of a matrix, `start` the first; where no token came, by the search alone."""
+        level = self.wanted[name]
         try:
-            return self.compensate(weight, hessian, self.wanted[name], cross)
+            if factor is None:
+                return quantize(weight.cpu().numpy(), CODES[level], GROUPS[level])
+            return compensate(weight, factor, level, self.sweeps)
         except TooLarge as e:
             raise UserError(e.at(name, start)) from None
 
@@ -207,12 +206,6 @@ class Rounder:
 
     def _on_device(self, boundary: Boundary, start: int, stop: int) -> Tensor:
         return torch.from_numpy(boundary.read(start, stop)).to(self.runner.device)
-
-
-def _weight(module: torch.nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor), "a product"
-    return weight
 
 
 def _floats(values: Floats | QuantizedTensor) -> Floats:

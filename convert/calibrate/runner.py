@@ -106,6 +106,13 @@ def groups(block: Block) -> list[tuple[str, ...]]:
     ]
 
 
+def product_weight(block: Block, name: str) -> Tensor:
+    """The weight [out, in] of a product; [E * out, in] of stacked experts."""
+    weight = block.get_submodule(name).weight
+    assert isinstance(weight, Tensor), "a product"
+    return weight
+
+
 class Runner:
     """Runs windows of T tokens through parts of a source's model."""
 

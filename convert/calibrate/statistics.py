@@ -8,6 +8,7 @@ Shapes: n rows, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,14 +54,21 @@ class Moments:
     is and in the rounded one, sum w x_plain x^T / sum w.
     """
 
-    def __init__(self, width: int, experts: range | None, cross: bool, device: torch.device) -> None:
-        self.experts = experts
+    def __init__(
+        self, width: int, experts: range | None, cross: bool, device: torch.device, of: int | None = None
+    ) -> None:
+        """experts: those that are counted, out of `of`."""
+        self.experts, self.of = experts, of or 1
         count = 1 if experts is None else len(experts)
         self._sums = torch.zeros(count, width, width, device=device)
         self._crosses = torch.zeros(count, width, width, device=device) if cross else None
         self._weights = [0.0] * count
         self.counts = [0] * count
         """Rows of each."""
+
+    def __call__(self, x: Tensor, counts: Tensor | None) -> None:
+        """More rows [n, in], each of weight 1."""
+        self.add(x.detach(), counts, torch.ones(len(x), device=x.device), None)
 
     def add(self, x: Tensor, counts: Tensor | None, weights: Tensor, plain: Tensor | None) -> None:
         """More rows [n, in] with their weights [n]; `plain` [n, in] are they in the model as it is."""
@@ -78,6 +86,12 @@ class Moments:
     def hessian(self, n: int) -> Tensor | None:
         """The n-th Hessian [in, in]; none where no row came that counts. Asked for once: it is made in place."""
         return self._sums[n].div_(self._weights[n]) if self._weights[n] > 0 else None
+
+    def all(self) -> Iterator[tuple[int, Tensor]]:
+        """(expert, Hessian) of those that are counted and saw a row; (0, Hessian) without experts."""
+        for n, e in enumerate(self.experts or range(1)):
+            if (hessian := self.hessian(n)) is not None:
+                yield e, hessian
 
     def cross(self, n: int) -> Tensor | None:
         """The n-th cross moment [in (plain), in], likewise."""
