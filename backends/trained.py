@@ -34,11 +34,10 @@ def read(files: Iterable[tuple[object, Mapping[str, str]]]) -> tuple[dict[str, A
             continue
         try:
             own, recipe = json.loads(metadata["levels"]), json.loads(metadata["recipe"])
-            sound = isinstance(recipe, dict) and all(level in GROUPS for level in own.values())
+            if not (isinstance(recipe, dict) and all(level in GROUPS for level in own.values())):
+                raise ValueError("no levels")
         except (ValueError, KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise UserError(f"{name}: its metadata names levels that are not known (recipe, levels)")
+            raise UserError(f"{name}: its metadata (recipe, levels) names no levels that are known") from None
         found.append(recipe)
         levels |= own
     if any(r != found[0] for r in found):

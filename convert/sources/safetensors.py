@@ -144,6 +144,13 @@ def header(fd: int, path: Path, file: int) -> dict[str, Placed]:
     return entries
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a file whose `header` is sound says of itself."""
+    with path.open("rb") as f:
+        found = parse_json(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__")
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+
+
 def _whole(values: Any) -> list[int] | None:
     sound = isinstance(values, list) and len(values) <= MAX_AXES
     return values if sound and all(type(v) is int and 0 <= v < 1 << 63 for v in values) else None

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from backends import trained
 from backends.base import Floats, QuantizedTensor
-from backends.safetensors import FileReader
 from backends.trained import SCALES
 from convert.levels import CODES, GROUPS
 from convert.recipe import Held, Recipe
-from convert.sources.safetensors import Tensors
+from convert.sources.safetensors import Tensors, metadata
 from convert.sources.store import Entry, Store
 from spec.errors import UserError
 
@@ -24,7 +23,7 @@ def on_grid(tensors: Tensors) -> Store:
 
     Raises `UserError` where what its files say of themselves does not fit.
     """
-    recipe, levels = trained.read((path, FileReader(path).metadata) for path in tensors.files)
+    recipe, levels = trained.read((path, metadata(path)) for path in tensors.files)
     return tensors if recipe is None else OnGrid(tensors, recipe, levels)
 
 
