@@ -107,7 +107,11 @@ def _notes(spec: Spec, level: str, compute: str) -> list[str]:
             widths = sorted({p.shape[-1] for p in odd})
             out.append(f"{len(odd)} matrices stay f16: widths {widths} are no multiples of {GROUPS[level]}")
     if level == "q4":
-        out.append("int4 in groups of 32: TensorRT-RTX's builder takes them, TensorRT's documents name 64 and 128")
+        out.append("int4 in groups of 32: TensorRT-RTX's builder takes them, TensorRT's documents name 64 and 128 "
+                   "(q4-g128 has those)")  # fmt: skip
+    if level in GROUPS:
+        hint = "" if level == "q8" else " (--override '*=q4-g128' leaves int8 out)"
+        out.append(f"int8 in groups of 32: TensorRT-RTX's builder takes them, TensorRT's documents name none{hint}")
     if level in narrow.LEVELS:
         kept = Counter(recipe(spec, level).values())["f16"]
         out.append(
