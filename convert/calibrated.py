@@ -79,6 +79,19 @@ def check(job: Job, asked: Calibration) -> None:
     raise UserError(f"{named}: {why} (leave --effort and --calibrate out)")
 
 
+def expected(job: Job, asked: Calibration) -> dict[str, Any]:
+    """What a run would do and take, as `Result.calibration` has it: seconds, and bytes of memory and disk. Raises
+    `UserError` for a text that is none."""
+    found = calibrate.expected(job.source, asked.settings, job.planned)
+    held = job.source.held.levels
+    codes = [p.name for p in job.planned if p.level in GROUPS and not kept(held.get(p.name), p.level)]
+    return {
+        "effort": asked.settings.effort, "text": found.text, "tokens": found.tokens, "rounded": len(codes),
+        "seconds": round(found.seconds, 1), "memory_bytes": found.memory, "disk_bytes": found.disk,
+        "folder": str(folder(job, asked)),
+    }  # fmt: skip
+
+
 def folder(job: Job, asked: Calibration) -> Path:
     """Where the work lies: the same for the same command."""
     if asked.work is not None:

@@ -120,8 +120,13 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def calibration(record: dict[str, Any]) -> str:
-    """A rounding's record in a line."""
-    return f"effort {record['effort']}, {record['tokens']:,} tokens of {record['text']}"
+    """A rounding's record in a line, or what a dry run expects."""
+    told = f"effort {record['effort']}, {record['tokens']:,} tokens of {record['text']}"
+    if "seconds" not in record:
+        return told
+    return (f"{told}, {record['rounded']} matrices: about {_duration(record['seconds'])}, "
+            f"{record['memory_bytes'] / 1e6:,.0f} MB of memory, {record['disk_bytes'] / 1e6:,.0f} MB in "
+            f"{record['folder']}")  # fmt: skip
 
 
 def _lines(rows: Iterator[tuple[str, str]]) -> str:
