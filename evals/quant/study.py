@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -9,7 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +65,11 @@ def run(source: Path, variants: Sequence[Variant], options: Options, out: Path, 
     """
     study = _prepare(source, options, out, variants)
     rows = []
-    for i, v in enumerate(variants):
-        say(f"{v.name} ({i + 1} of {len(variants)})")
-        rows.append({"name": v.name, "by": v.by, **study.result(v, say)})
-    study.tidy(rows)
+    with _alone(study.folder, out):
+        for i, v in enumerate(variants):
+            say(f"{v.name} ({i + 1} of {len(variants)})")
+            rows.append({"name": v.name, "by": v.by, **study.result(v, say)})
+        study.tidy()
     measured = {r["name"]: r for r in rows if "kl_mean" in r}
     chosen = options.baseline or next((b for b in BASELINES if b in measured), None)
     if chosen is not None and chosen in measured:
@@ -184,13 +187,24 @@ class Study:
         nll = self.tokens(rows[0])["nll_ref"]
         return {"nll": float(nll.mean()), "perplexity": float(np.exp(nll.mean())), "nll_se": clustered_error(nll)}
 
-    def tidy(self, rows: Sequence[dict[str, Any]]) -> None:
+    def tidy(self) -> None:
         """Delete the large files once everything is measured; the results stay."""
         if self.options.keep:
             return
         for name in ("reference.npy", "reference.json", "calibration.npy"):
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / "originals", ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path, out: Path) -> Iterator[None]:
+    """One study at a time in a folder."""
+    with (folder / "lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {out}: another study of the same model and text writes there") from None
+        yield
 
 
 def compare(rows: Sequence[dict[str, Any]], study: Study, baseline: str) -> None:

@@ -125,6 +125,14 @@ def test_what_was_measured_is_not_measured_again(
     assert "other-int4: needs no_such_package" in markdown(again) and "other-int4" in comma_separated(again)
 
 
+def test_two_studies_do_not_write_one_folder(checkpoint: Path, tmp_path: Path) -> None:
+    def say(_: str) -> None:
+        run(checkpoint, parse(["q8"], ["fast"]), Options("stdlib", 256), tmp_path, quiet)
+
+    with pytest.raises(UserError, match="another study"):
+        run(checkpoint, parse(["q8"], ["fast"]), Options("stdlib", 256), tmp_path, say)
+
+
 def test_neighbouring_tokens_are_not_counted_as_independent() -> None:
     alike = np.repeat(np.random.default_rng(0).standard_normal((64, 1)), 32, 1)
     assert clustered_error(alike) == pytest.approx(alike[:, 0].std(ddof=1) / 8)
