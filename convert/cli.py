@@ -59,6 +59,8 @@ def convert(
     calibrate: str | None = None,
     work: Path | None = None,
     device: str | None = None,
+    imatrix: Path | None = None,
+    imatrix_out: Path | None = None,
     out: Path | None = None,
     adapter: Annotated[list[str] | None, Flag] = None,
     push: str | None = None,
@@ -70,6 +72,7 @@ def convert(
     text: Path | None = None,
     profile: str | None = None,
     compute: str | None = None,
+    activations: str | None = None,
     functions: str | None = None,
     architecture: str | None = None,
     json: Annotated[bool, Flag] = False,
@@ -103,6 +106,10 @@ def convert(
         convert.verify --rounding.
     device
         Where the calibrated model runs: cpu, cuda, mps; by default CUDA where there is some.
+    imatrix
+        GGUF: llama.cpp's file of importance, which its own types are rounded by, instead of --calibrate.
+    imatrix_out
+        Write such a file of what was calibrated.
     out
         The artifact, or for several targets the folder they go into; by default SOURCE.LEVEL.gguf, SOURCE.LEVEL-mlx
         and so on in the working directory.
@@ -127,6 +134,9 @@ def convert(
     compute
         MLX, ONNX, Core ML, TensorRT: the dtype that the artifact computes in, f32, f16 or bf16; by default the
         target's own for the level.
+    activations
+        ONNX: how products with q8 or q4 weights take their inputs: int8 (in blocks, on CPUs: faster, and the default
+        with --compute f32) or float.
     functions
         Core ML: one (prompts and single tokens) or two (prefill and decode, which share the weights).
     architecture
@@ -141,7 +151,13 @@ def convert(
     from convert.show import dumps, progress, show_expected, show_result, show_summary
     from spec.errors import UserError
 
-    given = {"profile": profile, "compute": compute, "functions": functions, "architecture": architecture}
+    given = {
+        "profile": profile,
+        "compute": compute,
+        "activations": activations,
+        "functions": functions,
+        "architecture": architecture,
+    }
     options = {name: value for name, value in given.items() if value is not None}
     targets = [t for t in (name.strip().lower() for name in to.split(",")) if t]
 
@@ -150,7 +166,7 @@ def convert(
     with progress(quiet=json or check) as reporting:
         results = run(
             source, targets, asked(quant, recipe, override or (), bits, size), out, effort=effort, calibrate=calibrate,
-            work=work, device=device, options=options, adapters=adapter or (),
+            work=work, device=device, imatrix=imatrix, imatrix_out=imatrix_out, options=options, adapters=adapter or (),
             push=None if push is None else Push(push, private), verify=verify, force=force, check=check,
             threads=threads, text=text, progress=reporting, on_check=reporting.checked,
         )  # fmt: skip

@@ -18,7 +18,7 @@ import backends
 from backends import folder
 from backends.base import ContentHash, Support, Writer
 from backends.threads import share_cores
-from convert import calibrated, card, output, recipe, stream
+from convert import calibrated, card, importance, output, recipe, stream
 from convert import receipt as receipts
 from convert.levels import LEVELS
 from convert.prepare import Job, Target, check_here, prepare, takes_importance
@@ -131,6 +131,8 @@ def convert_all(
     calibrate: str | Path | None = None,
     work: str | Path | None = None,
     device: str | None = None,
+    imatrix: str | Path | None = None,
+    imatrix_out: str | Path | None = None,
     options: Mapping[str, str] | None = None,
     adapters: Sequence[str | Path] = (),
     push: Push | None = None,
@@ -149,7 +151,8 @@ def convert_all(
     the checkpoint was trained for, else q4. out: the artifact, or with several targets the folder they go into; by
     default named after source, level and backend in the working directory. effort: `fast`, or `good` or `best`, which
     run the model on the text that `calibrate` names (a file, a folder, `stdlib`), on a `device`. work: the folder of
-    what they measure, which is kept then. options: the backends' own (`support.OPTIONS`), each for those targets that
+    what they measure, which is kept then. imatrix: llama.cpp's file of what the inputs of matrices count, for its own
+    types; imatrix_out: where to write one. options: the backends' own (`support.OPTIONS`), each for those targets that
     have it. adapters: LoRA adapters to merge into the weights. push: where to upload everything once it passed. check:
     refuse what a real run would refuse, estimate, write nothing. text: what the quality check reads. on_check: called
     with the backend and each check as it ends.
@@ -167,7 +170,8 @@ def convert_all(
             raise UserError(f"--push {push.repo}: only what was verified is uploaded (leave --no-verify out)")
         if not check:
             push.ready()
-    job = prepare(source, targets, level, out, options or {}, threads, adapters, asked is not None)
+    importance.check_files(asked, imatrix, imatrix_out, force)
+    job = prepare(source, targets, level, out, options or {}, threads, adapters, asked is not None, imatrix)
     with job.source, ExitStack() as stack:
         known = provenance(job.source)
         if not check:
@@ -181,10 +185,12 @@ def convert_all(
             _check_text(text)
         if asked is not None:
             calibrated.check(job, asked)
+        importance.check_importance(job, imatrix, imatrix_out)
         if check:
             seconds = _estimate(job)
+            planned = None if asked is None else calibrated.expected(job, asked)
             for result in results:
-                result.seconds = seconds
+                result.seconds, result.calibration = seconds, planned
                 if push is not None:
                     result.pushed = push.expected(results, [t.backend for t in job.targets], known)
             return results
@@ -213,6 +219,8 @@ def convert_all(
             for result in results:
                 result.pushed = address
         if asked is not None and where is not None:
+            if whole and imatrix_out is not None:
+                results[0].notes.append(importance.written(job, imatrix_out))
             if whole:
                 calibrated.drop(where, asked)
             else:
@@ -268,6 +276,7 @@ def _expected(job: Job, t: Target) -> Result:
     largest = max(source.rows(p.name) * (p.shape[-1] if len(p.shape) > 1 else 1) for p in job.planned)
     notes = [*source.notes, *t.support.notes, *recipe.notes(spec, job.planned, job.recipe, bits)]
     notes += [] if rounding is None else calibrated.notes(rounding)
+    notes += importance.unmeasured(job)
     return Result(
         out=t.path,
         backend=t.backend.name,
@@ -309,10 +318,12 @@ def _write(job: Job, partials: Sequence[Path], progress: Progress) -> list[dict[
     try:
         for t, partial in zip(job.targets, partials, strict=True):
             make = t.build.writer
-            if job.source.rounding is not None and takes_importance(t.backend):
-                make = bound(make, importance=job.source.rounding.importance)
+            also: dict[str, Any] = {}
+            if job.source.importance is not None and takes_importance(t.backend):
+                make = bound(make, importance=job.source.importance.means)
+                also = importance.metadata(job)
             writers.append(make(job.source.spec, job.planned, job.source.tokenizer, partial, level=job.level,
-                                metadata=metadata, threads=job.threads, **t.options))  # fmt: skip
+                                metadata=metadata | also, threads=job.threads, **t.options))  # fmt: skip
         blocks = stream.Stream(job.source, job.planned, job.threads)
         hashes: dict[str, str] = {}
         done, total = 0, job.source.weights
@@ -354,8 +365,8 @@ def _verify(
     name = t.backend.name
     told = None if on_check is None else bound(on_check, name)
     report = verify(
-        partial, name, job.source.path, job.level, text, adapters=job.adapters, rounding=rounding, threads=job.threads,
-        on_check=told,
+        partial, name, job.source.path, job.level, text, adapters=job.adapters, rounding=rounding,
+        imatrix=importance.file_of(job.source), threads=job.threads, on_check=told,
     )  # fmt: skip
     report.artifact = str(t.path)
     return report

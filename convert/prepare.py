@@ -75,9 +75,11 @@ def prepare(
     threads: int | None,
     adapters: Sequence[str | Path],
     calibrated: bool = False,
+    imatrix: str | Path | None = None,
 ) -> Job:
     """asked: none, or one without a level, is completed by what the checkpoint was trained for, else by q4. calibrated:
-    a text will say what each input counts. Raises `UserError` with everything that stands in the way."""
+    a text will say what each input counts; imatrix: llama.cpp's file does. Raises `UserError` with everything that
+    stands in the way."""
     chosen = _backends(names)
     given = _options(chosen, options)
     asked = Recipe("") if asked is None else Recipe(asked) if isinstance(asked, str) else asked
@@ -86,8 +88,9 @@ def prepare(
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads}: must be at least 1")
     folders = tuple(located(a) for a in adapters)
-    opened = open_source(source, folders)
+    opened = open_source(source, folders, imatrix=imatrix)
     try:
+        calibrated = calibrated or imatrix is not None
         if not asked.level:
             asked = _known(_joined(opened.held.recipe or Recipe(DEFAULT), asked), chosen)
         return _job(opened, folders, chosen, asked, given, options, out, threads or _cores(), calibrated)

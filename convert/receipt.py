@@ -55,6 +55,7 @@ def receipt(
         "level": recipe.level,
         **({} if recipe.plain else {"recipe": recipe.to_dict()}),
         **({} if source.rounding is None else {"rounding": calibrated.told(source.rounding)}),
+        **({"imatrix": dict(source.importance.record)} if source.importance and source.importance.record else {}),
         "options": {k: v for k, v in options.items() if v},
         "levels": dict(sorted(Counter(p.level for p in planned).items())),
         "weights_hash": weights_hash((n, hashes[n]) for n in source.names()) if len(hashes) == len(stored) else None,

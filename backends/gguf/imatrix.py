@@ -8,11 +8,10 @@ stack. A `.dat` has means times a number of calls, experts without a token as on
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -222,7 +221,7 @@ def write(
     import gguf
 
     w = gguf.GGUFWriter(None, "")
-    w.kv_data[0].pop("general.architecture")
+    w.kv_data[0].pop("general.architecture", None)  # a model's
     w.add_string("general.type", "imatrix")
     w.add_array(KEYS[0], list(datasets))
     w.add_uint32(KEYS[1], -(-tokens // chunk))
@@ -245,13 +244,3 @@ def write(
     finally:
         w.close()
     return entries
-
-
-def metadata(entries: int, chunks: int, file: str, dataset: str) -> Mapping[str, Any]:
-    """What llama.cpp's quantizer writes into a model about the matrix that it was made with."""
-    return {
-        "quantize.imatrix.file": file,
-        "quantize.imatrix.dataset": dataset,
-        "quantize.imatrix.entries_count": entries,
-        "quantize.imatrix.chunks_count": chunks,
-    }

@@ -38,6 +38,8 @@ class Importance:
     """Tokens: [1], or [experts]."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """What a receipt says of a file; of a calibration it has its own record."""
+    path: Path | None = None
+    """That file."""
 
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Of these matrices those that nothing was measured for, and single experts as `NAME[expert]`."""
@@ -95,7 +97,7 @@ def open_imatrix(path: str | Path, spec: Spec) -> Importance:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     record = {"file": path.name, "hash": digest, "entries": len(found.entries), "chunks": found.chunks,
               "datasets": [Path(d).name for d in found.datasets]}  # fmt: skip
-    return Importance(means, counts, record)
+    return Importance(means, counts, record, path)
 
 
 def _width(spec: Spec, name: str) -> int:

@@ -32,14 +32,15 @@ def verify(
     *,
     adapters: Sequence[str | Path] = (),
     rounding: str | Path | None = None,
+    imatrix: str | Path | None = None,
     threads: int | None = None,
     on_check: Callable[[Check], None] | None = None,
 ) -> Report:
     """Check an artifact against the source it was converted from.
 
     adapters: what was merged into the source's weights. rounding: the folder of what a calibration chose; without it,
-    calibrated codes are held to the receipt's hashes. text: a UTF-8 file whose first tokens the numeric checks run on
-    (none: a few standard library modules).
+    calibrated codes are held to the receipt's hashes. imatrix: llama.cpp's file of importance, likewise. text: a UTF-8
+    file whose first tokens the numeric checks run on (none: a few standard library modules).
     on_check: called with each check as it ends. Raises `UserError` where artifact, source or text cannot be read; what
     is wrong with the artifact itself is a FAIL in the report.
     """
@@ -49,6 +50,7 @@ def verify(
     command += ["--text", str(text)] if text is not None else []
     command += ["--threads", str(threads)] if threads else []
     command += ["--rounding", str(rounding)] if rounding is not None else []
+    command += ["--imatrix", str(imatrix)] if imatrix is not None else []
     command += [word for a in adapters for word in ("--adapter", str(a))]
     return watch(command, report, on_check)
 

@@ -28,6 +28,7 @@ def main(
     source: str,
     adapter: list[str] | None = None,
     rounding: Path | None = None,
+    imatrix: Path | None = None,
     level: str | None = None,
     backend: str | None = None,
     text: Path | None = None,
@@ -48,6 +49,9 @@ def main(
     rounding
         The work folder of a calibrated conversion (convert --work): its codes are compared bit for bit; without it,
         their hashes with the receipt's.
+    imatrix
+        llama.cpp's file of importance that it was converted with (convert --imatrix, --imatrix-out); without it, the
+        hashes of its bytes are compared with the receipt's.
     level
         The precision level it was converted at; by default its receipt says so.
     backend
@@ -64,14 +68,22 @@ def main(
     if journal is not None:
         from convert.verify.run import run
 
-        run(artifact, backend or "", source, level or "", text, threads, journal, adapter or (), rounding)
+        run(artifact, backend or "", source, level or "", text, threads, journal, adapter or (), rounding, imatrix)
         return 0
     from convert.verify import verify
     from convert.verify.run import describe
 
     found, declared = describe(artifact, backend)
     report = verify(
-        artifact, found, source, level or declared, text, adapters=adapter or (), rounding=rounding, threads=threads
+        artifact,
+        found,
+        source,
+        level or declared,
+        text,
+        adapters=adapter or (),
+        rounding=rounding,
+        imatrix=imatrix,
+        threads=threads,
     )
     if json:
         from convert.verify.report import dumps

@@ -136,7 +136,7 @@ def planned(
 ) -> list[Planned]:
     """Every tensor with the level that a conversion gives it. Those of a recipe that is more than a level, or of a
     calibrated one, are in the receipt. Raises `UserError` where that names none."""
-    if receipt and ("recipe" in receipt or "rounding" in receipt):
+    if receipt and receipt.keys() & {"recipe", "rounding", "imatrix"}:
         return _as_said(backend, spec, receipt.get("tensors"), held or Held())
     if level in LEVELS:
         return plan(spec, level, held)
@@ -217,11 +217,14 @@ class Packed:
                 return how
         return ""
 
-    def calibrated(self, name: str) -> bool:
-        """Whether a text had a part in how it was rounded, so that its source alone does not tell what is right."""
-        level = self._plan[name].level
-        own = level not in LEVELS and self._said(name) is not None
-        return "rounding" in self._artifact.receipt and (level in GROUPS or own)
+    def calibrated(self, name: str) -> str:
+        """What tells how it was rounded besides its source, where a text had a part in that: the source's `rounding`,
+        for a target's own type its `importance`."""
+        level, receipt = self._plan[name].level, self._artifact.receipt
+        if level not in LEVELS:
+            said = self._said(name) is not None and receipt.keys() & {"rounding", "imatrix"}
+            return "importance" if said else ""
+        return "rounding" if level in GROUPS and "rounding" in receipt else ""
 
     def hashed(self, name: str) -> bool | None:
         """Whether the tensor has the receipt's content hash, a few rows at a time in canonical order; of a backend's

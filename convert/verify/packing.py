@@ -47,9 +47,9 @@ class Stored(Protocol):
         width."""
         ...
 
-    def calibrated(self, name: str) -> bool:
-        """Whether a text had a part in how a tensor was rounded: then only the rounding itself can be compared, or the
-        receipt's hash."""
+    def calibrated(self, name: str) -> str:
+        """The attribute of the source that tells how a tensor was rounded, where a text had a part in that: without it
+        only the receipt's hash can be compared."""
         ...
 
     def hashed(self, name: str) -> bool | None:
@@ -69,7 +69,8 @@ def check_packing(stored: Stored, source: Any, budget: int = BUDGET) -> Check:
     again = 0
     if not wrong:
         for p in known:
-            if getattr(source, "rounding", None) is None and stored.calibrated(p.name):
+            needed = stored.calibrated(p.name)
+            if needed and getattr(source, needed, None) is None:
                 hashed += p.size
                 again += p.size
                 if not stored.hashed(p.name):

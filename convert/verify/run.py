@@ -300,6 +300,7 @@ def run(
     journal: Path,
     adapters: Sequence[str | Path] = (),
     rounding: Path | None = None,
+    imatrix: Path | None = None,
 ) -> Report:
     """Run every check and write each to the journal as it ends. A `UserError` goes there too."""
     from convert.sources import open_source
@@ -314,7 +315,7 @@ def run(
         try:
             if not artifact.exists():
                 raise UserError(f"{artifact}: no such file or folder")
-            source = open_source(source_path, adapters, rounding)
+            source = open_source(source_path, adapters, rounding, imatrix)
             lead = None if text is None else sample.read_text(text)
             opener = door(backend)
             level = levels.check(level, backends.part(backends.get(backend), "support").levels())
@@ -330,8 +331,8 @@ def run(
             step = "opening"
             tell(start=step, limit=None)
             shipped = opener.open_artifact(artifact, source.spec, level, threads, source.held)
-            if source.rounding is not None and hasattr(shipped.artifact, "importance"):
-                shipped.artifact.importance = source.rounding.importance
+            if source.importance is not None and hasattr(shipped.artifact, "importance"):
+                shipped.artifact.importance = source.importance.means
             session = Session(source, shipped, level, lead)
             tell(facts={"tokens": int(session.ids.size), "versions": opener.versions()})
         except Exception as e:
