@@ -25,9 +25,11 @@ class Marked:
     receipt: dict[str, Any]
 
 
-def own_mark(path: Path, backend: str, levels: Sequence[str], options: Sequence[Option]) -> Marked:
-    """The mark of a folder that `backend` wrote. Raises `UserError` for any other, and for a level or an option that it
-    does not know."""
+def own_mark(
+    path: Path, backend: str, levels: Sequence[str], options: Sequence[Option], added: Sequence[str] = ()
+) -> Marked:
+    """The mark of a folder that `backend` wrote. added: options that folders of earlier versions do not name. Raises
+    `UserError` for any other, and for a level or an option that it does not know."""
     mark, file = read_mark(path), path / MARK
     source = marked_spec(mark, path)
     if mark.get("backend") != backend:
@@ -36,7 +38,7 @@ def own_mark(path: Path, backend: str, levels: Sequence[str], options: Sequence[
     if level not in levels:
         raise UserError(f"{file}: level: {level} is none of {backend}'s ({nearest(str(level), levels)})")
     known = {o.name: o for o in options}
-    if not isinstance(found, dict) or set(found) != set(known):
+    if not isinstance(found, dict) or set(found) | set(added) != set(known):
         raise UserError(f"{file}: options: {json.dumps(found)[:80]}, and {backend} has {', '.join(known)}")
     for name, value in found.items():
         if value not in known[name].choices:
@@ -44,7 +46,7 @@ def own_mark(path: Path, backend: str, levels: Sequence[str], options: Sequence[
     receipt = mark.get("receipt")
     if not isinstance(receipt, dict):
         raise UserError(f"{file}: receipt: is no mapping")
-    return Marked(source, str(level), dict(found), receipt)
+    return Marked(source, str(level), {**dict.fromkeys(added, ""), **found}, receipt)
 
 
 def load_json(file: Path) -> dict[str, Any]:

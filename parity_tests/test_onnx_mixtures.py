@@ -74,6 +74,7 @@ def test_the_fused_operator_computes_quantized_experts(name: str, level: str, tm
         (even("moe_ungated", activation="relu2"), "q4", {}),
         (even("moe", hidden=40), "q4", {}),  # down stays f16
         (even("moe"), "q8", {"compute": "f16"}),
+        (even("moe"), "q8", {"activations": "float"}),  # at 8 bits the fused one has int8 alone
     ],
 )
 def test_other_experts_are_looped_over(spec: Spec, level: str, options: dict[str, str], tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_float16_stays_within_its_control(name: str, level: str, profile: str, t
 
 CASES = [
     ("q4", {}), ("q8", {}), ("f32", {}), ("bf16", {}), ("q4", {"profile": "portable"}),
+    ("q4", {"activations": "float"}), ("q8", {"activations": "int8"}),
     ("q4", {"compute": "f16"}), ("f16", {"compute": "f16", "profile": "portable"}),
 ]  # fmt: skip
 
@@ -107,6 +108,41 @@ def test_a_bfloat16_graph_ships_with_its_graph_proved_and_its_run_not(tmp_path: 
     assert statuses["packing"] is statuses["graph"] is Status.PASS
     assert statuses["runtime"] is statuses["arithmetic"] is statuses["invariants"] is Status.NOT_RUN
     assert json.loads((tmp_path / "out/allotrope.json").read_text())["report"]
+
+
+@pytest.mark.parametrize("level", ["q8", "q4"])
+def test_float_activations_leave_float32s_rounding_alone(level: str, tmp_path: Path) -> None:
+    """The stock run is then as near to the oracle as float32 is; with int8 that of its blocks of 32 is left, and the
+    proof says which of the two an artifact has."""
+    spec, ids = FEATURES["llama"], random_ids(FEATURES["llama"], 1, 40)
+    errors = {}
+    for kind in ("int8", "float"):
+        made = shipped(spec, tmp_path / kind, level, activations=kind)
+        assert (made.precision, made.artifact.arithmetic.activations) == (
+            ("int8", "int8") if kind == "int8" else ("f32", None)
+        )
+        with made.load(48) as runtime:
+            got, emulation = runtime.logits(ids), made.emulate(ids, 48)
+        assert numeric.check_arithmetic(got, emulation, spec.depth, made.precision, "").status is Status.PASS
+        errors[kind] = nmse(got, emulation.exact)
+    assert errors["float"] < 1e-11 < 1e-6 < errors["int8"]
+    mark = tmp_path / "int8" / "allotrope.json"  # an artifact that says it does not round is held to that
+    mark.write_text(mark.read_text().replace('"activations": "int8"', '"activations": "float"'))
+    lying = Door(ONNX).open_artifact(tmp_path / "int8", spec, level, 1)
+    with lying.load(48) as runtime:
+        got, emulation = runtime.logits(ids), lying.emulate(ids, 48)
+    assert numeric.check_arithmetic(got, emulation, spec.depth, lying.precision, "").status is Status.FAIL
+
+
+def test_a_folder_of_an_earlier_version_has_the_activations_that_were_usual(tmp_path: Path) -> None:
+    spec = FEATURES["llama"]
+    for level, options, kind in (("q4", {}, "int8"), ("q4", {"profile": "portable"}, None), ("f32", {}, None)):
+        path = write("onnx", spec, random_weights(spec), tmp_path / f"{level}{kind}", level, **options)
+        mark = json.loads((path / "allotrope.json").read_text())
+        del mark["options"]["activations"]
+        (path / "allotrope.json").write_text(json.dumps(mark))
+        assert opened("onnx", path).arithmetic.activations == kind
+        assert damaged(path, spec, level) == {}
 
 
 def initializers(folder: Path) -> dict[str, Stored]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from backends import narrow
 from backends.base import Floats, Planned, QuantizedTensor, Tokenizer, Values
 from backends.folder import stamp, write_mark, write_tokenizer
+from backends.onnx.kernels import activations_of
 from backends.onnx.layout import DATA, MODEL, Layout, Profile, Stored, constants, encode, layout, pack
 from backends.placed import PlacedFile
 from spec.config import Spec
@@ -105,6 +106,7 @@ class GraphWriter:
         *,
         profile: Profile = "portable",
         compute: str = "f32",
+        activations: str = "",
         **graph: Any,
     ) -> None:
         """graph: `cache`, `slots`, `rows_first` as `backends.onnx.graph.model` takes them."""
@@ -113,10 +115,10 @@ class GraphWriter:
         from backends.onnx.graph import model
 
         self.out, self._data, self._made = out, None, not out.exists()
-        made = model(spec, planned, profile=profile, compute=compute, **graph)
+        made = model(spec, planned, profile=profile, compute=compute, activations=activations, **graph)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            self._data = DataWriter(out / DATA, spec, layout(spec, planned, profile, compute))
+            self._data = DataWriter(out / DATA, spec, layout(spec, planned, profile, compute, activations))
             onnx_ir.save(made, out / MODEL)
         except BaseException as e:
             self.abort()
@@ -164,7 +166,8 @@ class OnnxWriter:
         try:
             self._graph.close()
             write_tokenizer(self.out, self.tokenizer, self.spec.context, tokenizer_class(self.tokenizer))
-            write_config(self.out, self.spec, self.tokenizer, **self.options)
+            kind = {name: self.options[name] for name in ("profile", "compute")}
+            write_config(self.out, self.spec, self.tokenizer, **kind)
             write_mark(self.out, "onnx", self.spec, self.level, self.options, receipt)
         except OSError as e:
             raise UserError(f"{e.filename or self.out}: {e.strerror or e}") from None
@@ -185,20 +188,28 @@ def writer(
     threads: int,
     profile: str = "ort",
     compute: str = "f32",
+    activations: str = "",
 ) -> OnnxWriter:
     """A folder that onnxruntime-genai and ONNX Runtime open. `metadata` and `threads` are not needed here."""
     from backends.onnx.support import support
 
-    refusals = support(spec, level, profile=profile, compute=compute).refusals
+    refusals = support(spec, level, profile=profile, compute=compute, activations=activations).refusals
     if refusals:
         raise UserError("\n".join(refusals))
-    return OnnxWriter(spec, planned, tokenizer, out, level, profile=profile, compute=compute)
+    chosen = activations_of(profile, compute, activations)
+    return OnnxWriter(spec, planned, tokenizer, out, level, profile=profile, compute=compute, activations=chosen)
 
 
 def size(
-    spec: Spec, planned: Sequence[Planned], tokenizer: Tokenizer | None, *, profile: str = "ort", compute: str = "f32"
+    spec: Spec,
+    planned: Sequence[Planned],
+    tokenizer: Tokenizer | None,
+    *,
+    profile: str = "ort",
+    compute: str = "f32",
+    activations: str = "",
 ) -> int:
     """Bytes of the folder: the data file to the byte, about 25 KB of graph a layer, and the tokenizer."""
     kind: Profile = "portable" if profile == "portable" else "ort"
     words = len(str(tokenizer.json)) if tokenizer is not None else 0
-    return layout(spec, planned, kind, compute).nbytes + 25_000 * spec.depth + 10_000 + words
+    return layout(spec, planned, kind, compute, activations).nbytes + 25_000 * spec.depth + 10_000 + words

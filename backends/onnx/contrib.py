@@ -20,8 +20,12 @@ from spec.ops import Step
 
 X = ir.Value
 
-ACCURACY = {"f32": 4, "f16": 0, "bf16": 0}
-"""MatMulNBits' `accuracy_level` as shipped: 4 quantizes the inputs to int8 on a CPU, 0 computes in their own type."""
+
+def accuracy_level(layout: Layout) -> int:
+    """MatMulNBits' and QMoE's attribute: 4 quantizes their inputs to int8 on a CPU, 1 computes in float32, 0 in the
+    type of the inputs."""
+    return 4 if layout.activations == "int8" else int(layout.compute == "f32")
+
 
 NEVER = 2**31 - 1
 """More tokens than any cache holds."""
@@ -64,7 +68,7 @@ class OrtOps(PortableOps):
         bias = None if w.bias is None else self.narrow(self.vector(w.bias))
         return self.fused(
             "MatMulNBits", x, self.g.stored(codes), self.g.stored(scales), None, None, bias,
-            K=groups * group, N=n, bits=CODES[level], block_size=group, accuracy_level=ACCURACY[self.compute],
+            K=groups * group, N=n, bits=CODES[level], block_size=group, accuracy_level=accuracy_level(self.layout),
         )  # fmt: skip
 
     # Norms and activations
@@ -96,7 +100,7 @@ class OrtOps(PortableOps):
 
     def experts(self, x: X, routes: tuple[X, X], w: Any, m: MoE) -> X:
         levels = {part: self.layout.levels[h.weight] for part, h in vars(w).items() if h.weight is not None}
-        if not grouped_experts(m, self.layout.profile, self.compute, levels):
+        if not grouped_experts(m, self.layout.profile, self.compute, levels, self.layout.activations):
             return super().experts(x, routes, w, m)
         share = self.narrow(mixture.spread(self, routes, m))  # its largest are the chosen, whatever the router is
         kind: dict[str, Any] = {"activation_type": QMOE.get(m.activation)}
@@ -109,7 +113,7 @@ class OrtOps(PortableOps):
         return self.fused(
             "QMoE", x, share, *self._joined(w.gate if m.gated else None, w.up, m), *self._joined(None, w.down, m),
             *[None] * 6, share, k=m.router.top_k, normalize_routing_weights=0, weights_prepacked=0,
-            block_size=GROUPS[levels["up"]], accuracy_level=ACCURACY[self.compute],
+            block_size=GROUPS[levels["up"]], accuracy_level=accuracy_level(self.layout),
             expert_weight_bits=CODES[levels["up"]], fc2_expert_weight_bits=CODES[levels["down"]], **kind,
         )  # fmt: skip
 

@@ -45,6 +45,7 @@ def model(
     *,
     profile: Profile = "portable",
     compute: str = "f32",
+    activations: str = "",
     cache: CacheKind = "dynamic",
     slots: int | None = None,
     rows_first: bool = True,
@@ -53,10 +54,11 @@ def model(
     """The model of a spec whose tensors are stored at the planned levels, its weights in `layout.DATA` beside it.
 
     profile: `portable` (standard operators only) or `ort`. compute: dtype of activations and caches, `f32`, `f16` or
-    `bf16`. cache: see above; `static` (portable only) has opset 24 and `slots`, the length of the caches (default: the
+    `bf16`. activations: how products with codes take their inputs, `int8` or `float` (see `kernels.activations_of`).
+    cache: see above; `static` (portable only) has opset 24 and `slots`, the length of the caches (default: the
     spec's context). rows_first, loops: how quantized embeddings are read and experts are run (see `PortableOps`).
     """
-    places = layout(spec, planned, profile, compute)
+    places = layout(spec, planned, profile, compute, activations)
     g = Builder()
     b = _Graph(g, spec, places, None if cache == "dynamic" else slots or spec.context)
     ids = b.input("input_ids", "i64", ["batch", "tokens"])

@@ -41,17 +41,23 @@ QMOE: dict[Activation, str] = {"relu": "relu", "silu": "silu", "gelu_tanh": "gel
 """What QMoE calls the activations that it has without a gate."""
 
 
-def grouped_experts(m: MoE, profile: str, compute: str, levels: Mapping[str, str]) -> bool:
+def activations_of(profile: str, compute: str, asked: str = "") -> str:
+    """How the inputs of products with codes are taken: `int8` (on CPUs in blocks, ONNX Runtime's accuracy level 4) or
+    `float`, as they are. That is `asked`, or what is fast where nothing was."""
+    return asked or ("int8" if profile == "ort" and compute == "f32" else "float")
+
+
+def grouped_experts(m: MoE, profile: str, compute: str, levels: Mapping[str, str], activations: str) -> bool:
     """Whether com.microsoft's QMoE computes a layer's experts; `levels` are those of its gate, up and down.
 
     Measured with onnxruntime 1.32 on CPUs: QMoE gates with swish alone, takes the gate's and up's rows in turn, and
-    rounds its input to int8 whenever codes have 8 bits, which the proof knows of in float32 compute only. Its brother
+    rounds its input to int8 whenever codes have 8 bits: then only where `activations` are to be int8. Its brother
     for floats, MoE, computes token by token: the loop over experts is as fast for one token and faster for many.
     """
     kinds = set(levels.values())
     if profile != "ort" or not kinds <= set(GROUPS) or len({GROUPS[x] for x in kinds}) > 1:  # it has one block_size
         return False
-    if compute != "f32" and any(CODES[x] == 8 for x in kinds):
+    if activations != "int8" and any(CODES[x] == 8 for x in kinds):
         return False
     if not m.gated:
         return m.activation in QMOE

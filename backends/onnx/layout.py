@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from backends import narrow
 from backends.base import Planned, QuantizedTensor
-from backends.onnx.kernels import grouped_experts
+from backends.onnx.kernels import activations_of, grouped_experts
 from spec.config import Alibi, MoE, Spec
 from spec.levels import CODES, GROUPS
 from spec.rope import alibi_slopes, rope_tables
@@ -75,6 +75,8 @@ class Layout:
     """Canonical name to the level that it is stored at."""
     profile: Profile
     compute: str
+    activations: str
+    """`int8` or `float`: see `kernels.activations_of`."""
 
     @property
     def nbytes(self) -> int:
@@ -101,11 +103,12 @@ def part_names(name: str, level: str) -> tuple[str, str]:
     return f"{name}.{level}", f"{name}.scales"
 
 
-def layout(spec: Spec, planned: Sequence[Planned], profile: Profile, compute: str) -> Layout:
+def layout(spec: Spec, planned: Sequence[Planned], profile: Profile, compute: str, activations: str = "") -> Layout:
     """Places of every tensor in canonical order, then of the constants."""
+    activations = activations_of(profile, compute, activations)
     tensors: dict[str, Stored] = {}
     levels = {p.name: p.level for p in planned}
-    mates = dict(_mates(spec, levels, profile, compute))
+    mates = dict(_mates(spec, levels, profile, compute, activations))
     at = 0
     for name, dtype, shape in _wanted(spec, planned, profile, compute):
         if name in mates:
@@ -116,7 +119,7 @@ def layout(spec: Spec, planned: Sequence[Planned], profile: Profile, compute: st
         align = ALIGNMENT if t.nbytes >= ALIGNMENT else 64
         tensors[name] = t = replace(t, offset=-(-at // align) * align)
         at = t.offset + t.step * t.nbytes
-    return Layout(tensors, levels, profile, compute)
+    return Layout(tensors, levels, profile, compute, activations)
 
 
 def expert_levels(names: Mapping[str, str], at: str) -> dict[str, str]:
@@ -125,14 +128,16 @@ def expert_levels(names: Mapping[str, str], at: str) -> dict[str, str]:
     return {part: names[n] for part in parts if (n := f"{at}.{part}.weight") in names}
 
 
-def _mates(spec: Spec, levels: Mapping[str, str], profile: Profile, compute: str) -> Iterator[tuple[str, str]]:
+def _mates(
+    spec: Spec, levels: Mapping[str, str], profile: Profile, compute: str, activations: str
+) -> Iterator[tuple[str, str]]:
     """Stored tensors of experts' up, and those of their gate between whose rows theirs lie."""
     for i, b in enumerate(spec.layers):
         at = f"layers.{i}.mlp.experts"
         if not isinstance(b.mlp, MoE) or not b.mlp.gated:
             continue
         found = expert_levels(levels, at)
-        if grouped_experts(b.mlp, profile, compute, found):
+        if grouped_experts(b.mlp, profile, compute, found, activations):
             up, gate = (part_names(f"{at}.{part}.weight", found[part]) for part in ("up", "gate"))
             yield from zip(up, gate, strict=True)
 

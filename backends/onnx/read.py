@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from backends import narrow
 from backends.base import Arithmetic, Floats, Planned, QuantizedTensor, Values
 from backends.onnx.genai import CONFIG, config, tokenizer_class
-from backends.onnx.kernels import Kernel, grouped_experts, kernel
+from backends.onnx.kernels import Kernel, activations_of, grouped_experts, kernel
 from backends.onnx.layout import (
     DATA,
     MODEL,
@@ -128,9 +128,9 @@ class GraphReader:
             raise UserError(f"{self.folder}: {name} is no tensor of this model")
         return self.floats(name, start, stop)
 
-    def problems(self, planned: Sequence[Planned], compute: str) -> dict[str, str]:
+    def problems(self, planned: Sequence[Planned], compute: str, activations: str = "") -> dict[str, str]:
         """What differs from the layout that the plan asks for, and constants of another value."""
-        wanted = layout(self.spec, planned, self.profile, compute)
+        wanted = layout(self.spec, planned, self.profile, compute, activations)
         out: dict[str, str] = {}
         for name, t in wanted.tensors.items():
             same = [f for v in ("", *VIEWS[:3]) if (f := self.initializers.get(name + v)) is not None]
@@ -156,10 +156,11 @@ class Artifact:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        mark = own_mark(path, "onnx", levels(), OPTIONS)
+        mark = own_mark(path, "onnx", levels(), OPTIONS, added=("activations",))
         self.source = self.spec = mark.source
         self.level, self.receipt, self.compute = mark.level, mark.receipt, mark.options["compute"]
         self.profile: Profile = "portable" if mark.options["profile"] == "portable" else "ort"
+        self.activations = activations_of(self.profile, self.compute, mark.options["activations"])
         self._weights = GraphReader(path, self.spec, self.profile)
 
     @property
@@ -171,7 +172,8 @@ class Artifact:
     def arithmetic(self) -> Arithmetic:
         """How ONNX Runtime rounds: on a CPU accuracy level 4 quantizes the inputs of products with codes (but for those
         in a loop over experts), and GroupQueryAttention takes its rotary tables in the compute type."""
-        quantized = self.profile == "ort" and self.level in CODES and self.compute == "f32"
+        coded = any(self._weights.level(p.name) for p in params(self.spec) if p.matrix)
+        quantized = self.activations == "int8" and coded
         kinds = [kernel(b.attention, self.profile, self.compute) for b in self.spec.layers]
         tables = self.compute != "f32" and Kernel.GROUPED in kinds
         looped = frozenset(self._looped()) if quantized else frozenset()
@@ -185,7 +187,7 @@ class Artifact:
             at = f"layers.{i}.mlp.experts"
             own = (p.name for p in params(self.spec) if p.role == "experts" and p.name.startswith(f"{at}."))
             levels = {name: self._weights.level(name) for name in own}
-            if not grouped_experts(b.mlp, self.profile, self.compute, expert_levels(levels, at)):
+            if not grouped_experts(b.mlp, self.profile, self.compute, expert_levels(levels, at), self.activations):
                 yield from levels
 
     def problems(self, planned: Sequence[Planned]) -> dict[str, str]:
@@ -194,7 +196,7 @@ class Artifact:
         want = config(self.spec, words, self.profile, self.compute)
         out = differences({CONFIG: (load_json(self.path / CONFIG), want)})
         out |= tokenizer_problems(self.path, words, self.spec.context, tokenizer_class(words))
-        return out | self._weights.problems(planned, self.compute)
+        return out | self._weights.problems(planned, self.compute, self.activations)
 
     def rows(self, name: str, start: int, stop: int) -> Values:
         """Rows of a canonical tensor as the file holds them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from backends.base import Option, Support
-from backends.onnx.kernels import grouped_experts, kernel
+from backends.onnx.kernels import activations_of, grouped_experts, kernel
 from spec.config import DynamicScaling, LongRopeScaling, MoE, Rope, Spec
 from spec.errors import nearest
 from spec.levels import GROUPS, LEVELS, fits
@@ -15,7 +15,11 @@ from spec.rope import rope_tables
 OPTIONS = (
     Option("profile", ("ort", "portable"), "ort", "ort: ONNX Runtime's fused operators; portable: standard ones only"),
     Option("compute", ("f32", "f16", "bf16"), "f32", "type of activations and caches: f32 for CPUs, 16 bits for CUDA"),
-)
+    Option(
+        "activations", ("int8", "float"), "",
+        "inputs of products with q8 or q4 weights: int8 (fast on CPUs, and what f32 compute has by default) or float",
+    ),
+)  # fmt: skip
 
 HOLDS = {"f32": tuple(LEVELS), "f16": ("f16", *GROUPS), "bf16": ("bf16", *GROUPS)}
 """Levels whose weights a compute type holds without rounding them again."""
@@ -42,13 +46,13 @@ def session(spec: Spec) -> int | None:
     return spec.context if fixed else None
 
 
-def support(spec: Spec, level: str, *, profile: str = "ort", compute: str = "f32") -> Support:
+def support(spec: Spec, level: str, *, profile: str = "ort", compute: str = "f32", activations: str = "") -> Support:
     """Whether and how ONNX Runtime carries `spec` at `level`."""
     refusals = []
     if level not in LEVELS:
         refusals.append(f"level: {level} is none of ONNX's ({nearest(level, LEVELS)})")
-    for option, value in zip(OPTIONS, (profile, compute), strict=True):
-        if value not in option.choices:
+    for option, value in zip(OPTIONS, (profile, compute, activations), strict=True):
+        if value not in (*option.choices, option.default):
             refusals.append(f"{option.name}: {value} is no choice ({nearest(value, option.choices)})")
     if not refusals and level not in HOLDS[compute]:
         others = [c for c in HOLDS if level in HOLDS[c]]
@@ -56,10 +60,13 @@ def support(spec: Spec, level: str, *, profile: str = "ort", compute: str = "f32
             f"compute: {compute} would round the weights of level {level} again "
             f"(try --compute {others[-1]}, or --quant {HOLDS[compute][0]})"
         )
+    if not refusals and activations == "int8":
+        refusals += _not_int8(level, profile, compute)
     if refusals:
         return Support("onnx", refusals=tuple(refusals))
+    activations = activations_of(profile, compute, activations)
     kinds = Counter(kernel(b.attention, profile, compute) for b in spec.layers)
-    mixed = _experts(spec, level, profile, compute)
+    mixed = _experts(spec, level, profile, compute, activations)
     counted = [*((n, k.value) for k, n in kinds.items()), *((n, name) for name, n in mixed.items())]
     notes = _notes(spec, level, compute)
     if level in GROUPS and profile == "ort" and mixed[LOOP]:
@@ -67,7 +74,18 @@ def support(spec: Spec, level: str, *, profile: str = "ort", compute: str = "f32
     return Support("onnx", f"{profile}: " + ", ".join(f"{n} x {name}" for n, name in counted), (), (), tuple(notes))
 
 
-def _experts(spec: Spec, level: str, profile: str, compute: str) -> Counter[str]:
+def _not_int8(level: str, profile: str, compute: str) -> list[str]:
+    """Why the inputs of products can't be int8; nothing where they can."""
+    if level not in GROUPS:
+        return [f"activations: int8 is for products with q8 or q4 weights, and {level} has none (leave it out)"]
+    if profile != "ort":
+        return [f"activations: int8 is in ONNX Runtime's own operators alone, and {profile} has none (--profile ort)"]
+    if compute != "f32":
+        return [f"activations: int8 is computed on CPUs alone, and {compute} is for CUDA (--compute f32)"]
+    return []
+
+
+def _experts(spec: Spec, level: str, profile: str, compute: str, activations: str) -> Counter[str]:
     """How many layers' experts are run by which operator."""
 
     def stored(width: int) -> str:
@@ -76,7 +94,7 @@ def _experts(spec: Spec, level: str, profile: str, compute: str) -> Counter[str]
     found: Counter[str] = Counter()
     for m in (b.mlp for b in spec.layers if isinstance(b.mlp, MoE)):
         levels = {"gate": stored(spec.width), "up": stored(spec.width), "down": stored(m.hidden)}
-        found["QMoE" if grouped_experts(m, profile, compute, levels) else LOOP] += 1
+        found["QMoE" if grouped_experts(m, profile, compute, levels, activations) else LOOP] += 1
     return found
 
 

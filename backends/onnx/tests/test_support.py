@@ -42,6 +42,24 @@ def test_refusals_name_what_works() -> None:
     )
 
 
+def test_int8_activations_are_refused_where_nothing_rounds_them() -> None:
+    spec = FEATURES["llama"]
+    assert support(spec, "q8", activations="int8").ok and support(spec, "f16", activations="float").ok
+    for options, fix in (({"profile": "portable"}, "--profile ort"), ({"compute": "f16"}, "--compute f32")):
+        (refusal,) = support(spec, "q8", activations="int8", **options).refusals
+        assert refusal.startswith("activations: int8 is ") and refusal.endswith(f"({fix})")
+    (refusal,) = support(spec, "f16", activations="int8").refusals
+    assert refusal == "activations: int8 is for products with q8 or q4 weights, and f16 has none (leave it out)"
+    (refusal,) = support(spec, "q8", activations="int4").refusals
+    assert refusal.startswith("activations: int4 is no choice")
+
+
+def test_float_activations_leave_no_case_for_eight_bits_in_the_fused_experts() -> None:
+    spec = load("qwen3-30b-a3b")
+    assert support(spec, "q8").carrier == "ort: 48 x GroupQueryAttention, 48 x QMoE"
+    assert support(spec, "q8", activations="float").carrier.endswith("48 x Loop over experts")
+
+
 def test_notes_say_what_a_user_should_know() -> None:
     assert "widths [36] are no multiples of 32" in " ".join(support(FEATURES["uneven_width"], "q4").notes)
     assert "rotary tables for 131072 tokens take 34 MB" in " ".join(support(load("llama-3.2-1b"), "q4").notes)
@@ -58,8 +76,8 @@ def test_experts_are_counted_by_what_runs_them() -> None:
 
 
 def test_bits_count_scales() -> None:
-    assert [bits(level) for level in levels()] == [32, 16, 16, 8.5, 4.5]
-    assert [o.default for o in OPTIONS] == ["ort", "f32"]
+    assert [bits(level) for level in levels()] == [32, 16, 16, 8.5, 4.5, 4.125]
+    assert [o.default for o in OPTIONS] == ["ort", "f32", ""]
 
 
 def isolated(code: str, *absent: str) -> str:
