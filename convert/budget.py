@@ -74,6 +74,8 @@ def to_size(
     if measured(whole) < size:
         raise UserError(f"{asked}: at most {megabytes(measured(whole))} are reachable, with all that may be int8 "
                         "(--quant q8 or f16 for more)")  # fmt: skip
+    if measured(whole) == size:
+        return whole
     while high - low > min(costs.values(), default=high) / 2 and best != whole:
         middle = (low + high) / 2
         tried = fill(names, costs, middle)
