@@ -29,13 +29,19 @@ def gain(weight: Tensor, level: str, hessian: Tensor, squares: Tensor) -> float:
     return coarse - fine
 
 
-def head_moments(runner: Runner, boundary: Boundary, windows: int) -> Moments:
-    """Of what enters the head, `boundary` being the stream after the last layer."""
+def head_moments(runner: Runner, boundary: Boundary, windows: int, plain: Boundary | None = None) -> Moments:
+    """Of what enters the head, `boundary` being the stream after the last layer; `plain` is it in the model as it
+    is."""
     norm = runner.final_norm()
-    moments = Moments(runner.spec.width, None, False, runner.device)
+    moments = Moments(runner.spec.width, None, plain is not None, runner.device)
+
+    def entered(stream: Boundary, a: int, z: int) -> Tensor:
+        return runner.end(norm, torch.from_numpy(stream.read(a, z)).to(runner.device)).flatten(0, -2)
+
     for a, z in runner.chunks(windows):
-        x = torch.from_numpy(boundary.read(a, z)).to(runner.device)
-        moments(runner.end(norm, x).flatten(0, -2), None)
+        x = entered(boundary, a, z)
+        ones = torch.ones(len(x), device=runner.device)
+        moments.add(x, None, ones, None if plain is None else entered(plain, a, z))
     return moments
 
 

@@ -108,7 +108,8 @@ class Rounder:
         name = "head.weight"
         codes, tokens = {}, {}
         if name in self.wanted:
-            moments = head_moments(self.runner, self.boundary(self.runner.spec.depth), len(self.ids))
+            stream, plain = (b.boundary(self.runner.spec.depth) for b in (self, self.measured))
+            moments = head_moments(self.runner, stream, len(self.ids), plain)
             factor, tokens[name] = self._factor(moments, 0), moments.counts
             codes[name] = joined([self._round(name, start, rows, factor) for start, rows in self._rows(name)])
         self.store.add("head", codes, tokens)

@@ -10,7 +10,7 @@ EFFORTS = ("fast", "good", "best")
 """`fast` reads no text and needs no torch: the scale search alone. The others calibrate."""
 
 
-TOKENS = {"good": 32768, "best": 65536}
+TOKENS = {"good": 32768, "best": 131072}
 """Calibration tokens by effort, where no number is given."""
 
 
