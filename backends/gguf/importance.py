@@ -39,14 +39,14 @@ class Importance:
 def conditioned(found: NDArray[np.floating], shape: tuple[int, ...]) -> Importance:
     """Mean squares [cols] or [experts, cols] of a canonical tensor [rows, cols], as ggml needs them.
 
-    A power of two brings the largest of a matrix to 1..2, which changes no rounding but keeps ggml's sums away from
-    its thresholds, and nothing is less than `FLOOR`. A matrix that nothing was measured for has zeros, which become
+    A power of four brings the largest of a matrix to 1..4, which changes no rounding (ggml takes square roots too) but
+    keeps its sums away from its thresholds, and nothing is less than `FLOOR`. A matrix that nothing was measured for has zeros, which become
     ones, as in llama.cpp.
     """
     values = np.atleast_2d(np.asarray(found, np.float64))
     assert values.shape[1] == shape[-1] and shape[0] % len(values) == 0, f"importance {values.shape} of {shape}"
     assert np.isfinite(values).all() and (values >= 0).all(), "mean squares"
     top = values.max(axis=1, keepdims=True)
-    scaled = np.ldexp(values, 1 - np.frexp(top)[1])
+    scaled = np.ldexp(values, -2 * ((np.frexp(top)[1] - 1) // 2))
     out = np.where(top > 0, np.maximum(scaled, FLOOR), 1.0).astype(np.float32)
     return Importance(out, shape[0] // len(values))

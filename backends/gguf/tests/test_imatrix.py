@@ -188,9 +188,9 @@ def test_a_model_is_no_importance_file(tmp_path: Path) -> None:
 
 
 def test_rows_know_their_expert() -> None:
-    found = np.array([[1, 2], [0, 0], [3, 0]], np.float32)
+    found = np.array([[1, 8], [0, 0], [3, 0]], np.float32)
     got = conditioned(found, (12, 2))
     assert got.rows == 4
-    np.testing.assert_array_equal(got.values, np.array([[0.5, 1], [1, 1], [1.5, FLOOR]], np.float32))
+    np.testing.assert_array_equal(got.values, np.array([[0.25, 2], [1, 1], [3, FLOOR]], np.float32))
     runs = [(a, z, w.tolist()) for a, z, w in got.runs(3, 6)]
-    assert runs == [(0, 1, [0.5, 1]), (1, 5, [1, 1]), (5, 6, [1.5, float(np.float32(FLOOR))])]
+    assert runs == [(0, 1, [0.25, 2]), (1, 5, [1, 1]), (5, 6, [3, float(np.float32(FLOOR))])]
