@@ -25,6 +25,8 @@ written to and scored by one float32 forward. What is measured already is not me
 Exit status 0: measured; 1: something could not be measured; 2: something to fix in the command or its files.""",
     version_flags=[],
 )
+WIDTH = 130
+"""Of a table that goes into a file."""
 PEERS = ("llama.cpp-q4_k_m", "llama.cpp-q4_k_m-imatrix", "mlx-lm-4bit-g32", "mlx-lm-4bit-g64", "mlx-lm-mixed_4_6",
          "ort-int4", "ort-hqq", "ort-gptq", "torchao-int4")  # fmt: skip
 
@@ -103,6 +105,8 @@ def quant(
         print(dumps(result))
     else:
         console = Console()
+        if not console.is_terminal:
+            console = Console(width=WIDTH)
         console.print(report.table(result))
         for line in missing:
             console.print(f"not measured: {line}", highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""KL and perplexity against bits per weight, one line for each maker."""
+"""KL and perplexity against bits per weight, one kind of mark for each maker."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def figure(result: dict[str, Any]) -> Figure:
         for i, (by, found) in enumerate(rows.items()):
             ours = by.startswith("allotrope")
             style: dict[str, Any] = {
-                "marker": MARKERS[i % len(MARKERS)], "markersize": 6 if ours else 4, "linewidth": 1.8 if ours else 0.9,
-                "label": by, "zorder": 3 if ours else 2, "capsize": 2,
+                "marker": MARKERS[i % len(MARKERS)], "markersize": 7 if ours else 4, "linestyle": "none",
+                "elinewidth": 1, "capsize": 2, "label": by, "zorder": 3 if ours else 2,
             }  # fmt: skip
             bits = [r["bits"] for r in found]
             kl.errorbar(bits, [r["kl_mean"] for r in found], [r["kl_se"] for r in found], **style)

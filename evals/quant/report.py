@@ -21,29 +21,27 @@ def _digits(x: float, se: float, form: str = "") -> str:
     """A value and its standard error, to two digits of the error."""
     if not math.isfinite(x):
         return "-"
-    digits = max(0, 1 - math.floor(math.log10(se))) if se > 0 else 4
+    if se <= 0:
+        return f"{x:{form}.3g}"
+    digits = max(0, 1 - math.floor(math.log10(se)))
     return f"{x:{form}.{digits}f} ± {se:.{digits}f}"
-
-
-def _perplexity(r: Row) -> str:
-    value = math.exp(r["nll"])
-    return _digits(value, value * r["nll_se"])
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("bits/weight", lambda r: f"{r['bits']:.3f}"),
     ("in the file", lambda r: f"{r['file_bits']:.3f}"),
-    ("mean KL", lambda r: _digits(r["kl_mean"], r["kl_se"])),
+    ("KL x 1000", lambda r: _digits(1000 * r["kl_mean"], 1000 * r["kl_se"])),
     ("KL / baseline", lambda r: _digits(r["against"]["kl_ratio"], r["against"]["kl_ratio_se"])),
-    ("delta NLL", lambda r: _digits(r["delta_nll"], r["delta_nll_se"], "+")),
-    ("perplexity", _perplexity),
+    ("NLL x 1000", lambda r: _digits(1000 * r["delta_nll"], 1000 * r["delta_nll_se"], "+")),
+    ("perplexity", lambda r: f"{math.exp(r['nll']):.3f}"),
     ("top-1", lambda r: f"{r['top1']:.2%}"),
     ("seconds", lambda r: f"{r['seconds']:.0f}"),
 )
 
 
 def cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of text; a row that could not be measured has its reason in the third column."""
+    """Heads and rows of text; a row that could not be measured has its reason in the third column. Divergences and
+    losses are thousandths of a nat; a loss is the difference from the original's."""
     heads = ["", "made by", *(name for name, _ in COLUMNS)]
     rows = []
     for r in result["rows"]:
@@ -76,12 +74,13 @@ def table(result: dict[str, Any]) -> Table:
     from rich.table import Table
 
     heads, rows = cells(result)
+    shown = [i for i, head in enumerate(heads) if head not in ("made by", "in the file", "seconds")]
     out = Table(title=caption(result), title_justify="left")
-    for i, head in enumerate(heads):
-        out.add_column(head, justify="left" if i < 2 else "right", no_wrap=i != 1)
+    for i in shown:
+        out.add_column(heads[i], justify="right" if i else "left", no_wrap=i == 0)
     for row in rows:
         if len(row) == len(heads):
-            out.add_row(*row)
+            out.add_row(*(row[i] for i in shown))
     return out
 
 
