@@ -261,8 +261,10 @@ def _settled(
         settled, notes = settle(source.spec, source.tokenizer, **given)
     verdict: Support = support(source.spec, asked.level, **settled)
     refusals = [f"{b.name}: {r}" for r in verdict.refusals]
+    computed_in = getattr(backends.part(b, "support"), "computed_in", None)
+    together = settled if computed_in is None else settled | {"compute": computed_in(asked.level, settled["compute"])}
     for glob, level in asked.overrides:
-        other: Support = support(source.spec, level, **settled)
+        other: Support = support(source.spec, level, **together)
         refusals += [f"{b.name}: --override {glob}={level}: {r}" for r in other.refusals if r not in verdict.refusals]
     if refusals:
         raise UserError("\n".join(refusals))
@@ -313,8 +315,8 @@ def _check_joined(
         kinds = {found[n]: n for n in parts}
         if len(kinds) > 1 and not kinds.keys() <= GROUPS.keys():
             shown = ", ".join(f"{n} {level}" for level, n in kinds.items())
-            raise UserError(f"{b.name}: {shown}: are parts of one stored tensor ({', '.join(parts)}), which has one "
-                            "type (give all of them the same level)")  # fmt: skip
+            raise UserError(f"{b.name}: {shown}: {', '.join(parts)} are stored (or served) as one, which has one type: "
+                            "give them the same level")  # fmt: skip
 
 
 def _path(backend: Backend, stem: str, out: str | Path | None, several: bool) -> Path:
