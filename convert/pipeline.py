@@ -274,7 +274,7 @@ def _expected(job: Job, t: Target) -> Result:
     source, spec, rounding = job.source, job.source.spec, job.source.rounding
     bits = backends.part(t.backend, "support").bits
     largest = max(source.rows(p.name) * (p.shape[-1] if len(p.shape) > 1 else 1) for p in job.planned)
-    notes = [*source.notes, *t.support.notes, *recipe.notes(spec, job.planned, job.recipe, bits)]
+    notes = [*source.notes, *t.support.notes, *recipe.notes(spec, job.planned, job.recipe, bits, source.held)]
     notes += [] if rounding is None else calibrated.notes(rounding)
     notes += importance.unmeasured(job)
     return Result(

@@ -89,9 +89,9 @@ def plan(
     Raises `UserError` for a level that does not exist, an override that changes nothing, and a budget out of reach.
     """
     asked, held = Recipe(recipe) if isinstance(recipe, str) else recipe, held or Held()
-    trained = held.recipe is not None and asked in (held.recipe, Recipe(held.recipe.level))
-    asked = held.recipe if trained and held.recipe is not None else asked
-    chosen = _base(spec, asked.level, native)
+    chosen, own = _base(spec, asked.level, native), trained(asked, held)
+    if own is not None:
+        chosen |= _overridden(spec, own.overrides, native) | dict(held.levels)
     fixed = _overridden(spec, asked.overrides, native)
     chosen |= fixed
 
@@ -102,8 +102,7 @@ def plan(
             for p in params(spec)
         ]
 
-    if trained:
-        chosen |= held.levels
+    if own is not None:
         return planned()
     if CODES.get(asked.level) != 4:
         for option, value in (("bits", asked.bits), ("size", asked.size)):
@@ -114,6 +113,14 @@ def plan(
     free = [n for n, level in chosen.items() if level == asked.level and n not in fixed]
     free = [n for n in free if not kept(held.levels.get(n), asked.level)]
     return planned(_upgraded(spec, asked, chosen, free, gains, native, sized and (lambda u: sized(planned(u)))))
+
+
+def trained(asked: Recipe, held: Held) -> Recipe | None:
+    """What the checkpoint was trained for, where that is what is asked for, but for overrides."""
+    own = held.recipe
+    if own is None or own.level != asked.level:
+        return None
+    return own if (asked.bits, asked.size) in ((None, None), (own.bits, own.size)) else None
 
 
 def _upgraded(
@@ -243,10 +250,16 @@ def bits_per_weight(planned: Sequence[Planned], bits: Callable[[str], float] | N
 
 
 def notes(
-    spec: Spec, planned: Sequence[Planned], recipe: Recipe | str, bits: Callable[[str], float] | None = None
+    spec: Spec,
+    planned: Sequence[Planned],
+    recipe: Recipe | str,
+    bits: Callable[[str], float] | None = None,
+    held: Held | None = None,
 ) -> Iterator[str]:
     """What a user should know about a plan."""
     asked = Recipe(recipe) if isinstance(recipe, str) else recipe
+    if held is not None and held.recipe is not None and trained(asked, held) is None:
+        yield f"the checkpoint was trained for {held.recipe.level}: at {asked.level} its weights are rounded anew"
     if asked.level not in LEVELS:
         return
     wanted = {p.name: asked.level for p in params(spec)}

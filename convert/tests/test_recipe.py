@@ -192,6 +192,9 @@ def test_what_a_checkpoint_was_trained_for_stays_as_it_is() -> None:
     held = Held({n: x for n, x in trained.items() if x in ("q4", "q8")}, recipe=Recipe("q4", bits=4.6))
     assert levels_of(recipe.plan(s, "q4", held)) == trained
     assert levels_of(recipe.plan(s, Recipe("q4", bits=4.6), held)) == trained
-    other = levels_of(recipe.plan(s, Recipe("q4", (("head", "q8"),)), held))
-    assert other["head.weight"] == "q8"
-    assert set(levels_of(recipe.plan(s, "q8", held)).values()) == {"f32", "q8"}
+    other = levels_of(recipe.plan(s, Recipe("q4", (("head", "f16"),)), held))
+    assert other == trained | {"head.weight": "f16"}
+    assert not list(recipe.notes(s, recipe.plan(s, "q4", held), "q4", None, held))
+    wider = recipe.plan(s, "q8", held)
+    assert set(levels_of(wider).values()) == {"f32", "q8"}
+    assert "trained for q4: at q8 its weights are rounded anew" in next(recipe.notes(s, wider, "q8", None, held))
