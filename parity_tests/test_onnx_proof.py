@@ -136,7 +136,8 @@ def test_float_activations_leave_float32s_rounding_alone(level: str, tmp_path: P
 
 def test_a_folder_of_an_earlier_version_has_the_activations_that_were_usual(tmp_path: Path) -> None:
     spec = FEATURES["llama"]
-    for level, options, kind in (("q4", {}, "int8"), ("q4", {"profile": "portable"}, None), ("f32", {}, None)):
+    portable: Any = {"profile": "portable"}
+    for level, options, kind in (("q4", {}, "int8"), ("q4", portable, None), ("f32", {}, None)):
         path = write("onnx", spec, random_weights(spec), tmp_path / f"{level}{kind}", level, **options)
         mark = json.loads((path / "allotrope.json").read_text())
         del mark["options"]["activations"]

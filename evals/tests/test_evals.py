@@ -156,3 +156,24 @@ def test_a_text_shorter_than_a_window_is_refused(checkpoint: Path, tmp_path: Pat
 def test_help_names_an_example() -> None:
     done = subprocess.run([sys.executable, "-m", "evals", "--help"], capture_output=True, text=True, check=True)
     assert "Example: python -m evals" in done.stdout
+
+
+def test_each_artifact_is_measured_with_each_cache(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    from convert.pipeline import convert
+
+    spec = llama(width=64, depth=1, context=64, block={"attention": {"heads": 2, "kv_heads": 2, "head_dim": 32}})
+    source = write_checkpoint(tmp_path / "source", spec)
+    made = convert(source, "gguf", "f16", tmp_path / "m.gguf", verify=False, threads=1).out
+    options = Options(tokens=64, threads=1, repeats=0, checks=False, caches=("f16", "q4"))
+    plain, small = compare([made], source, options, quiet)["artifacts"]
+    assert (plain["cache"], small["cache"]) == ("f16", "q4") == (plain["info"]["cache"], small["info"]["cache"][:2])
+    assert small["cache_bytes_per_token"] < 0.4 * plain["cache_bytes_per_token"]
+    assert small["quality"]["kl_mean"] > 3 * plain["quality"]["kl_mean"]
+
+
+def test_a_cache_that_a_backend_lacks_is_refused_before_anything_is_measured(checkpoint: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"cache='q8': torch keeps .* gguf and mlx have other types"):
+        compare([checkpoint], checkpoint, Options(caches=("q8",)), said.append)
+    assert said == []
