@@ -13,11 +13,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import backends
+from backends.base import content_hash
+from backends.trained import SCALES, described
 from convert import calibrated, cli
 from convert.calibrate import Settings
 from convert.calibrate.store import KEY, RESULT
+from convert.levels import CODES, GROUPS
 from convert.pipeline import convert_all
-from convert.recipe import Recipe
+from convert.quantize import quantize
+from convert.recipe import Recipe, plan
 from convert.sources import open_source
 from convert.tests.conftest import weights, write_checkpoint
 from convert.verify.artifact import Door, Packed, planned
@@ -42,7 +46,9 @@ def packing(artifact: Path, checkpoint: Path, backend: str = "gguf", rounding: P
         return check_packing(shipped.stored(), source)
 
 
-def convert(checkpoint: Path, out: Path, targets: str = "gguf", level: Recipe | str = "q4", **settings: Any) -> dict:
+def convert(
+    checkpoint: Path, out: Path, targets: str = "gguf", level: Recipe | str | None = "q4", **settings: Any
+) -> dict:
     given: dict[str, Any] = {"calibrate": "random", "verify": False, "force": True, "threads": 1} | settings
     results = convert_all(checkpoint, targets.split(","), level, out, **given)
     return {r.backend: r for r in results}
@@ -222,3 +228,24 @@ def test_source_and_rounding_belong_together(checkpoint: Path, small: Spec, tmp_
     other = write_checkpoint(tmp_path / "other", small, changed)
     with pytest.raises(UserError, match="holds another calibration"):
         convert(other, tmp_path / "n.gguf", work=work)
+
+
+def test_a_checkpoint_that_was_trained_for_its_codes_keeps_them(small: Spec, tmp_path: Path) -> None:
+    planned = plan(small, Recipe("q4", bits=5.5))
+    tensors, levels = weights(small), {p.name: p.level for p in planned if p.level in GROUPS}
+    hashes = {}
+    for name, level in levels.items():
+        q = quantize(tensors[name], CODES[level], GROUPS[level])
+        hashes[name] = content_hash([q])
+        tensors |= {name: q.dequantize(), name + SCALES: q.scales}
+    folder = write_checkpoint(tmp_path / "trained", small, {})
+    recipe = {"level": "q4", "bits": 5.5}
+    save_file(tensors, folder / "model.safetensors", described(recipe, levels))
+    made = convert(folder, tmp_path / "m.gguf", level=None, calibrate=None)["gguf"]
+    assert made.receipt["recipe"] == recipe
+    assert {n: made.receipt["tensors"][n] for n in levels} == {n: [x, hashes[n]] for n, x in levels.items()}
+    assert "equal bit for bit" in packing(made.out, folder).reason
+    with pytest.raises(UserError, match=r"--effort good: the checkpoint was trained for q4, and its codes are those"):
+        convert(folder, tmp_path / "n.gguf", level="q4")
+    other = convert(folder, tmp_path / "n.gguf", level="q8", calibrate=None)["gguf"]
+    assert any("trained for q4: at q8 its weights are rounded anew" in note for note in other.notes)
