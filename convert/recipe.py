@@ -207,6 +207,8 @@ def _override(spec: Spec, glob: str, level: str, native: Native | None) -> dict[
         raise UserError(f"{named[0].name} is {what}, which stays f32 at every level ({nearest(glob, _kinds(spec))})")
     types = native.types(level) if native is not None and level not in LEVELS else None
     if types is not None:
+        if all(types[p.name] == "f16" for p in matrices):
+            raise UserError(f"{matrices[0].name}: stays f16 at {level} (f16, bf16, f32 and the portable q8 hold it)")
         return {p.name: types[p.name] for p in matrices}
     able = [p for p in matrices if _level(p, level) == level]
     if not able:

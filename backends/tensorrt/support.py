@@ -13,7 +13,7 @@ from backends.tensorrt import graph
 from backends.tensorrt.engine import limits
 from backends.tensorrt.graph import session, written_out
 from spec.config import Spec
-from spec.errors import UserError, nearest
+from spec.errors import nearest
 from spec.levels import GROUPS, LEVELS, fits
 from spec.params import params
 
@@ -28,16 +28,16 @@ HOLDS = {
 }
 """Levels whose weights a compute type holds without rounding them again."""
 
-REFUSED = {
-    "mxfp8": "TensorRT's ONNX parser takes no scales in E8M0 (TensorRT-RTX 1.7.1: `Failed to import initializer`)",
-    "mxfp4": "TensorRT's ONNX parser takes no scales in E8M0 (TensorRT-RTX 1.7.1: `Failed to import initializer`)",
-}
+REFUSED = dict.fromkeys(
+    ("mxfp8", "mxfp4"),
+    "TensorRT's ONNX parser takes no scales in E8M0 (TensorRT-RTX 1.7.1 fails to import them; try fp8 or nvfp4)",
+)
 """Levels that one might expect here, and why they are none."""
 
 
 def levels() -> tuple[str, ...]:
-    """Every precision level, and those whose refusal says more than that there is none."""
-    return (*LEVELS, *narrow.LEVELS, *REFUSED)
+    """Every precision level."""
+    return (*LEVELS, *narrow.LEVELS)
 
 
 def bits(level: str) -> float:
@@ -47,18 +47,12 @@ def bits(level: str) -> float:
 
 def recipe(spec: Spec, level: str) -> dict[str, str]:
     """What one of TensorRT's own levels makes of every tensor: the matrices of layers, but for routers, get it, as in
-    NVIDIA's own recipes; what has no whole blocks, embeddings and head are f16, vectors f32. Raises `UserError`."""
-    if level in REFUSED:
-        raise UserError(_refused(level))
+    NVIDIA's own recipes; what has no whole blocks, embeddings and head are f16, vectors f32."""
     out = {}
     for p in params(spec):
         narrowed = p.name.startswith("layers.") and narrow.fits(level, p.shape[-1])
         out[p.name] = "f32" if not p.matrix else level if narrowed else "f16"
     return out
-
-
-def _refused(level: str) -> str:
-    return f"level: {level}: {REFUSED[level]} (try fp8 or nvfp4)"
 
 
 def computed_in(level: str, compute: str) -> str:
@@ -71,7 +65,7 @@ def support(spec: Spec, level: str, *, compute: str = "") -> Support:
     refusals = experts.too_many(spec, "TensorRT")
     known = level in LEVELS or level in narrow.LEVELS
     if level in REFUSED:
-        refusals.append(_refused(level))
+        refusals.append(f"level: {level}: {REFUSED[level]}")
     elif not known:
         refusals.append(f"level: {level} is none of TensorRT's ({nearest(level, levels())})")
     if compute not in ("", *HOLDS):
