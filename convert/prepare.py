@@ -163,6 +163,8 @@ def _level(level: str, chosen: Sequence[Backend], where: str) -> str:
             raise UserError(f"{where}: a type of {' and '.join(own)} alone, converted to one target at a time "
                             f"(for several targets: {', '.join(LEVELS)})")  # fmt: skip
     for b, support in supports.items():
+        if (why := getattr(support, "REFUSED", {}).get(level.lower())) is not None:
+            raise UserError(f"{where}: {why}")
         level = levels.check(level, support.levels(), b if len(chosen) > 1 else "", where)
     return level
 
