@@ -15,6 +15,7 @@ from spec.config import MoE, Spec
 from spec.params import Param, params
 from train.config import Memory, Optimizer, TrainConfig
 from train.parallel import Degrees
+from train.quant import levels
 
 MOMENTS: Mapping[str, float] = {"adamw": 8, "adamw8bit": 2.04, "muon": 4, "lion": 4, "adafactor": 0, "sgd": 4}
 """Bytes that an optimizer keeps for each element of what it works on, float32 but for 8-bit AdamW (a scale for 256).
@@ -111,6 +112,7 @@ def stage(c: TrainConfig, spec: Spec, d: Degrees, layers: range, place: int, wid
     count = sum(at.own(p) for p, at in own.items())
     trained = {p: at for p, at in own.items() if not p.name.endswith(".correction")}
     moments = sum(_moments(c.optimizer, p) * at.own(p) for p, at in trained.items())
+    rounded = levels(c.quant, spec)  # what the optimizer changes lies beside what is read
     several = d.world > 1
     root = sum(at.gathered(p) for p, at in own.items() if not p.name.startswith("layers."))
     blocks: dict[str, int] = {}
@@ -132,7 +134,7 @@ def stage(c: TrainConfig, spec: Spec, d: Degrees, layers: range, place: int, wid
     return Stage(
         layers,
         count,
-        4.0 * count,
+        4.0 * (count + sum(at.own(p) for p, at in own.items() if p.name in rounded)),
         4.0 * sum(at.own(p) for p, at in trained.items()),
         moments,
         float(gathered),

@@ -15,7 +15,7 @@ from backends.targets import Target
 from backends.torch.attention import chosen
 from spec.config import Spec
 from spec.errors import UserError
-from train import checkpoint, losses, optim, parallel, quant
+from train import checkpoint, losses, optim, parallel
 from train.config import TrainConfig
 from train.config.sources import CHATML
 from train.data import tokenizer
@@ -23,6 +23,7 @@ from train.data.chat import template_of
 from train.data.prepare import fits
 from train.data.tokenizer import TextTokenizer
 from train.parallel import Degrees
+from train.quant.check import describe
 from train.watch import portability
 from train.watch.trackers import Tracker, trackers
 
@@ -78,7 +79,7 @@ def check(
     ask(parallel.check_batch, c.batch, degrees)
     ask(parallel.check_passes, c.parallel, c.batch.passes(degrees.data))
     stages = ask(parallel.spans, spec, degrees.pp)
-    quantized = ask(quant.describe, c.quant, spec, degrees)
+    quantized = ask(describe, c.quant, spec, degrees)
     ask(checkpoint.check_exports, spec, c.checkpoint.export)
     targets = ask(portability.carriers, spec, c.ships)
     chosen_trackers = ask(trackers, c.watch, out / "training")

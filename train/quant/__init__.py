@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from train.quant.check import describe
 from train.quant.levels import levels, recipe
 from train.quant.weights import Quantized
 
-__all__ = ["Quantized", "describe", "levels", "recipe"]
+__all__ = ["Quantized", "levels", "recipe"]
