@@ -20,7 +20,7 @@ For example:
   convert ~/models/Llama-3.2-1B --quant q4_k_m --check
   convert runs/tiny --to gguf --quant q8 --out tiny.gguf --force
   convert runs/tiny --to gguf,mlx,onnx,coreml,hf --quant q4 --out shipped
-  convert runs/tiny --to mlx --quant q4 --effort good --override head=q8
+  convert runs/tiny --to mlx --quant q4 --effort good --override embed=q8
   convert runs/tiny --quant q4 --size 2GB --calibrate book.txt --check
   convert hf:Qwen/Qwen3-0.6B --adapter lora --to mlx
   convert model.Q8_0.gguf --to hf --quant q8

@@ -72,7 +72,9 @@ class Result:
     recipe: dict[str, Any] = field(default_factory=dict)
     """What was asked for beside the level."""
     calibration: dict[str, Any] | None = None
-    """What a text had a part in (a dry run: what it would have)."""
+    """What a text had a part in (a dry run: what it would have, and what that takes)."""
+    calibrating: float = 0.0
+    """Seconds that a calibration took."""
     notes: list[str] = field(default_factory=list)
     receipt: dict[str, Any] = field(default_factory=dict)
     report: Report | None = None
@@ -96,6 +98,7 @@ class Result:
             "options": self.options,
             "recipe": self.recipe,
             "calibration": self.calibration,
+            "calibration_seconds": round(self.calibrating, 3),
             "weights": self.weights,
             "bits_per_weight": round(self.bits, 4),
             "bits_per_weight_on_disk": None if self.file_bits is None else round(self.file_bits, 4),
@@ -200,8 +203,11 @@ def convert_all(
         if asked is not None:
             where = calibrated.folder(job, asked)
             stack.enter_context(calibrated.resumable(where))
+            started = time.perf_counter()
             job = calibrated.run(job, asked, where, report)
             results = [_expected(job, t) for t in job.targets]
+            for result in results:
+                result.calibrating = time.perf_counter() - started
         started = time.perf_counter()
         receipts_ = _write(job, partials, report)
         seconds = time.perf_counter() - started
@@ -306,7 +312,9 @@ def _estimate(job: Job) -> float:
     read = time.perf_counter()
     stream.rounded(largest.name, largest.level, start, block)
     if largest.level not in LEVELS:
-        job.targets[0].build.pack(block, largest.level)
+        (t,) = job.targets
+        even = {"importance": t.build.even(block.shape[-1])} if takes_importance(t.backend) else {}
+        t.build.pack(block, largest.level, **even)
     ended = time.perf_counter()
     return (read - started + (ended - read) / job.threads) * job.source.weights / block.size
 

@@ -112,7 +112,7 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
     disk = "" if result.file_bits is None else f", {result.file_bits:.2f} on disk"
     yield "bits/weight", f"{result.bits:.2f} over all matrices{disk} ({result.weights:,} weights)"
     if result.calibration is not None:
-        yield "calibrated", calibration(result.calibration)
+        yield "calibrated", calibration(result.calibration) + _took(result)
     for fold in result.support.folds:
         yield "exact rewrite", fold
     for note in result.notes:
@@ -127,6 +127,10 @@ def calibration(record: dict[str, Any]) -> str:
     return (f"{told}, {record['rounded']} matrices: about {_duration(record['seconds'])}, "
             f"{record['memory_bytes'] / 1e6:,.0f} MB of memory, {record['disk_bytes'] / 1e6:,.0f} MB in "
             f"{record['folder']}")  # fmt: skip
+
+
+def _took(result: Result) -> str:
+    return f", in {_duration(result.calibrating)}" if result.calibrating else ""
 
 
 def _lines(rows: Iterator[tuple[str, str]]) -> str:
@@ -199,7 +203,7 @@ def show_summary(results: Sequence[Result]) -> None:
     seconds = _duration(results[0].seconds)
     levels += f" ({results[0].bits:.2f} bits/weight over all matrices)"
     if results[0].calibration is not None:
-        levels += f", calibrated: {calibration(results[0].calibration)}"
+        levels += f"; calibrated: {calibration(results[0].calibration)}{_took(results[0])}"
     console.print(f"{levels}; read, rounded and written in one pass of {seconds}", markup=False)
 
 
