@@ -4,7 +4,9 @@ A backend is a folder that `backends/__init__.py` lists. None imports another, a
 
     support.py   `levels()`, `support(spec, level, **options)`, `bits(level)`, `OPTIONS`; needs none of its packages
     build.py     `writer(...)`, `size(...)`, `stamp(path, receipt)`; for native levels `recipe(spec, level)` and `pack`;
-                 `ready()`, where building needs more than packages
+                 `ready()`, where building needs more than packages. Where `support.IMPORTANCE` says that native levels
+                 are rounded by what each input counts, `support` and `recipe` take `importance=bool`, `writer` mean
+                 squares by canonical name, and its `hashes` are of the bytes of what it rounded (`Artifact.bytes_hash`)
     read.py      `open_artifact(path)`: an `Artifact`
     runtime.py   `load(path, *, threads, context, exact)`: a `Runtime`
 """

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from backends.base import Planned, QuantizedTensor, Tokenizer, Values
 from backends.gguf import metadata as meta
 from backends.gguf.fit import Fit, choose
-from backends.gguf.importance import Importance, Lookup, conditioned
+from backends.gguf.importance import Importance, Lookup, conditioned, even
 from backends.gguf.names import Piece, Slot, slots
 from backends.gguf.pack import pack
 from backends.gguf.recipe import recipe
@@ -31,7 +31,7 @@ from spec.errors import UserError
 from spec.load import dump
 from spec.params import params
 
-__all__ = ["GGUFWriter", "layout", "recipe", "size", "stamp", "twin", "writer"]
+__all__ = ["GGUFWriter", "even", "layout", "recipe", "size", "stamp", "twin", "writer"]
 
 log = logging.getLogger(__name__)
 

@@ -36,12 +36,17 @@ class Importance:
             at = end
 
 
+def even(cols: int) -> Importance:
+    """Every column counts the same, in whatever matrix."""
+    return Importance(np.ones((1, cols), np.float32), 1 << 48)
+
+
 def conditioned(found: NDArray[np.floating], shape: tuple[int, ...]) -> Importance:
     """Mean squares [cols] or [experts, cols] of a canonical tensor [rows, cols], as ggml needs them.
 
     A power of four brings the largest of a matrix to 1..4, which changes no rounding (ggml takes square roots too) but
-    keeps its sums away from its thresholds, and nothing is less than `FLOOR`. A matrix that nothing was measured for has zeros, which become
-    ones, as in llama.cpp.
+    keeps its sums away from its thresholds, and nothing is less than `FLOOR`. A matrix that nothing was measured for
+    has zeros, which become ones, as in llama.cpp.
     """
     values = np.atleast_2d(np.asarray(found, np.float64))
     assert values.shape[1] == shape[-1] and shape[0] % len(values) == 0, f"importance {values.shape} of {shape}"

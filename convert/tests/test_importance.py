@@ -97,6 +97,11 @@ def test_later_the_file_or_the_hashes_stand_for_what_was_measured(wide: Path, tm
         assert changed.status is Status.FAIL and "layers.0.attn.q.weight" in changed.reason
 
 
+def test_a_dry_run_tells_of_types_that_need_importance(wide: Path, tmp_path: Path) -> None:
+    (made,) = convert_all(wide, ["gguf"], "iq2_xxs", tmp_path / "m.gguf", calibrate="random", check=True, threads=1)
+    assert made.levels["iq2_xxs"] == 6 and made.seconds > 0 and not made.out.exists()
+
+
 def test_an_expert_that_no_token_chose_is_named(tmp_path: Path) -> None:
     mlp = {"kind": "moe", "experts": 3, "hidden": 256, "router": {"top_k": 1}}
     spec = _spec(mlp)
