@@ -111,6 +111,18 @@ def test_types_and_bytes_are_llama_cpps_with_importance(name: str, level: str, t
     same_tensors(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["q2_k", "q4_k_m", "q3_k_s", "iq3_m"])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_eighty_layers_are_a_model_of_70_billion(level: str, kv_heads: int, tmp_path: Path) -> None:
+    """llama.cpp gives the small v of those more, and takes Llama for one only where heads share keys."""
+    attention = {"heads": 4, "kv_heads": kv_heads, "head_dim": 32}
+    spec = wide({"depth": 80, "block": {"attention": attention, "mlp": {"hidden": 32}}})
+    assert quantized(spec, level, tmp_path) == 0
+    same_tensors(tmp_path)
+    assert ("q5_k" in recipe(spec, level).values()) == (kv_heads == 2)
+
+
 @pytest.mark.parametrize("level", [level for level in LEVELS if level not in (*BLIND, *OURS_ALONE)])
 def test_what_needs_importance_is_what_llama_cpp_refuses_without(level: str, tmp_path: Path) -> None:
     spec = wide(SPECS["shallow"])
