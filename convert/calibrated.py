@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from convert.pipeline import Progress
 
 STDLIB = "stdlib"
-REACHED = {
-    "untouched": "not reached by the calibration text, rounded by the plain search",
-    "unmeasured": "not reached by the calibration text, without importance",
-}
-"""Keys of a rounding's record that list tensors, and what is to be said of them."""
+REACHED = ("untouched", "unmeasured")
+"""Keys of a rounding's record that list tensors: rounded by the plain search, and without importance."""
+LONGEST = 8000
+"""Characters of such a list in a receipt, for which containers keep room."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,16 @@ def drop(where: Path, asked: Calibration) -> None:
 
 def told(rounding: Rounding) -> dict[str, Any]:
     """The receipt's word on it; names are folded together, as there may be many thousands."""
-    folded = {key: collapse(names) for key in REACHED if (names := rounding.record.get(key))}
+    folded = {key: _folded(names) for key in REACHED if (names := rounding.record.get(key))}
     return {k: v for k, v in rounding.record.items() if k not in REACHED} | folded
 
 
+def _folded(names: list[str]) -> str:
+    text = collapse(names)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST].rsplit(', ', 1)[0]} and others ({len(names)} in all)"
+
+
 def notes(rounding: Rounding) -> list[str]:
-    """What a user should know: what the text never reached."""
-    found = told(rounding)
-    return [f"{what}: {found[key]}" for key, what in REACHED.items() if key in found]
+    """What a user should know: what the text never reached. (Native types have a note of their own.)"""
+    names = told(rounding).get("untouched")
+    return [f"not reached by the calibration text, rounded by the plain search: {names}"] if names else []

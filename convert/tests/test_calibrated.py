@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,20 @@ def test_a_recipe_is_verified_by_the_receipt_that_says_it(checkpoint: Path, smal
     wrong = {"recipe": {}, "tensors": made.receipt["tensors"] | {"layers.0.attn.q.weight": ["q4"]}}
     packed = Packed(artifact, planned(backends.get("gguf"), small, "q4", None, wrong))
     assert packed.problems() == {"blk.0.attn_q.weight": "is stored as q8_0, the recipe says q4_0"}
+
+
+def test_experts_that_no_token_chose_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parity_tests.cases import FEATURES
+
+    monkeypatch.setattr(calibrated, "Settings", partial(Settings, tokens=2))
+    spec = FEATURES["moe_sigmoid"]
+    made = convert(write_checkpoint(tmp_path / "moe", spec, weights(spec)), tmp_path / "m.gguf")["gguf"]
+    named = made.receipt["rounding"]["untouched"]
+    assert re.fullmatch(
+        r"layers\.1\.mlp\.experts\.\{[\d,.]+\}\.gate\.weight, layers\.1\.mlp\.experts\..*\.up\.weight", named
+    )
+    assert f"not reached by the calibration text, rounded by the plain search: {named}" in made.notes
+    assert named in (tmp_path / "m.gguf.md").read_text()
 
 
 def test_parts_of_one_stored_tensor_have_one_type(tmp_path: Path) -> None:
