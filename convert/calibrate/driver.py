@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from convert.calibrate.runner import Runner, computing, device_of
 from convert.calibrate.sample import Sample, sample
 from convert.calibrate.settings import TOKENS, Settings
 from convert.calibrate.store import Rounding, Store
-from convert.levels import CODES
+from convert.levels import CODES, fits
 from convert.recipe import Recipe, plan
 from convert.sources import Source
 from convert.sources.base import weights_hash
@@ -48,24 +48,30 @@ def run(
         hashes = {n: content_hash(b for _, b in source.blocks(n)) for n in source.names()}
         key = _key(source, asked, first, settings, made, hashes, device, threads)
         store = Store(folder, key)
-        if store.whole:
-            return Rounding(folder)
-        wanted = bool(to_round(first, source.held))
-        _check_space(source, made, store, wanted)
-        runner = Runner(source, made.ids.shape[1], device)
-        measured = Measured(store, runner, made.ids, len(made.ids) if wanted else 0)
-        _each("measure", range(source.spec.depth + 1), measured.step, progress)
-        chosen, units = first, []
-        if wanted:
-            coarse = asked.level if CODES.get(asked.level) == 4 else None
-            priced = dict.fromkeys(to_round(first, source.held), coarse) if coarse else {}
-            fisher = Fisher(store, measured, settings.seed, priced)
-            _each("sensitivity", range(fisher.steps), fisher.step, progress)
-            chosen = choose(fisher.gains()) if priced else first
-            rounder = Rounder(store, runner, measured, fisher, chosen, SWEEPS[settings.effort])
-            units = rounder.units()
-            _each("calibrate", units, rounder.step, progress)
-        return _finished(source, settings, made, store, measured, chosen, units, hashes, key)
+        try:
+            if store.whole:
+                return Rounding(folder)
+            wanted = to_round(first, source.held)
+            _check_space(source, made, store, bool(wanted))
+            runner = Runner(source, made.ids.shape[1], device)
+            measured = Measured(store, runner, made.ids, len(made.ids) if wanted else 0)
+            _each("measure", range(source.spec.depth + 1), measured.step, progress)
+            chosen, units = first, []
+            if wanted:
+                fisher = Fisher(store, measured, settings.seed, _priced(source, asked.level, wanted))
+                _each("sensitivity", range(fisher.steps), fisher.step, progress)
+                chosen = choose(fisher.gains() or None)
+                rounder = Rounder(store, runner, measured, fisher, chosen, SWEEPS[settings.effort])
+                units = rounder.units()
+                _each("calibrate", units, rounder.step, progress)
+            return _finished(source, settings, made, store, measured, chosen, units, hashes, key)
+        finally:
+            store.close()
+
+
+def _priced(source: Source, level: str, wanted: Iterable[str]) -> dict[str, str]:
+    """Matrices for which int8 may be bought instead of a level of 4 bits."""
+    return {n: level for n in wanted if CODES.get(level) == 4 and fits(level, source.shape(n)[-1])}
 
 
 def _each(stage: str, items: Sequence[T], step: Callable[[T], None], progress: Progress) -> None:

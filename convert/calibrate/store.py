@@ -177,7 +177,8 @@ class Store:
             else:
                 write_json(folder / KEY, self.key)
             self._lock = os.open(folder / KEY, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._lock)
+            self.close = weakref.finalize(self, os.close, self._lock)
+            """Lets others write into the folder."""
             if not self.whole:
                 self.work.mkdir(exist_ok=True)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
