@@ -124,6 +124,26 @@ def test_tensorrt_has_the_same_hash(name: str, tmp_path: Path) -> None:
     assert hashes("tensorrt", graph, spec, levels) == {n: entry[1] for n, entry in said.items()}
 
 
+@pytest.mark.parametrize("stale", [False, True], ids=["receipt", "no-receipt"])
+def test_groups_of_128_go_on_from_a_gguf_file(stale: bool, tmp_path: Path) -> None:
+    """Its receipt says how many equal scales are one; without it they are groups of 32, and what is rounded to groups
+    of 128 again is what it was."""
+    checkpoint = write_checkpoint(tmp_path / "source", SPECS["llama"], tokenizer=False)
+    (first,) = convert_all(checkpoint, ["gguf"], "q4-g128", tmp_path / "m.gguf", verify=False)
+    if stale:
+        backends.part(backends.get("gguf"), "build").stamp(first.out, {"level": "q4-g128"})
+    again = convert_all(first.out, FIVE, "q4-g128", tmp_path / "again", options={"compute": "f32"}, verify=False)
+    for r in again:
+        levels = {n: entry[0] for n, entry in r.receipt["tensors"].items()}
+        assert stale or r.receipt["tensors"] == first.receipt["tensors"]
+        assert hashes(r.backend, r.out, SPECS["llama"], levels) == {n: e[1] for n, e in r.receipt["tensors"].items()}
+    (finer,) = convert_all(first.out, ["onnx"], "q4", tmp_path / "finer", verify=False)
+    got = opened("onnx", finer.out).rows("layers.0.attn.q.weight", 0, 128)
+    was = opened("gguf", first.out).rows("layers.0.attn.q.weight", 0, 128)
+    assert isinstance(got, QuantizedTensor) and isinstance(was, QuantizedTensor)
+    assert content_hash([got]) == content_hash([was.grouped(32)])
+
+
 @pytest.mark.parametrize("level", [name for name in LEVELS if name not in GROUPS])
 @pytest.mark.parametrize("name", ["llama", "moe"])
 def test_floats_have_one_hash_too(name: str, level: str, tmp_path: Path) -> None:

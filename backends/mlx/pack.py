@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Floats, QuantizedTensor, Values
+from backends.base import Floats, QuantizedTensor
 from backends.mlx.levels import Packing
 from spec.errors import MissingDependency, UserError
 
@@ -60,17 +60,20 @@ def from_grid(q: QuantizedTensor, p: Packing, dtype: str, name: str) -> Parts:
     }
 
 
-def to_grid(parts: Parts, p: Packing, dtype: str) -> Values:
-    """Back to codes and scales; float32 where biases are not the grid's."""
+def on_grid(parts: Parts, p: Packing, dtype: str) -> bool:
+    """Whether they are codes and scales of the portable grid, whose biases follow from the scales."""
+    if p.mode != "affine" or p.bits not in (4, 8):
+        return False
+    scales, biases = (from_floats(parts[k], dtype) for k in ("scales", "biases"))
+    return bool((biases == scales * np.float32(-(1 << (p.bits - 1)))).all())
+
+
+def to_grid(parts: Parts, p: Packing, dtype: str) -> QuantizedTensor:
+    """Back to codes and scales, where they are `on_grid`."""
     raw = np.ascontiguousarray(parts["weight"]).view(np.uint8)
     codes = np.stack([raw & 15, raw >> 4], -1).reshape(len(raw), -1) if p.bits == 4 else raw
-    zero = 1 << (p.bits - 1)
-    scales, biases = (from_floats(parts[k], dtype) for k in ("scales", "biases"))
-    if (biases == scales * np.float32(-zero)).all():
-        return QuantizedTensor((codes.astype(np.int16) - zero).astype(np.int8), scales, p.bits, p.group)
-    grouped = codes.reshape(len(codes), -1, p.group).astype(np.float64)
-    dense = grouped * scales[..., None] + biases[..., None].astype(np.float64)
-    return dense.reshape(codes.shape).astype(np.float32)
+    codes = (codes.astype(np.int16) - (1 << (p.bits - 1))).astype(np.int8)
+    return QuantizedTensor(codes, from_floats(parts["scales"], dtype), p.bits, p.group)
 
 
 def quantize(x: Floats, p: Packing, dtype: str) -> Parts:

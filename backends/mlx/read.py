@@ -20,7 +20,7 @@ from backends.mlx.checks import window
 from backends.mlx.choose import named
 from backends.mlx.container import Input
 from backends.mlx.layout import BUNDLED, Piece, Slot, Stored, arrange, fixed
-from backends.mlx.levels import FLOATS, GRID, NATIVE, Packing
+from backends.mlx.levels import FLOATS, NATIVE, Packing
 from backends.mlx.support import OPTIONS, levels
 from backends.reading import differences, load_json, own_mark, read_back, tokenizer_problems
 from spec.config import Rope, Spec
@@ -121,8 +121,9 @@ class MLXArtifact:
             raise UserError(f"{self.path}: tensor {slot.path}.scales is missing")
         cols = slot.shape[1]
         group, bits = cols // scales.shape[-1], t.shape[-1] * 32 // cols
-        mode = NATIVE[self.level].mode if self.level in NATIVE else "affine"
-        return Stored(slot, FLOATS[self.compute], Packing(bits, group, mode), self.level)
+        kinds = (p for p in NATIVE.values() if scales.dtype == "U8" and (p.bits, p.group) == (bits, group))
+        packed = next((p for p in kinds if p.mode != "affine"), Packing(bits, group))
+        return Stored(slot, FLOATS[self.compute], packed, self.level)
 
     def _place(self, name: str) -> tuple[Stored, Piece]:
         if name not in self._places:
@@ -141,7 +142,7 @@ class MLXArtifact:
         parts = {n: fetch(x.name, first, last)[to - first] for n, x in t.tensors.items()}
         if t.packing is None:
             return _unfold(packs.from_floats(parts[""], t.dtype), piece)
-        if self.level in GRID:
+        if packs.on_grid(parts, t.packing, t.dtype):
             return packs.to_grid(parts, t.packing, t.dtype)
         return packs.dequantize(parts, t.packing, t.dtype)
 
