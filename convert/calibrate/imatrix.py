@@ -57,7 +57,7 @@ class Importance:
 
 def measured(rounding: Rounding) -> Importance:
     """What a calibration measured of the layers. Like `llama-imatrix` it leaves out the head, for which llama.cpp's
-    mixtures have a type that gains nothing by it (measured: KL within a hundredth of its standard error)."""
+    mixtures have a type that gains nothing by it (measured: KL within half its standard error)."""
 
     def read_back(name: str) -> Floats | None:
         from backends.gguf.imatrix import means, sums
