@@ -8,6 +8,7 @@ embedding goes through the quantizer's Gather, which is plain rounding whatever 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,9 @@ def _quantize(
     else:
         config = {"rtn": q.RTNWeightOnlyQuantConfig, "k_quant": q.KQuantWeightOnlyQuantConfig}[method]()
     quantizer = q.MatMulNBitsQuantizer(model, block_size=group, is_symmetric=symmetric, algo_config=config)
-    quantizer.process()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it hands torch arrays that cannot be written to
+        quantizer.process()
     made: Any = quantizer.model
     onnx.save(made.model, out)
     found = made.model.graph

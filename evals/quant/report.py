@@ -121,7 +121,7 @@ def write(result: dict[str, Any], folder: Path) -> list[Path]:
     """quant.json, .csv, .md, .svg and .png in a folder; without matplotlib no pictures, and `MissingDependency` once
     the others are written."""
     from convert.verify.report import dumps
-    from evals.quant.plot import figure
+    from evals.quant.plot import draw
 
     texts = {"json": dumps(result), "csv": comma_separated(result), "md": markdown(result)}
     written = []
@@ -131,16 +131,13 @@ def write(result: dict[str, Any], folder: Path) -> list[Path]:
         written.append(path)
     if not any("kl_mean" in r for r in result["rows"]):
         return written
+    pictures = [folder / "quant.svg", folder / "quant.png"]
     try:
-        drawn = figure(result)
+        draw(result, *pictures)
     except ImportError:
         why = "no plot: matplotlib is not installed (pip install 'allotrope[train]')"
         raise MissingDependency(f"{folder}: {why}") from None
-    for kind in ("svg", "png"):
-        path = folder / f"quant.{kind}"
-        drawn.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
-        written.append(path)
-    return written
+    return [*written, *pictures]
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
