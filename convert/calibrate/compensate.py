@@ -17,7 +17,7 @@ rows lie together.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,10 @@ class Factor:
     """[C] float32, positive: what weights the squared errors where scales are searched."""
     shift: Tensor | None = None
     """[C, C] float32: weight + weight @ shift is what is rounded."""
+
+    def moved(self, shift: Tensor | None) -> Factor:
+        """The same with another shift."""
+        return replace(self, shift=shift)
 
 
 def prepare(hessian: Tensor, cross: Tensor | None = None, damping: float = DAMPING) -> Factor:

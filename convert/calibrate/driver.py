@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 SWEEPS = {"good": 3, "best": 10}
 """Rounds of polishing codes and scales, by effort."""
-VERSION = 1
+VERSION = 2
 """Of the arithmetic: a folder that another version left is not gone on with."""
 
 

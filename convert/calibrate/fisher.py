@@ -10,25 +10,27 @@ Shapes: N windows, T tokens of one, D model, V vocab, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from backends.torch.modules import Block, Experts
 from convert.calibrate import sizes
 from convert.calibrate.boundary import Boundary
-from convert.calibrate.measure import Measured, head_weight
-from convert.calibrate.price import Lookup, gain, head_moments
+from convert.calibrate.compensate import SWEEPS
+from convert.calibrate.kinds import Kinds, Sums, by_context, by_frequency, most
+from convert.calibrate.measure import Measured
+from convert.calibrate.price import FINE, answers, gain
 from convert.calibrate.runner import embedding_rows, groups, observing, parts, product_weight
 from convert.calibrate.statistics import Moments, spans
 from convert.calibrate.store import Store, read_tensors, write_json, write_tensors
+from convert.calibrate.vocabulary import Vocabulary
 from convert.sources.files import read_json
 
 EXPERTS = "mlp.experts"
@@ -71,35 +73,49 @@ class Fisher:
         i = depth - n  # the layer that it is of; depth is the head, -1 the embedding
         if self._file(i).is_file():
             return
-        found, gains = self._head() if i == depth else self._embedding() if i < 0 else self._layer(i)
-        write_json(self._gains(i), gains)
-        write_tensors(self._file(i), found)
+        if i == depth:
+            write_tensors(self._file(i), self._head())
+        elif i < 0:
+            write_tensors(self._file(i), self._embedding())
+        else:
+            found, gains = self._layer(i)
+            write_json(self._gains(i), gains)
+            write_tensors(self._file(i), found)
         if i < depth:
             self._gradient(i + 1).keep(0)
 
     def layer(self, i: int) -> dict[str, NDArray[Any]]:
         """Of layer i, by name: `NAME.squares`, sums over tokens, float64 [out] ([E * out] of stacked experts), and
         `NAME.energy`, float32 [N * T]; experts have that of the mixture's output, `layers.{i}.mlp.experts.energy`. The
-        head has `head.curvature` [V], sums of p (1 - p); the embedding, which is layer -1, `embed.fisher` [D, D]."""
+        head has `head.curvature` [V], sums of p (1 - p), and `head.labels` [V]; the embedding, which is layer -1, the
+        parts of its `Kinds`: `embed.labels`, `embed.fisher`, `embed.uses`."""
         return read_tensors(self._file(i))
 
-    def lookup(self) -> Lookup:
+    def vocabulary(self, sweeps: int = SWEEPS) -> Vocabulary:
         """What rounds the embedding, once every step is done. A tied one is the head too: for the inputs that the head
         has in the model as it is, since the rounded model's are not known before."""
-        return self._lookup(torch.from_numpy(self.layer(-1)["embed.fisher"]).to(self.runner.device))
+        found = {n: torch.from_numpy(t).to(self.runner.device) for n, t in self.layer(-1).items()}
+        hessians = found["embed.fisher"].unflatten(0, (-1, self.runner.spec.width))
+        uses = [Kinds(found["embed.labels"], hessians, found["embed.uses"])]
+        plain = self.measured.boundary(self.runner.spec.depth)
+        return Vocabulary([*uses, *([self.answers(plain)] if self.runner.spec.head.tied else [])], sweeps=sweeps)
 
-    def _lookup(self, fisher: Tensor) -> Lookup:
-        depth, head = self.runner.spec.depth, None
-        if self.runner.spec.head.tied:
-            head = head_moments(self.runner, self.measured.boundary(depth), len(self.ids)).hessian(0)
-        return Lookup(self.ids, fisher, self.layer(depth)["head.curvature"], head)
+    def answers(self, stream: Boundary) -> Kinds:
+        """The head's rows, for inputs from `stream`."""
+        depth = self.runner.spec.depth
+        found, plain = self.layer(depth), self.measured.boundary(depth)
+        labels = torch.from_numpy(found["head.labels"])
+        return answers(self.runner, labels, found["head.curvature"], plain, stream, len(self.ids))
 
     def gains(self) -> dict[str, float]:
         """Nats of KL divergence a token that int8 saves, for each priced matrix, once every step is done."""
-        out: dict[str, float] = {}
-        for i in range(-1, self.runner.spec.depth + 1):
-            out |= read_json(self._gains(i))
-        return out
+        depth = self.runner.spec.depth
+        if not self._gains(-1).is_file():
+            plain = self.measured.boundary(depth)
+            saved = self._vocabulary_gains("embed.weight", lambda: self.vocabulary(1))
+            saved |= self._vocabulary_gains("head.weight", lambda: Vocabulary([self.answers(plain)], sweeps=1))
+            write_json(self._gains(-1), saved)
+        return {n: g for i in range(-1, depth) for n, g in read_json(self._gains(i)).items()}
 
     def _gains(self, i: int) -> Path:
         return self.store.work / f"gains.{i if i >= 0 else 'embed'}.json"
@@ -111,16 +127,12 @@ class Fisher:
         """At the input of layer i."""
         return Boundary(self.store.work / f"gradient.{i}.f32", (*self.ids.shape, self.runner.spec.width))
 
-    def _head(self) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+    def _head(self) -> dict[str, NDArray[Any]]:
         runner, depth = self.runner, self.runner.spec.depth
-        norm, weight = runner.final_norm(), runner.tensor(head_weight(runner))
-        bias = runner.tensor("head.bias") if runner.spec.head.bias else None
-        curvature = np.zeros(runner.spec.vocab_size)
+        norm, scores = runner.final_norm(), runner.scores()
+        curvature = torch.zeros(runner.spec.vocab_size, dtype=torch.float64, device=runner.device)
+        contexts = torch.zeros(runner.spec.vocab_size, runner.spec.width, device=runner.device)
         rows = max(1, sizes.LOGITS // runner.spec.vocab_size)
-
-        def scores(x: Tensor) -> Tensor:
-            return runner.logits(lambda h: F.linear(h, weight, bias), runner.end(norm, x)).log_softmax(-1)
-
         with self._gradient(depth).writing() as sink:
             for a, z in runner.chunks(len(self.ids)):
                 stream = torch.from_numpy(self.measured.boundary(depth).read(a, z)).flatten(0, -2)
@@ -132,15 +144,12 @@ class Fisher:
                         labels = _sampled(logp.detach(), chance[b : b + rows])
                         grads.append(torch.autograd.grad(-logp.gather(-1, labels).sum(), x)[0].cpu())
                     p = logp.detach().exp()
-                    curvature += (p * (1 - p)).sum(0, dtype=torch.float64).cpu().numpy()
+                    p = p * (1 - p)
+                    curvature += p.sum(0, dtype=torch.float64)
+                    contexts.addmm_(p.T, runner.end(norm, x.detach()))
                 sink(a, torch.cat(grads).view(z - a, *self.ids.shape[1:], -1).numpy())
-        gains: dict[str, float] = {}
-        if (level := self.priced.get("head.weight")) is not None:
-            hessian = head_moments(runner, self.measured.boundary(depth), len(self.ids)).hessian(0)
-            assert hessian is not None, "tokens"
-            squares = torch.from_numpy(curvature / self.ids.size)
-            gains["head.weight"] = gain(weight, level, hessian, squares)
-        return {"head.curvature": curvature}, gains
+        kinds = by_context(contexts, curvature, most(runner.spec.width))
+        return {"head.curvature": curvature.cpu().numpy(), "head.labels": kinds.cpu().numpy()}
 
     def _layer(self, i: int) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
         runner, block = self.runner, self.runner.block(i)
@@ -185,21 +194,29 @@ class Fisher:
         span = None if experts is None else spans(experts, width)[0]
         return Moments(width, span, False, self.runner.device, experts or 1)
 
-    def _embedding(self) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
-        begin = self.runner.begin(self.ids, embedding_rows(self.runner.source))
-        total = torch.zeros(self.runner.spec.width, self.runner.spec.width, device=self.runner.device)
-        for a, z in self.runner.chunks(len(self.ids)):
-            g = torch.from_numpy(self._gradient(0).read(a, z)).to(self.runner.device)
+    def _embedding(self) -> dict[str, NDArray[Any]]:
+        runner = self.runner
+        counts = torch.from_numpy(np.bincount(self.ids.reshape(-1), minlength=runner.spec.vocab_size))
+        sums = Sums(by_frequency(counts, most(runner.spec.width)).to(runner.device), runner.spec.width)
+        begin = runner.begin(self.ids, embedding_rows(runner.source))
+        for a, z in runner.chunks(len(self.ids)):
+            g = torch.from_numpy(self._gradient(0).read(a, z)).to(runner.device)
             rows = begin.gradient(a, z, g).flatten(0, -2)
-            total.addmm_(rows.T, rows)
-        gains: dict[str, float] = {}
-        if (level := self.priced.get("embed.weight")) is not None:
-            lookup = self._lookup(total)
-            gains["embed.weight"] = sum(
-                lookup.gain(start, torch.from_numpy(rows.copy()).to(total.device), level)
-                for start, rows in self.runner.source.blocks("embed.weight", sizes.ROWS)
-            )
-        return {"embed.fisher": total.cpu().numpy()}, gains
+            sums.looked_up(torch.from_numpy(self.ids[a:z].reshape(-1)).to(runner.device), rows)
+        found = sums.lookup_kinds(counts.to(runner.device))
+        parts = {"labels": found.labels, "fisher": found.hessians.flatten(0, 1), "uses": found.uses}
+        return {f"embed.{part}": t.cpu().numpy() for part, t in parts.items()}
+
+    def _vocabulary_gains(self, name: str, vocabulary: Callable[[], Vocabulary]) -> dict[str, float]:
+        """What int8 saves in the embedding or the head."""
+        level = self.priced.get(name)
+        if level is None:
+            return {}
+        made, saved = vocabulary(), 0.0
+        for start, rows in self.runner.source.blocks(name, sizes.ROWS):
+            weight = torch.from_numpy(rows.copy()).to(self.runner.device)
+            saved += made.cost(start, weight, level) - made.cost(start, weight, FINE)
+        return {name: saved}
 
 
 def _sampled(logp: Tensor, chance: NDArray[np.float64]) -> Tensor:

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from backends.base import QuantizedTensor
+from convert.calibrate import sizes
 from convert.calibrate.boundary import Boundary
 from convert.calibrate.compensate import prepare
+from convert.calibrate.kinds import Kinds, Sums
 from convert.calibrate.runner import Runner
-from convert.calibrate.sensitivity import cost, row_cost
+from convert.calibrate.sensitivity import cost
 from convert.calibrate.statistics import Moments
-from convert.calibrate.vocabulary import Vocabulary
 
 FINE = "q8"
 
@@ -45,34 +45,17 @@ def head_moments(runner: Runner, boundary: Boundary, windows: int, plain: Bounda
     return moments
 
 
-class Lookup:
-    """An embedding whose rows are rounded in blocks for what they do where they are looked up, and as the head."""
-
-    def __init__(
-        self, ids: NDArray[np.int64], fisher: Tensor, curvature: NDArray[np.float64], head: Tensor | None
-    ) -> None:
-        """fisher: sum of g g^T [D, D] at the rows. curvature: sums of p (1 - p) [V]. head: mean h h^T [D, D] of what
-        enters the head, where that is the embedding too."""
-        device = fisher.device
-        self.tokens = ids.size
-        self.fisher, self.head = fisher / ids.size, head
-        self.counts = torch.from_numpy(np.bincount(ids.reshape(-1), minlength=len(curvature))).to(device)
-        self.curvature = torch.from_numpy(curvature).to(device) if head is not None else None
-        self._rounds = Vocabulary(self.fisher, head)
-
-    def __call__(self, start: int, rows: Tensor, level: str) -> QuantizedTensor:
-        """Rows [R, D] from row `start` on. Raises `TooLarge`."""
-        part = slice(start, start + len(rows))
-        return self._rounds(rows, self.counts[part], None if self.curvature is None else self.curvature[part], level)
-
-    def gain(self, start: int, rows: Tensor, level: str) -> float:
-        """What int8 saves for these rows."""
-        return self._cost(start, rows, level) - self._cost(start, rows, FINE)
-
-    def _cost(self, start: int, rows: Tensor, level: str) -> float:
-        error = rows - torch.from_numpy(self(start, rows, level).dequantize()).to(rows.device)
-        part = slice(start, start + len(rows))
-        uses = [(self.fisher, self.counts[part] / self.tokens)]
-        if self.head is not None and self.curvature is not None:
-            uses.append((self.head, self.curvature[part] / self.tokens))
-        return row_cost(error, uses)
+def answers(
+    runner: Runner, labels: Tensor, curvature: NDArray[np.float64], plain: Boundary, stream: Boundary, windows: int
+) -> Kinds:
+    """The head's rows by kind: probabilities are those of the model as it is (`plain` after its last layer), inputs
+    those of `stream`."""
+    norm, sums = runner.final_norm(), Sums(labels.to(runner.device), runner.spec.width)
+    scores = runner.scores()
+    rows = max(1, sizes.LOGITS // runner.spec.vocab_size)
+    for a, z in runner.chunks(windows):
+        before, after = (torch.from_numpy(b.read(a, z)).flatten(0, -2) for b in (plain, stream))
+        for b in range(0, len(before), rows):
+            p = scores(before[b : b + rows].to(runner.device)).exp()
+            sums.answered(p, runner.end(norm, after[b : b + rows].to(runner.device)))
+    return sums.answer_kinds(torch.from_numpy(curvature).to(runner.device).float(), windows * runner.length)

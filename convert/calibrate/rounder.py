@@ -25,6 +25,7 @@ from convert.calibrate.price import head_moments
 from convert.calibrate.runner import Runner, embedding_rows, groups, product_weight
 from convert.calibrate.statistics import Moments, spans
 from convert.calibrate.store import Store
+from convert.calibrate.vocabulary import Vocabulary
 from convert.levels import CODES, GROUPS, LEVELS
 from convert.quantize import TooLarge, quantize
 from convert.recipe import Held, kept
@@ -77,7 +78,7 @@ class Rounder:
         name = "embed.weight"
         codes, tokens = {}, {}
         if name in self.wanted:
-            codes[name] = self._vocabulary()
+            codes[name] = self._vocabulary(name, self.fisher.vocabulary(self.sweeps))
             tokens[name] = [self.ids.size]
         begin = self.runner.begin(self.ids, self._embedding_rows(codes.get(name)))
         with self.boundary(0).writing() as sink:
@@ -111,23 +112,20 @@ class Rounder:
             stream, plain = (b.boundary(self.runner.spec.depth) for b in (self, self.measured))
             moments = head_moments(self.runner, stream, len(self.ids), plain)
             factor, tokens[name] = self._factor(moments, 0), moments.counts
-            codes[name] = joined([self._round(name, start, rows, factor) for start, rows in self._rows(name)])
+            shift = None if factor is None else factor.shift
+            codes[name] = self._vocabulary(name, Vocabulary([self.fisher.answers(stream)], shift, self.sweeps))
         self.store.add("head", codes, tokens)
 
-    def _vocabulary(self) -> QuantizedTensor:
-        name, lookup = "embed.weight", self.fisher.lookup()
+    def _vocabulary(self, name: str, vocabulary: Vocabulary) -> QuantizedTensor:
+        """An embedding or head, never whole in memory."""
         found = []
-        for start, rows in self._rows(name):
+        for start, rows in self.runner.source.blocks(name, sizes.ROWS):
+            weight = torch.from_numpy(np.ascontiguousarray(rows)).to(self.runner.device)
             try:
-                found.append(lookup(start, rows, self.wanted[name]))
+                found.append(vocabulary(start, weight, self.wanted[name]))
             except TooLarge as e:
                 raise UserError(e.at(name, start)) from None
         return joined(found)
-
-    def _rows(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Rows of a matrix that is never whole in memory."""
-        for start, rows in self.runner.source.blocks(name, sizes.ROWS):
-            yield start, torch.from_numpy(np.ascontiguousarray(rows)).to(self.runner.device)
 
     def _group(
         self, i: int, block: Block, plain: Block, names: Sequence[str]

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -188,6 +189,17 @@ class Runner:
     def logits(self, linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Logits of the head's input, scale and softcap included."""
         return forward.logits(TorchOps([]), self.spec, SimpleNamespace(head=linear), x)
+
+    def scores(self) -> Callable[[Tensor], Tensor]:
+        """The residual stream [n, D] after the last layer to log-probabilities [n, V]."""
+        norm, weight = self.final_norm(), self.tensor(self.head)
+        bias = self.tensor("head.bias") if self.spec.head.bias else None
+        return lambda x: self.logits(lambda h: F.linear(h, weight, bias), self.end(norm, x)).log_softmax(-1)
+
+    @property
+    def head(self) -> str:
+        """The matrix that logits come from."""
+        return "embed.weight" if self.spec.head.tied else "head.weight"
 
     def tensor(self, name: str) -> Tensor:
         """A parameter of the source on the device."""

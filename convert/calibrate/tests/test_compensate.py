@@ -9,6 +9,7 @@ from torch import Tensor
 
 from backends.base import QuantizedTensor
 from convert.calibrate import compensate as c
+from convert.calibrate.kinds import Kinds, Sums, by_context, by_frequency
 from convert.calibrate.sensitivity import cost, row_cost
 from convert.calibrate.vocabulary import Vocabulary
 from convert.levels import CODES, GROUPS
@@ -134,26 +135,61 @@ def test_scales_are_rounded_as_the_search_rounds_them(value: float) -> None:
     assert np.array_equal(c.round_scales(torch.from_numpy(s), 8160.0).numpy(), round_scale(s))
 
 
+def kinds(hessians: list[Tensor], uses: Tensor) -> Kinds:
+    return Kinds(torch.arange(len(uses)) % len(hessians), torch.stack(hessians), uses)
+
+
 def test_an_embedding_is_rounded_for_both_its_uses() -> None:
-    w, fisher, head = weights(200), moment(inputs(seed=7)), moment(inputs(seed=8))
-    counts = torch.arange(200).float() ** 2
-    curvature = torch.full((200,), 8000.0)
-    uses = [(fisher, counts), (head, curvature)]
+    w = weights(96)
+    looked_up = kinds([moment(inputs(seed=7))], (torch.arange(96).float() / 96) ** 2)
+    answers = kinds([moment(inputs(seed=s)) for s in (8, 9)], torch.full((96,), 0.3))
+    both = Vocabulary([looked_up, answers])
 
     def costs(q: QuantizedTensor) -> float:
-        return row_cost(w - torch.from_numpy(q.dequantize()), uses)
+        error = w - torch.from_numpy(q.dequantize())
+        second = [row_cost(error[n::2], [(answers.hessians[n], answers.uses[n::2])]) for n in (0, 1)]
+        return row_cost(error, [(looked_up.hessians[0], looked_up.uses)]) + sum(second)
 
-    tied = Vocabulary(fisher, head)(w, counts, curvature, "q4")
+    tied = both(0, w, "q4")
     on_grid(tied, "q4")
-    one_use = [Vocabulary(h)(w, counts, None, "q4") for h in (fisher, head)]
-    assert costs(tied) < min(costs(q) for q in one_use)
+    assert costs(tied) < min(costs(Vocabulary([use])(0, w, "q4")) for use in (looked_up, answers))
     assert costs(tied) < 0.6 * costs(quantize(w.numpy(), 4))
+    assert both.cost(0, w, "q4") == pytest.approx(costs(Vocabulary(both.uses, None, 1)(0, w, "q4")), rel=1e-4)
+
+
+def test_blocks_of_a_vocabulary_take_their_own_rows() -> None:
+    w, use = weights(40), kinds([moment(inputs(seed=s)) for s in (8, 9)], torch.ones(40))
+    vocabulary = Vocabulary([use])
+    whole, late = vocabulary(0, w, "q4"), vocabulary(24, w[24:], "q4")
+    error = (late.dequantize() - whole[24:].dequantize()) != 0
+    assert error.mean() < 0.01  # the product of fewer rows is summed otherwise
+
+
+def test_rows_of_a_head_share_a_hessian_where_their_contexts_are_alike() -> None:
+    g = torch.Generator().manual_seed(3)
+    directions, rows = torch.randn(3, 16, generator=g), torch.arange(60) % 3
+    labels = by_context(directions[rows] + 0.1 * torch.randn(60, 16, generator=g), torch.ones(60), 6)
+    for n in range(3):
+        others = labels[rows != n]
+        assert not set(labels[rows == n].tolist()) & set(others.tolist())
+
+
+def test_frequent_tokens_have_a_fisher_information_of_their_own() -> None:
+    counts = torch.tensor([5, 900, 0, 400, 7])
+    labels = by_frequency(counts, 3)
+    assert labels.tolist() == [0, 1, 0, 2, 0]
+    sums, rows = Sums(labels, 4), torch.ones(1000, 4)
+    sums.looked_up(torch.full((1000,), 1), rows * 3)
+    sums.looked_up(torch.full((1000,), 0), rows)
+    found = sums.lookup_kinds(counts)
+    assert found.hessians[1, 0, 0] == pytest.approx((9 * 1000 + 256 * 5) / 1256)
+    assert found.hessians[2, 0, 0] == pytest.approx(5.0)  # it never came: what holds for all
 
 
 def test_a_token_that_never_came_is_rounded_too() -> None:
     w, nothing = weights(4), torch.zeros(4)
-    q = Vocabulary(moment(inputs()), moment(inputs(seed=2)))(w, nothing, nothing, "q4")
-    assert np.abs(q.dequantize() - w.numpy()).max() < 0.05
+    uses = [kinds([moment(inputs(seed=s))], nothing) for s in (1, 2)]
+    assert np.abs(Vocabulary(uses)(0, w, "q4").dequantize() - w.numpy()).max() < 0.05
 
 
 def test_the_cost_is_that_of_the_error_and_less_at_more_bits() -> None:
