@@ -163,7 +163,7 @@ def _read(d: _Document, at: int, size: int) -> str:
         with d.open() as f:
             f.seek(at)
             if at:
-                f.readline(size)
+                f.readline(LINE if d.lines else size)
             start = f.tell()
             return _texts(d, f, size) if d.lines else _decoded(d, start, f.read(size), whole=start + size >= d.size)
     except OSError as e:

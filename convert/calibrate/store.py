@@ -170,22 +170,32 @@ class Store:
         self.folder, self.key, self.work = folder, json.loads(json.dumps(dict(key))), folder / WORK
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if (folder / KEY).exists():
-                _same(folder, read_json(folder / KEY), self.key)
-            elif any(not p.name.endswith(PARTIAL) for p in folder.iterdir()):
-                raise UserError(f"{folder}: is not empty and holds no calibration: name another folder")
-            else:
-                write_json(folder / KEY, self.key)
-            self._lock = os.open(folder / KEY, os.O_RDONLY)
-            self.close = weakref.finalize(self, os.close, self._lock)
+            lock = os.open(folder, os.O_RDONLY)
+            self.close = weakref.finalize(self, os.close, lock)
             """Lets others write into the folder."""
-            if not self.whole:
-                self.work.mkdir(exist_ok=True)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before the key: two runs may begin at once
+                self._begin()
+            except BaseException:
+                self.close()
+                raise
         except BlockingIOError:
             raise UserError(f"{folder}: another calibration is writing it") from None
         except OSError as e:
             raise UserError(f"{folder}: {e.strerror}") from None
+
+    def _begin(self) -> None:
+        folder = self.folder
+        if (folder / KEY).exists():
+            _same(folder, read_json(folder / KEY), self.key)
+        elif any(not p.name.endswith(PARTIAL) for p in folder.iterdir()):
+            raise UserError(f"{folder}: is not empty and holds no calibration: name another folder")
+        else:
+            write_json(folder / KEY, self.key)
+        if self.whole:
+            shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed at its very end
+        else:
+            self.work.mkdir(exist_ok=True)
 
     @property
     def whole(self) -> bool:

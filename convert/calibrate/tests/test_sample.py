@@ -95,6 +95,13 @@ def test_a_folder_and_json_lines_are_read(tmp_path: Path, small: Spec) -> None:
     assert decoded(found.ids) == ["first second\n\nthird"]
 
 
+def test_of_large_json_lines_whole_ones_are_read_however_long_they_are(tmp_path: Path, small: Spec) -> None:
+    lines = [json.dumps({"text": "word " * 2000 + f"end of {i}."}) + "\n" for i in range(30)]
+    (tmp_path / "x.jsonl").write_text("".join(lines))
+    found = sample(small, letters(), str(tmp_path / "x.jsonl"), 4 * small.context)
+    assert found.ids.shape == (4, small.context)
+
+
 def test_what_python_brings_is_enough_and_no_quality_text(small: Spec) -> None:
     from convert.verify.sample import _MODULES
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from backends.base import QuantizedTensor, content_hash
-from convert.calibrate import Rounding, Settings
+from convert.calibrate import Rounding, Settings, store
 from convert.calibrate.store import RESULT, Store, unit_of
 from convert.quantize import quantize
 from convert.recipe import plan
@@ -110,6 +110,25 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
         Store(tmp_path / "r", KEY)
     del first
     Store(tmp_path / "r", KEY)
+
+
+def test_of_two_that_begin_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = store.write_json
+
+    def write(path: Path, data: object) -> None:
+        with pytest.raises(UserError, match="another calibration is writing it"):  # there is no key yet
+            Store(tmp_path / "r", KEY)
+        real(path, data)
+
+    monkeypatch.setattr(store, "write_json", write)
+    assert Store(tmp_path / "r", KEY).work.is_dir()
+
+
+def test_a_refusal_leaves_the_folder_to_others(tmp_path: Path) -> None:
+    Store(tmp_path / "r", KEY).close()
+    with pytest.raises(UserError, match="another calibration") as held:
+        Store(tmp_path / "r", {**KEY, "text": "other"})
+    assert held.value is not None and Store(tmp_path / "r", KEY).work.is_dir()
 
 
 def test_another_models_rounding_is_refused(tmp_path: Path, small: Spec) -> None:
