@@ -81,10 +81,15 @@ class Stream:
             calibrated = self.source.rounding if name in (self.source.rounding or ()) else None
             digest = ContentHash()
             for start, rows in self.source.values(name):
-                if calibrated is None:
-                    digest.update(rows.dequantize() if isinstance(rows, QuantizedTensor) else rows)
+                dense = calibrated is None and isinstance(rows, QuantizedTensor)
+                digest.update(rows.dequantize() if dense else rows)
                 yield name, start, rows
-            self.hashes[name] = digest.hexdigest() if calibrated is None else calibrated.source_hashes[name]
+            self.hashes[name] = digest.hexdigest()
+            if calibrated is not None:
+                if self.hashes[name] != calibrated.hashes[name]:
+                    raise UserError(f"{calibrated.folder}: the codes of {name} are damaged: delete the folder and "
+                                    "calibrate again")  # fmt: skip
+                self.hashes[name] = calibrated.source_hashes[name]
 
 
 def _finished(waiting: deque[tuple[str, int, int, Future[Values]]]) -> Block:

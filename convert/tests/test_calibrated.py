@@ -81,6 +81,8 @@ def test_the_verifying_child_compares_bit_for_bit_and_a_later_one_by_hash(checkp
     tensors = load_file(file)
     tensors["layers.1.mlp.up.weight.codes"][3, 5] ^= 1
     save_file(tensors, file)
+    with pytest.raises(UserError, match=r"work: the codes of layers\.1\.mlp\.up\.weight are damaged"):
+        convert(checkpoint, tmp_path / "n.gguf", work=work)
     broken = packing(made.out, checkpoint, rounding=work)
     assert broken.status is Status.FAIL and "layers.1.mlp.up.weight: 1 codes differ, first [3, 5]" in broken.reason
     data = bytearray(made.out.read_bytes())
@@ -88,6 +90,19 @@ def test_the_verifying_child_compares_bit_for_bit_and_a_later_one_by_hash(checkp
     made.out.write_bytes(data)
     changed = packing(made.out, checkpoint)
     assert changed.status is Status.FAIL and "content hash is not the receipt's" in changed.reason
+
+
+@pytest.mark.parametrize("level", ["q4", "q4_k_m"])
+def test_the_source_is_the_one_that_was_calibrated(checkpoint: Path, small: Spec, tmp_path: Path, level: str) -> None:
+    work = tmp_path / "work"
+    made = convert(checkpoint, tmp_path / "m.gguf", level=level, work=work)["gguf"]
+    tensors = weights(small)
+    tensors["layers.1.mlp.up.weight"] = tensors["layers.1.mlp.up.weight"][::-1].copy()
+    other = write_checkpoint(tmp_path / "other", small, tensors)
+    for rounding in (work, None) if level == "q4" else (None,):
+        assert packing(made.out, checkpoint, rounding=rounding).status is Status.PASS
+        check = packing(made.out, other, rounding=rounding)
+        assert check.status is Status.FAIL and "not those that the receipt names" in check.reason
 
 
 def test_an_interrupted_calibration_goes_on_to_the_same_codes(checkpoint: Path, tmp_path: Path) -> None:

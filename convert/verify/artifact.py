@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 import backends
-from backends.base import Artifact, Backend, ContentHash, Planned, QuantizedTensor, RowBlocks, Runtime, Values
+from backends.base import (
+    Artifact,
+    Backend,
+    ContentHash,
+    Planned,
+    QuantizedTensor,
+    RowBlocks,
+    Runtime,
+    Values,
+    content_hash,
+)
 from convert.levels import GROUPS, LEVELS
 from convert.recipe import Held, kept, plan
+from convert.sources.base import weights_hash
 from convert.stream import rounded
 from convert.verify import numeric
 from convert.verify.emulate import Typed
@@ -225,6 +236,20 @@ class Packed:
             said = self._said(name) is not None and receipt.keys() & {"rounding", "imatrix"}
             return "importance" if said else ""
         return "rounding" if level in GROUPS and "rounding" in receipt else ""
+
+    def made_from(self, source: Any) -> bool:
+        """Whether the receipt names the weights of this source: what was rounded anew as it is stored, the others as
+        they were read, codes times scales."""
+        receipt, held = self._artifact.receipt, source.held.levels
+
+        def blocks(name: str) -> Iterator[Array]:
+            level = self._plan[name].level
+            if "rounding" in receipt and level in GROUPS and not kept(held.get(name), level):
+                return (b for _, b in source.blocks(name))
+            return (_dense(b) for _, b in source.values(name))
+
+        digest = weights_hash((n, content_hash(blocks(n))) for n in source.names())
+        return digest == receipt.get("source", {}).get("hash")
 
     def hashed(self, name: str) -> bool | None:
         """Whether the tensor has the receipt's content hash, a few rows at a time in canonical order; of a backend's

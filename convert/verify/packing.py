@@ -5,7 +5,7 @@ rows, float levels with the exact rounding, native types with the format's own q
 whole; of large ones a seeded sample of row blocks of every tensor, the first and last always among them, since rounding
 again is the slow part. There the content hashes that the receipt took of what was rounded cover every other row.
 Calibrated codes are compared with the rounding where the source has it attached; later, when that is gone, the hashes
-stand for it.
+stand for it. Either way the source's weights have the hash that the receipt names.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class Stored(Protocol):
         only the receipt's hash can be compared."""
         ...
 
+    def made_from(self, source: Any) -> bool:
+        """Whether the receipt names the weights of this source: codes that a text had a part in don't follow from
+        them."""
+        ...
+
     def hashed(self, name: str) -> bool | None:
         """Whether the whole tensor, as it is stored, has the content hash of the receipt; none without a hash."""
         ...
@@ -67,6 +72,8 @@ def check_packing(stored: Stored, source: Any, budget: int = BUDGET) -> Check:
     total, compared, hashed = sum(p.size for p in known), 0, 0
     share = min(1.0, budget / max(1, total))
     again = 0
+    if not wrong and any(stored.calibrated(p.name) for p in known) and not stored.made_from(source):
+        wrong["source"] = "its weights are not those that the receipt names, which were calibrated"
     if not wrong:
         for p in known:
             needed = stored.calibrated(p.name)
