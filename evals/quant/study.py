@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from convert.calibrate.sample import Sample, sample
+from convert.calibrate.settings import TOKENS
 from evals.compare import SESSION, WINDOW
 from evals.quant.decoded import weights
 from evals.quant.variants import OURS, Variant
@@ -29,8 +30,6 @@ from spec.errors import UserError
 
 BASELINES = ("llama.cpp-q4_k_m-imatrix", "q4_k_m-importance", "llama.cpp-q4_k_m", "q4_k_m")
 """What others are compared with where nothing is said: the first of these that was measured."""
-CALIBRATION = 32768
-"""Tokens that peers calibrate on."""
 WINDOWS = 16
 """At least so many windows are scored, whose spread gives the standard errors."""
 LOGITS = 128 << 20
@@ -100,6 +99,7 @@ class Study:
     spec: Spec
     windows: Windows
     calibration: Sample | None
+    """What peers calibrate on: the text as `--effort good` reads it."""
     options: Options
     folder: Path
     """Of everything that depends on the original and the tokens."""
@@ -249,7 +249,7 @@ def _prepare(source: Path, options: Options, out: Path, variants: Sequence[Varia
         window = max(16, min(WINDOW, LOGITS // (4 * spec.vocab_size), options.tokens // WINDOWS))
         windows = cut(spec, tokenizer, text, options.tokens, window)
         calibrating = any(v.calibrated for v in variants)
-        calibration = sample(spec, tokenizer, options.calibrate, CALIBRATION) if calibrating else None
+        read = [sample(spec, tokenizer, options.calibrate, n) for n in sorted(TOKENS.values())] if calibrating else []
         digest = hashlib.sha256(windows.ids.tobytes())
         digest.update(f"{windows.ids.shape} {spec.hash} {opened.hash()}".encode())
     folder = out / "cache" / digest.hexdigest()[:16]
@@ -257,9 +257,9 @@ def _prepare(source: Path, options: Options, out: Path, variants: Sequence[Varia
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {out}: {e.strerror}") from None
-    state = calibration.hash if calibration is not None else ""
     session = min(spec.context, max(window, SESSION))
-    return Study(source, spec, windows, calibration, options, folder, state, session)
+    state = " ".join(s.hash for s in read)
+    return Study(source, spec, windows, read[0] if read else None, options, folder, state, session)
 
 
 def _code(v: Variant) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -36,8 +35,6 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
 def variant(job: dict[str, Any]) -> dict[str, Any]:
     """Bits and quality of one variant, or `reason` why there is none."""
     threads = job["threads"]
-    if threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
     paths = {k: Path(job[k]) for k in ("source", "folder", "shared")}
     calibration = Path(job["calibration"]) if job["calibration"] else None
     started = time.perf_counter()
