@@ -70,12 +70,15 @@ def weighed(job: Job) -> list[str]:
 
 
 def unmeasured(job: Job) -> list[str]:
-    """What a user should know: matrices of the layers that a file tells nothing of, or single experts."""
+    """What a user should know: matrices of the layers that nothing is known of, or single experts."""
     found = job.source.importance
-    if found is None or job.source.rounding is not None:  # of a calibration its own record tells
+    names = [] if found is None else found.unknown(n for n in weighed(job) if n.startswith("layers."))
+    if not names:
         return []
-    names = found.unknown(n for n in weighed(job) if n.startswith("layers."))
-    return [f"not in the importance file, rounded without: {collapse(names)}"] if names else []
+    where, how = "not in the importance file", "rounded without"
+    if job.source.rounding is not None:
+        where, how = "not reached by the calibration text", "rounded without importance"
+    return [f"{where}, {how}: {collapse(names)}"]
 
 
 def metadata(job: Job) -> dict[str, Any]:
