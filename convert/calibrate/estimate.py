@@ -12,7 +12,7 @@ import numpy as np
 from backends.base import Planned
 from convert.calibrate.sample import Sample, sample
 from convert.calibrate.settings import TOKENS, Settings
-from convert.calibrate.sizes import CHUNK, HESSIANS, LOGITS, ROWS
+from convert.calibrate.sizes import CHUNK, HESSIANS, KINDS, LOGITS, ROWS
 from convert.levels import GROUPS
 from convert.sources import Source
 from spec.config import Spec
@@ -24,6 +24,8 @@ PASSES = 8
 the model as it is and in the rounded one."""
 MARGIN = 1.5
 """What norms, softmax, copies and the disk take beside products."""
+KEPT = 24
+"""Widest rows that differentiating a layer keeps for each token (measured; 8 where it only runs)."""
 BASE = 400 << 20
 """Bytes of the interpreter and torch."""
 
@@ -63,7 +65,8 @@ def expected(source: Source, settings: Settings, planned: Sequence[Planned]) -> 
 
 def memory(spec: Spec, made: Sample, rounds: bool) -> int:
     """Bytes at most: two copies of the largest layer (as it is, and rounded), the moments of its widest group with
-    room to solve, and the activations of the windows that run together; or the embedding's or head's share."""
+    room to solve, and the activations of the windows that run together; or the embedding's or head's share, with what
+    tells its rows' kinds apart, and their Hessians."""
     layers = [0] * spec.depth
     widest: dict[str, int] = {}
     for p in params(spec):
@@ -73,10 +76,11 @@ def memory(spec: Spec, made: Sample, rounds: bool) -> int:
                 widest[p.name] = p.shape[-1]
     width = max(widest.values())
     together = max(CHUNK, made.ids.shape[1])
-    chunk = 4 * together * 8 * max(width, 2 * spec.width)
+    chunk = 4 * together * (KEPT if rounds else 8) * max(width, 2 * spec.width)
     rows = 4 * min(spec.vocab_size, made.tokens) * spec.width
-    head = 4 * spec.vocab_size * spec.width + 6 * 4 * LOGITS if rounds else rows
-    moments = max(HESSIANS if ".experts." in "".join(widest) else 0, 8 * 4 * width * width) if rounds else 0
+    table, kinds = 4 * spec.vocab_size * spec.width, min(HESSIANS, KINDS * 4 * spec.width**2)
+    head = max(5 * table, table + 5 * kinds) + 6 * 4 * LOGITS if rounds else rows
+    moments = max(HESSIANS if ".experts." in "".join(widest) else 0, 12 * 4 * width * width) if rounds else 0
     solving = 12 * ROWS * spec.width * 4
     return BASE + chunk + max((2 if rounds else 1) * max(layers) + moments, head, rows + solving)
 
