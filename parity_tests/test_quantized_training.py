@@ -118,22 +118,31 @@ def test_experts_and_wide_groups_too(level: str, tmp_path: Path) -> None:
     check(tmp_path / "run", level, ["gguf", "mlx", "onnx", "hf"], seen, tmp_path / "shipped")
 
 
+RANKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dp": (DENSE, {"parallel": {"dp": 2}, "precision": "bfloat16", "memory": {"checkpointing": "full"}}),
+    "tp": (DENSE, {"parallel": {"tp": 2}}),
+    "pp": (DENSE, {"parallel": {"pp": 2}}),
+    "ep": (MOE.replace("experts: 3", "experts: 4"), {"parallel": {"ep": 2}}),
+}
+
+
 def _rank(rank: int, ports: list[int], folder: Path) -> None:
-    for how, port in zip(("dp", "tp"), ports, strict=True):
+    for (how, (mlp, fields)), port in zip(RANKS.items(), ports, strict=True):
         begin(rank, 2, port)
         seen: dict[str, torch.Tensor] = {}
         (folder / how).mkdir(exist_ok=True)
-        data = options(folder / how, quant={"level": "q4", "override": "layers.0.attn.o=q8"}, parallel={how: 2})
-        data["precision"] = "bfloat16" if how == "dp" else "float32"
-        train(data, seen)
-        if rank == 0:
-            torch.save(seen, folder / how / "seen.pt")
+        chosen = {"level": "q4", "override": "layers.0.attn.o=q8", "start": 1}
+        fields = {"precision": "float32", "batch": {"sequences": 8, "micro": 4}, **fields}
+        train(options(folder / how, mlp, quant=chosen, **fields), seen)
+        torch.save(seen, folder / how / f"seen-{rank}.pt")
 
 
 @pytest.mark.slow
 def test_two_ranks_train_the_codes_that_ship(tmp_path: Path) -> None:
-    """Sharded by rows (FSDP2, in bfloat16) and with columns of `o` and `down` on different ranks."""
-    spawn(_rank, 2, tmp_path, starts=2)
-    for how in ("dp", "tp"):
-        seen = torch.load(tmp_path / how / "seen.pt")
-        check(tmp_path / how / "run", "q4", ["gguf", "hf"], seen, tmp_path / how / "shipped")
+    """Sharded by rows (FSDP2, in bfloat16, activations recomputed), with columns of `o` and `down` on different ranks,
+    with a layer on each, and with the experts divided."""
+    spawn(_rank, 2, tmp_path, starts=len(RANKS))
+    for how in RANKS:
+        folder = tmp_path / how
+        seen = {n: t for rank in range(2) for n, t in torch.load(folder / f"seen-{rank}.pt").items()}
+        check(folder / "run", "q4", ["gguf", "hf"], seen, folder / "shipped")
