@@ -242,7 +242,7 @@ def fit(run: Run, saver: Saver, board: Board, last: int, stop: Stop, profile: Pr
             react(run, saver, board, metrics)
             if run.verdict.action == "rollback":
                 continue
-        if run.config.quant.on and run.step == run.config.quant.start:
+        if run.step == run.config.rounds_from:
             quantize(run, saver, board)
         stopping, late, failed = (any_ > 0 for any_ in run.ranks.sum(stop.signal, saver.late, saver.failed))
         if failed:

@@ -79,7 +79,7 @@ def check(
     ask(parallel.check_batch, c.batch, degrees)
     ask(parallel.check_passes, c.parallel, c.batch.passes(degrees.data))
     stages = ask(parallel.spans, spec, degrees.pp)
-    quantized = ask(describe, c.quant, spec, degrees)
+    quantized = ask(describe, c, spec, degrees)
     ask(checkpoint.check_exports, spec, c.checkpoint.export)
     targets = ask(portability.carriers, spec, c.ships)
     chosen_trackers = ask(trackers, c.watch, out / "training")

@@ -248,7 +248,7 @@ def _begun(
             parallel.peak_flops(ranks.device, known.precision, ranks.world),
         ),
         scaler=parallel.scaler(known.precision),
-        quant=quant.Quantized(decoder, c.quant, spec) if c.quant.on else None,
+        quant=quant.Quantized(decoder, c, spec) if c.quant.on else None,
     )
     return run, kernels
 

@@ -54,7 +54,7 @@ class Saver:
         self.asynchronous = c.checkpoint.in_background(ranks.device.type)
         self.exporter = Exporter(folder, c.checkpoint.export, say) if ranks.first and c.checkpoint.export else None
         self._text, self._last = config.dump(c).encode(), c.steps
-        self._quant, self._levels = c.quant, quant.levels(c.quant, folder.spec)
+        self._rounds, self._recipe, self._levels = c.rounds, quant.recipe(c.quant), quant.levels(c.quant, folder.spec)
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world > 1 else None
         self._stage = Stager(ranks.device)
         self._thread: threading.Thread | None = None
@@ -136,7 +136,7 @@ class Saver:
     def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """One checkpoint, all ranks in step. Nothing has its name before everything is on the disk."""
         folder, partial = self.folder, self.folder.partial(step)
-        levels, recipe = (self._levels, quant.recipe(self._quant)) if self._quant.after(step) else ({}, None)
+        levels, recipe = (self._levels, self._recipe) if self._rounds(step) else ({}, None)
         files = shards(folder.spec, self.config.dtype, round(self.config.shard_size * 1e9), levels)
         small = {STATE: (json.dumps(about, indent=2) + "\n").encode(), CONFIG: self._text}
         mine = list(files)[self.ranks.rank :: self.ranks.world]

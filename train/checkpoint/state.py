@@ -116,8 +116,8 @@ def restore(run: Run, folder: Path) -> dict[str, Any]:
 
 def _scored(run: Run, step: int) -> dict[str, Any] | None:
     """What a validation loss after `step` steps is of: the recipe that the weights are rounded by, or none."""
-    q = run.config.quant
-    return quant.recipe(q).to_dict() if q.after(step) else None
+    c = run.config
+    return quant.recipe(c.quant).to_dict() if c.rounds(step) else None
 
 
 def _damaged(folder: Path, error: BaseException) -> UserError:

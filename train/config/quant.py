@@ -31,8 +31,8 @@ class Quant(Model):
     """Other levels for some matrices, `head=q8,layers.*.attn.v=q8`, as `convert --override` takes them."""
     bits: Annotated[Positive | None, Parameter(name="--quant.bits")] = None
     """Bits per weight over all matrices, spent on int8 beside 4 bits; none = 4.95."""
-    start: Annotated[Count, Parameter(name="--quant.start")] = 0
-    """Steps in full precision before."""
+    start: Annotated[Count | None, Parameter(name="--quant.start")] = None
+    """Steps in full precision before; none = three quarters of all steps, with `init` 0."""
 
     @property
     def on(self) -> bool:
@@ -43,10 +43,6 @@ class Quant(Model):
     def ships_at(self) -> str:
         """The level to convert to."""
         return self.level if self.on else "q4"
-
-    def after(self, step: int) -> bool:
-        """Whether the weights after so many steps are rounded where they are read."""
-        return self.on and step >= self.start
 
     @property
     def overrides(self) -> tuple[tuple[str, str], ...]:
@@ -77,9 +73,9 @@ def problems(c: TrainConfig) -> list[Problem]:
         for o, (glob, level) in zip(q.override, q.overrides, strict=True)
         if not (glob and level)
     ]
-    if q.start >= c.steps:
+    if q.start is not None and q.start >= c.steps:
         rule = f"steps in full precision leave none of steps={c.steps} to quantize"
-        out.append(Problem("quant.start", q.start, rule, f"try {c.steps // 2}"))
+        out.append(Problem("quant.start", q.start, rule, f"try {c.steps * 3 // 4}"))
     if c.precision == "fp8":
         rule = f"would round the codes of quant={q.level} once more, to 4 bits"
         out.append(Problem("precision", c.precision, rule, "precision bfloat16"))

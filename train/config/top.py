@@ -94,6 +94,19 @@ class TrainConfig(Model):
         return self.validation.every or max(20, self.steps // 5)
 
     @property
+    def rounds_from(self) -> int | None:
+        """The step after which weights are rounded where they are read; none = never."""
+        if not self.quant.on:
+            return None
+        if self.quant.start is not None:
+            return self.quant.start
+        return 0 if self.init is not None else self.steps * 3 // 4
+
+    def rounds(self, step: int) -> bool:
+        """Whether the weights after so many steps are rounded where they are read."""
+        return self.rounds_from is not None and step >= self.rounds_from
+
+    @property
     def ships(self) -> tuple[str, ...]:
         """The levels that the model shall ship at."""
         if self.ship is not None:

@@ -14,11 +14,12 @@ from train.parallel import Degrees
 from train.quant.levels import planned, recipe
 
 
-def describe(q: config.Quant, spec: Spec, d: Degrees) -> str:
+def describe(c: config.TrainConfig, spec: Spec, d: Degrees) -> str:
     """What is quantized, for people; empty where nothing is.
 
     Raises `UserError` for a recipe that the spec does not take, and for groups that ranks would have to share.
     """
+    q = c.quant
     if not q.on:
         return ""
     found, own = planned(q, spec), {p.name: p for p in params(spec)}
@@ -33,7 +34,7 @@ def describe(q: config.Quant, spec: Spec, d: Degrees) -> str:
                 f"{p.shape[-1]} columns of {p.name} into parts of {p.shape[-1] // at.divided} "
                 "(a smaller parallel.tp, or a width whose parts are whole groups)"
             )
-    begin = f"after {q.start} steps in full precision" if q.start else "from the first step"
+    begin = f"after {c.rounds_from} steps in full precision" if c.rounds_from else "from the first step"
     matrices = " and ".join(f"{n} matrices at {level}" for level, n in counts.items())
     bits = f"{bits_per_weight(found):.2f} bits/weight"
     return "; ".join([f"{q.level} {begin}: {matrices}, {bits}", *notes(spec, found, recipe(q))])

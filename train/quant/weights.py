@@ -27,14 +27,14 @@ FLOATS = {"f16": torch.float16, "bf16": torch.bfloat16}
 class Quantized:
     """The parameters of a decoder that are rounded, by level."""
 
-    def __init__(self, decoder: nn.Module, chosen: config.Quant, spec: Spec) -> None:
-        self._decoder, self._chosen, self._levels = decoder, chosen, levels(chosen, spec)
+    def __init__(self, decoder: nn.Module, c: config.TrainConfig, spec: Spec) -> None:
+        self._decoder, self._rounds, self._levels = decoder, c.rounds, levels(c.quant, spec)
         self._kept: dict[str, Tensor] = {}
 
     @contextmanager
     def weights(self, step: int) -> Iterator[None]:
         """Inside the block, the parameters hold what ships of the weights after `step` steps."""
-        if not self._chosen.after(step):
+        if not self._rounds(step):
             yield
             return
         parallel.settle(self._decoder)

@@ -239,6 +239,13 @@ def test_what_contradicts_itself_is_one_line(fields: dict[str, Any], said: str) 
     assert len(str(e.value).splitlines()) == 1
 
 
+def test_weights_are_rounded_in_the_last_quarter_and_from_the_first_step_of_a_fine_tuning() -> None:
+    assert config.layered({"steps": 400}).rounds_from is None
+    assert config.layered({"steps": 400, "quant": "q4"}).rounds_from == 300
+    assert config.layered({"steps": 400, "quant": "q4", "init": "x"}).rounds_from == 0
+    assert config.layered({"steps": 400, "quant": {"level": "q4", "start": 0}}).rounds_from == 0
+
+
 def test_a_list_of_levels_is_an_older_runs_ship() -> None:
     assert config.parse({"quant": ["q8"], "steps": 5}).ships == ("q8",)
     assert config.parse({"quant": []}).ships == ()

@@ -145,7 +145,7 @@ def _status(r: Record) -> str:
     c = r.config
     done = f"step {r.step:,} of {c.steps:,}" if r.step < c.steps else f"all {c.steps:,} steps"
     level = f" for quant={c.quant.level}" if c.quant.on else ""
-    level += f" after step {c.quant.start}" if c.quant.start else ""
+    level += f" after step {c.rounds_from}" if c.rounds_from else ""
     return f"{done}, trained on {c.data.source}{level}, in {r.out}"
 
 
@@ -160,7 +160,9 @@ def _tiles(r: Record) -> list[tuple[str, str]]:
         tiles.append(("training loss, smoothed (nats/token)", f"{losses[-1][1]:.4f}"))
     if r.scored:
         step, loss = r.scored[-1]
-        alike = [p for p in r.scored if p[0] >= r.config.quant.start] or r.scored  # in full precision is another loss
+        alike = [
+            p for p in r.scored if p[0] >= (r.config.rounds_from or 0)
+        ] or r.scored  # in full precision is another loss
         best_step, best = min(alike, key=lambda p: p[1])
         tiles += [("validation loss", f"{loss:.4f}"), ("validation perplexity", f"{perplexity(loss):.2f}")]
         if best_step != step:
