@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def check_files(
         raise UserError(f"--imatrix-out {out}: llama.cpp's format ends with .gguf (try {out.with_suffix('.gguf')})")
     if not out.parent.is_dir():
         raise UserError(f"--imatrix-out {out}: no such folder")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--imatrix-out {out}: nothing can be written there (name another folder)")
     if out.exists() and (out.is_dir() or not force):
         raise UserError(f"--imatrix-out {out}: exists (--force replaces a file)")
 

@@ -93,7 +93,7 @@ def sample(spec: Spec, tokenizer: Tokenizer | None, text: str, tokens: int, seed
     body = max(1, length - len(lead))
     windows = max(1, tokens // length)
     ids: list[int] = []
-    for passage in _passages(documents, windows, PASSAGE * body):
+    for passage in filter(str.strip, _passages(documents, windows, PASSAGE * body)):
         ids += library.encode(passage, add_special_tokens=False).ids
     if len(ids) + len(lead) < 2:
         raise UserError(f"--calibrate {text}: {len(ids)} tokens are no text to calibrate on (give a longer one)")

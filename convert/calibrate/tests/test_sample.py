@@ -122,11 +122,12 @@ def test_random_ids_are_asked_for_by_name_and_seeded(small: Spec) -> None:
     [
         (lambda p: None, "No such file"),
         (lambda p: p.write_bytes(b""), "is empty"),
+        (lambda p: p.write_text(" \n\n\n"), "0 tokens are no text"),
         (lambda p: p.write_text("a"), "1 tokens are no text"),
         (lambda p: p.write_bytes(b"abc\xff\xfe def"), "not UTF-8 at byte 3"),
         (lambda p: p.mkdir(), "no text in it"),
     ],
-    ids=["missing", "empty", "one-token", "binary", "folder"],
+    ids=["missing", "empty", "blank", "one-token", "binary", "folder"],
 )
 def test_what_is_no_text_is_named(tmp_path: Path, small: Spec, make: Any, says: str) -> None:
     make(tmp_path / "x.txt")
