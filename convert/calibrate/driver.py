@@ -61,6 +61,7 @@ def run(
                 fisher = Fisher(store, measured, settings.seed, _priced(source, asked.level, wanted))
                 _each("sensitivity", range(fisher.steps), fisher.step, progress)
                 chosen = choose(fisher.gains() or None)
+                store.settle({p.name: p.level for p in chosen})
                 rounder = Rounder(store, runner, measured, fisher, chosen, SWEEPS[settings.effort])
                 units = rounder.units()
                 _each("calibrate", units, rounder.step, progress)

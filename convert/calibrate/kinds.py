@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convert.calibrate.sizes import HESSIANS
+from convert.calibrate.sizes import HESSIANS, KINDS
 
-KINDS = 48
-"""Kinds of the head's rows, and of frequent tokens, at most."""
 ROUNDS = 8
 """Of k-means."""
 PRIOR = 256.0

@@ -9,3 +9,5 @@ ROWS = 8192
 HESSIANS = 1 << 30
 """Bytes of second moments that are collected together, where one alone does not take more: of many experts some at a
 time."""
+KINDS = 48
+"""Hessians of rows of a head, and of an embedding, at most."""

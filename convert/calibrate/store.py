@@ -39,6 +39,7 @@ from spec.params import params
 
 FORMAT = 1
 KEY, RESULT, IMPORTANCE, WORK = "key.json", "rounding.json", "importance.safetensors", "work"
+LEVELS_FILE = "levels.json"
 
 
 def unit_of(name: str) -> str:
@@ -201,6 +202,15 @@ class Store:
     def whole(self) -> bool:
         """Whether nothing is left to do."""
         return (self.folder / RESULT).is_file()
+
+    def settle(self, levels: Mapping[str, str]) -> None:
+        """The levels that every unit is rounded at. Raises `UserError` where an interrupted run had others."""
+        file = self.work / LEVELS_FILE
+        if not file.is_file():
+            write_json(file, levels)
+        elif read_json(file) != levels:
+            raise UserError(f"{self.folder}: was begun at other levels (a size is that of the targets): delete it or "
+                            "name another folder")  # fmt: skip
 
     def has(self, unit: str) -> bool:
         """Whether a unit's codes are whole."""

@@ -124,6 +124,16 @@ def test_of_two_that_begin_at_once_one_is_refused(tmp_path: Path, monkeypatch: p
     assert Store(tmp_path / "r", KEY).work.is_dir()
 
 
+def test_units_of_one_folder_have_one_plan(tmp_path: Path) -> None:
+    first = Store(tmp_path / "r", KEY)
+    first.settle({"head.weight": "q8"})
+    first.close()
+    again = Store(tmp_path / "r", KEY)
+    again.settle({"head.weight": "q8"})
+    with pytest.raises(UserError, match="was begun at other levels"):
+        again.settle({"head.weight": "q4"})
+
+
 def test_a_refusal_leaves_the_folder_to_others(tmp_path: Path) -> None:
     Store(tmp_path / "r", KEY).close()
     with pytest.raises(UserError, match="another calibration") as held:
