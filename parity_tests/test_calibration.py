@@ -24,6 +24,7 @@ from convert.calibrate import sizes
 from convert.calibrate.compensate import Factor
 from convert.calibrate.compensate import prepare as factored
 from convert.calibrate.fisher import Fisher
+from convert.calibrate.kinds import PRIOR
 from convert.calibrate.measure import Measured
 from convert.calibrate.rounder import Rounder, untouched
 from convert.calibrate.runner import Runner, computing
@@ -144,8 +145,15 @@ def test_one_layer_at_a_time_measures_what_the_whole_model_does(name: str, passe
 
     found = {n: v for i in range(-1, spec.depth + 1) for n, v in p.fisher.layer(i).items()}
     close(found["head.curvature"], whole.curvature, "curvature")
-    g = whole.embedding
-    close(found["embed.fisher"], (g.double().T @ g.double()).numpy(), "embed.fisher", 20 * CLOSE)
+    g, ids = whole.embedding.double(), torch.from_numpy(p.ids.reshape(-1))
+    counts = torch.bincount(ids, minlength=spec.vocab_size)
+    close(found["embed.uses"], counts / ids.numel(), "embed.uses")
+    labels = torch.from_numpy(found["embed.labels"])
+    kinds = []
+    for k in range(int(labels.max()) + 1):
+        mine = g[labels[ids] == k]
+        kinds.append((mine.T @ mine + PRIOR * (g.T @ g) / len(g)) / (len(mine) + PRIOR))
+    close(found["embed.fisher"], torch.cat(kinds), "embed.fisher", 20 * CLOSE)
     for product, g in whole.gradients.items():
         if product == "head":
             continue
