@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from backends.torch.checkpoint import load_decoder
 from backends.torch.model import Decoder
 from backends.torch.modules import Experts, GroupedLinear
+from convert.calibrate import kinds, sizes
 from convert.calibrate import rounder as rounders
-from convert.calibrate import sizes
 from convert.calibrate.compensate import Factor
 from convert.calibrate.compensate import prepare as factored
 from convert.calibrate.fisher import Fisher
@@ -77,6 +77,7 @@ class Passes:
 @pytest.fixture
 def passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Spec], Passes]:
     monkeypatch.setattr(sizes, "CHUNK", 2 * LENGTH)
+    monkeypatch.setattr(kinds, "KINDS", 3)
     return lambda spec: Passes(tmp_path, spec)
 
 
@@ -149,11 +150,11 @@ def test_one_layer_at_a_time_measures_what_the_whole_model_does(name: str, passe
     counts = torch.bincount(ids, minlength=spec.vocab_size)
     close(found["embed.uses"], counts / ids.numel(), "embed.uses")
     labels = torch.from_numpy(found["embed.labels"])
-    kinds = []
+    hessians = []
     for k in range(int(labels.max()) + 1):
         mine = g[labels[ids] == k]
-        kinds.append((mine.T @ mine + PRIOR * (g.T @ g) / len(g)) / (len(mine) + PRIOR))
-    close(found["embed.fisher"], torch.cat(kinds), "embed.fisher", 20 * CLOSE)
+        hessians.append((mine.T @ mine + PRIOR * (g.T @ g) / len(g)) / (len(mine) + PRIOR))
+    close(found["embed.fisher"], torch.cat(hessians), "embed.fisher", 20 * CLOSE)
     for product, g in whole.gradients.items():
         if product == "head":
             continue

@@ -14,7 +14,7 @@ import pytest
 
 from backends.base import content_hash
 from convert import calibrate as calibrates
-from convert.calibrate import Rounding, Settings, boundary, calibrate, driver, expected, sizes, store
+from convert.calibrate import Rounding, Settings, boundary, calibrate, driver, expected, kinds, sizes, store
 from convert.recipe import Recipe, plan
 from convert.sources import open_source
 from convert.tests.conftest import weights, write_checkpoint
@@ -37,6 +37,7 @@ MOE = {
 @pytest.fixture(autouse=True)
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "CHUNK", 256)
+    monkeypatch.setattr(kinds, "KINDS", 3)
 
 
 def files(folder: Path) -> dict[str, bytes]:
