@@ -68,7 +68,7 @@ def prepare(hessian: Tensor, cross: Tensor | None = None, damping: float = DAMPI
         wide, mean, cross = torch.eye(len(wide), dtype=torch.float64, device=wide.device), torch.ones_like(mean), None
     wide = wide.div_(mean)  # in place here and below: with 14,336 inputs one of these takes 1.6 GB
     shift = None if cross is None else _shift(wide, cross.double() / mean)
-    damped, upper, order = _inverse_factor(wide, damping)
+    damped, upper, order = inverse_factor(wide, damping)
     del wide
     steps = upper.diagonal().clone()
     conditional = torch.empty_like(steps)
@@ -83,7 +83,7 @@ def prepare(hessian: Tensor, cross: Tensor | None = None, damping: float = DAMPI
     )
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """(damped Hessian, upper Cholesky factor of its inverse in the order of rounding, that order)."""
     while True:
         damped = _ridged(hessian, damping)

@@ -30,7 +30,9 @@ T = TypeVar("T")
 
 SWEEPS = {"good": 3, "best": 10}
 """Rounds of polishing codes and scales, by effort."""
-VERSION = 2
+TOGETHER = {"good": 64, "best": 16}
+"""Rows that are rounded together."""
+VERSION = 3
 """Of the arithmetic: a folder that another version left is not gone on with."""
 
 
@@ -62,7 +64,9 @@ def run(
                 _each("sensitivity", range(fisher.steps), fisher.step, progress)
                 chosen = choose(fisher.gains() or None)
                 store.settle({p.name: p.level for p in chosen})
-                rounder = Rounder(store, runner, measured, fisher, chosen, SWEEPS[settings.effort])
+                rounder = Rounder(
+                    store, runner, measured, fisher, chosen, SWEEPS[settings.effort], TOGETHER[settings.effort]
+                )
                 units = rounder.units()
                 _each("calibrate", units, rounder.step, progress)
             return _finished(source, settings, made, store, measured, chosen, units, hashes, key)

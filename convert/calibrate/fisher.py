@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from backends.torch.modules import Block, Experts
 from convert.calibrate import sizes
 from convert.calibrate.boundary import Boundary
-from convert.calibrate.compensate import SWEEPS
+from convert.calibrate.compensate import SWEEPS, prepare
 from convert.calibrate.kinds import Kinds, Sums, by_context, by_frequency, most
 from convert.calibrate.measure import Measured
 from convert.calibrate.price import FINE, answers, gain
@@ -37,10 +37,11 @@ EXPERTS = "mlp.experts"
 
 
 class Gradient:
-    """What is kept of the gradients at one product's output: sums of squares of each channel, and the energy |g|^2 of
-    each row."""
+    """What is kept of the gradients at one product's output: sums of squares of each channel, the energy |g|^2 of each
+    row, and where `outer` the sum of g g^T."""
 
-    def __init__(self) -> None:
+    def __init__(self, outer: Tensor | None = None) -> None:
+        self.outer = outer
         self.squares: list[NDArray[np.float64]] = []
         self.energy: list[NDArray[np.float32]] = []
 
@@ -50,6 +51,8 @@ class Gradient:
         sums = [part.square().sum(0, dtype=torch.float64).cpu().numpy() for part in rows]
         self.squares = [a + b for a, b in zip(self.squares, sums, strict=True)] if self.squares else sums
         self.energy.append(g.square().sum(-1).cpu().numpy())
+        if self.outer is not None:
+            self.outer.addmm_(g.T, g)
 
 
 class Fisher:
@@ -85,7 +88,8 @@ class Fisher:
             self._gradient(i + 1).keep(0)
 
     def layer(self, i: int) -> dict[str, NDArray[Any]]:
-        """Of layer i, by name: `NAME.squares`, sums over tokens, float64 [out] ([E * out] of stacked experts), and
+        """Of layer i, by name: `NAME.squares`, sums over tokens, float64 [out] ([E * out] of stacked experts),
+        `NAME.outer`, sums of g g^T [out, out] where there are at most as many outputs as the stream is wide, and
         `NAME.energy`, float32 [N * T]; experts have that of the mixture's output, `layers.{i}.mlp.experts.energy`. The
         head has `head.curvature` [V], sums of p (1 - p), and `head.labels` [V]; the embedding, which is layer -1, the
         parts of its `Kinds`: `embed.labels`, `embed.fisher`, `embed.uses`."""
@@ -153,7 +157,7 @@ class Fisher:
 
     def _layer(self, i: int) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
         runner, block = self.runner, self.runner.block(i)
-        found = {name: Gradient() for group in groups(block) for name in group}
+        found = {name: Gradient(self._outer(block, name)) for group in groups(block) for name in group}
         if EXPERTS in dict(block.named_modules()):
             found[EXPERTS] = Gradient()
         moments = {group: m for group in groups(block) if (m := self._moments(i, block, group)) is not None}
@@ -168,21 +172,31 @@ class Fisher:
         for name, gradient in found.items():
             if name != EXPERTS:
                 out[f"layers.{i}.{name}.weight.squares"] = np.concatenate(gradient.squares)
+            if gradient.outer is not None:
+                out[f"layers.{i}.{name}.weight.outer"] = gradient.outer.cpu().numpy()
             if not name.startswith(f"{EXPERTS}."):
                 tail = "" if name == EXPERTS else ".weight"
                 out[f"layers.{i}.{name}{tail}.energy"] = np.concatenate(gradient.energy)
         gains: dict[str, float] = {}
         for group, m in moments.items():
             for n, part in m.all():
+                factor = prepare(part)
                 for name in group:
                     full = f"layers.{i}.{name}.weight"
                     if full in self.priced:
                         weight, squares = product_weight(block, name), torch.from_numpy(out[f"{full}.squares"])
                         rows = len(weight) // m.of
                         mine = slice(n * rows, (n + 1) * rows)
-                        saved = gain(weight[mine], self.priced[full], part, squares[mine] / self.ids.size)
+                        saved = gain(weight[mine], self.priced[full], factor, part, squares[mine] / self.ids.size)
                         gains[full] = gains.get(full, 0.0) + saved * m.of / len(m.counts)
         return out, gains
+
+    def _outer(self, block: Block, name: str) -> Tensor | None:
+        """Where g g^T is summed up: of experts' products nowhere, nor where it would be larger than the stream's."""
+        out = len(product_weight(block, name))
+        if out > self.runner.spec.width or name.startswith(f"{EXPERTS}."):
+            return None
+        return torch.zeros(out, out, device=self.runner.device)
 
     def _moments(self, i: int, block: Block, group: Sequence[str]) -> Moments | None:
         """What counts the moments of a group's input, where a gain of its matrices is wanted. Of many experts the first
@@ -212,11 +226,8 @@ class Fisher:
         level = self.priced.get(name)
         if level is None:
             return {}
-        made, saved = vocabulary(), 0.0
-        for start, rows in self.runner.source.blocks(name, sizes.ROWS):
-            weight = torch.from_numpy(rows.copy()).to(self.runner.device)
-            saved += made.cost(start, weight, level) - made.cost(start, weight, FINE)
-        return {name: saved}
+        coarse, fine = vocabulary().costs(self.runner.tensor(name), (level, FINE))
+        return {name: coarse - fine}
 
 
 def _sampled(logp: Tensor, chance: NDArray[np.float64]) -> Tensor:

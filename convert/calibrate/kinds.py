@@ -84,9 +84,12 @@ class Sums:
             self.weights[k] += len(rows)
             self.moments[k].addmm_(rows.T, rows)
 
-    def answered(self, p: Tensor, x: Tensor) -> None:
-        """Probabilities p [N, V], and what enters the head x [N, D]."""
-        shares = (p * (1 - p)) @ F.one_hot(self.labels, self.count).to(p.dtype)
+    def shares(self, p: Tensor) -> Tensor:
+        """How much tokens count for each kind of a head's rows [N, K]: sums of p (1 - p) of probabilities p [N, V]."""
+        return (p * (1 - p)) @ F.one_hot(self.labels, self.count).to(p.dtype)
+
+    def answered(self, shares: Tensor, x: Tensor) -> None:
+        """What enters the head, x [N, D], with how much it counts for each kind [N, K]."""
         self.weights += shares.sum(0, dtype=torch.float64)
         for k in range(self.count):
             self.moments[k].addmm_((x * shares[:, k : k + 1]).T, x)

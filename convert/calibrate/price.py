@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convert.calibrate import sizes
 from convert.calibrate.boundary import Boundary
-from convert.calibrate.compensate import prepare
+from convert.calibrate.compensate import Factor
 from convert.calibrate.kinds import Kinds, Sums
 from convert.calibrate.runner import Runner
 from convert.calibrate.sensitivity import cost
@@ -22,9 +22,9 @@ from convert.calibrate.statistics import Moments
 FINE = "q8"
 
 
-def gain(weight: Tensor, level: str, hessian: Tensor, squares: Tensor) -> float:
-    """Of a product: weight [R, C], mean x x^T of its inputs, mean squares [R] of the gradients at its outputs."""
-    factor = prepare(hessian)
+def gain(weight: Tensor, level: str, factor: Factor, hessian: Tensor, squares: Tensor) -> float:
+    """Of a product: weight [R, C], mean x x^T of its inputs and what it factorises to, mean squares [R] of the
+    gradients at its outputs."""
     coarse, fine = (cost(weight, name, factor, hessian, squares) for name in (level, FINE))
     return coarse - fine
 
@@ -54,8 +54,7 @@ def answers(
     scores = runner.scores()
     rows = max(1, sizes.LOGITS // runner.spec.vocab_size)
     for a, z in runner.chunks(windows):
-        before, after = (torch.from_numpy(b.read(a, z)).flatten(0, -2) for b in (plain, stream))
-        for b in range(0, len(before), rows):
-            p = scores(before[b : b + rows].to(runner.device)).exp()
-            sums.answered(p, runner.end(norm, after[b : b + rows].to(runner.device)))
+        before, after = (torch.from_numpy(b.read(a, z)).flatten(0, -2).to(runner.device) for b in (plain, stream))
+        shares = torch.cat([sums.shares(scores(part).exp()) for part in before.split(rows)])
+        sums.answered(shares, runner.end(norm, after))
     return sums.answer_kinds(torch.from_numpy(curvature).to(runner.device).float(), windows * runner.length)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from backends.base import Floats, Planned, QuantizedTensor
 from backends.torch.modules import Block
-from convert.calibrate import sizes
 from convert.calibrate.boundary import Boundary
 from convert.calibrate.compensate import Factor, compensate, prepare
 from convert.calibrate.fisher import EXPERTS, Fisher
@@ -25,6 +24,7 @@ from convert.calibrate.price import head_moments
 from convert.calibrate.runner import Runner, embedding_rows, groups, product_weight
 from convert.calibrate.statistics import Moments, spans
 from convert.calibrate.store import Store
+from convert.calibrate.twosided import compensate_both
 from convert.calibrate.vocabulary import Vocabulary
 from convert.levels import CODES, GROUPS, LEVELS
 from convert.quantize import TooLarge, quantize
@@ -49,6 +49,8 @@ class Rounder:
     planned: Sequence[Planned]
     sweeps: int
     """Of polishing, at most."""
+    together: int
+    """Rows of a product that are rounded together, where their errors are spread over other rows too."""
 
     def __post_init__(self) -> None:
         self.ids: NDArray[np.int64] = self.measured.ids
@@ -117,15 +119,10 @@ class Rounder:
         self.store.add("head", codes, tokens)
 
     def _vocabulary(self, name: str, vocabulary: Vocabulary) -> QuantizedTensor:
-        """An embedding or head, never whole in memory."""
-        found = []
-        for start, rows in self.runner.source.blocks(name, sizes.ROWS):
-            weight = torch.from_numpy(np.ascontiguousarray(rows)).to(self.runner.device)
-            try:
-                found.append(vocabulary(start, weight, self.wanted[name]))
-            except TooLarge as e:
-                raise UserError(e.at(name, start)) from None
-        return joined(found)
+        try:
+            return vocabulary(self.runner.tensor(name), self.wanted[name])
+        except TooLarge as e:
+            raise UserError(e.at(name, 0)) from None
 
     def _group(
         self, i: int, block: Block, plain: Block, names: Sequence[str]
@@ -144,7 +141,7 @@ class Rounder:
                     weight = product_weight(block, name)
                     rows = len(weight) // (experts or 1)
                     part = weight[e * rows : (e + 1) * rows]
-                    q = self._round(f"layers.{i}.{name}.weight", e * rows, part, factor)
+                    q = self._round(f"layers.{i}.{name}.weight", e * rows, part, factor, self._outer(i, name))
                     part.copy_(torch.from_numpy(q.dequantize()))
                     found[name].append(q)
         return {name: joined(parts) for name, parts in found.items()}, counts
@@ -173,17 +170,25 @@ class Rounder:
             total += energy / energy.mean().clamp_min(1e-300)
         return (total / total.mean()).float() if total.any() else torch.ones(len(total))
 
+    def _outer(self, i: int, name: str) -> Tensor | None:
+        found = self.fisher.layer(i).get(f"layers.{i}.{name}.weight.outer")
+        return None if found is None else torch.from_numpy(found).to(self.runner.device)
+
     def _factor(self, moments: Moments, n: int) -> Factor | None:
         hessian = moments.hessian(n)
         return None if hessian is None else prepare(hessian, moments.cross(n))
 
-    def _round(self, name: str, start: int, weight: Tensor, factor: Factor | None) -> QuantizedTensor:
+    def _round(
+        self, name: str, start: int, weight: Tensor, factor: Factor | None, outer: Tensor | None
+    ) -> QuantizedTensor:
         """Rows of a matrix, `start` the first; where no token came, by the search alone."""
         level = self.wanted[name]
         try:
             if factor is None:
                 return quantize(weight.cpu().numpy(), CODES[level], GROUPS[level])
-            return compensate(weight, factor, level, self.sweeps)
+            if outer is None:
+                return compensate(weight, factor, level, self.sweeps)
+            return compensate_both(weight, factor, outer, level, self.together, self.sweeps)
         except TooLarge as e:
             raise UserError(e.at(name, start)) from None
 

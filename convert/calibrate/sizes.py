@@ -2,7 +2,7 @@
 
 CHUNK = 4096
 """Tokens that go through a layer together (one window at least)."""
-LOGITS = 1 << 22
+LOGITS = 1 << 24
 """Logits that exist at a time."""
 ROWS = 8192
 """Rows of an embedding or head that are rounded together."""

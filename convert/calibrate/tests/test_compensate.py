@@ -150,19 +150,22 @@ def test_an_embedding_is_rounded_for_both_its_uses() -> None:
         second = [row_cost(error[n::2], [(answers.hessians[n], answers.uses[n::2])]) for n in (0, 1)]
         return row_cost(error, [(looked_up.hessians[0], looked_up.uses)]) + sum(second)
 
-    tied = both(0, w, "q4")
+    tied = both(w, "q4")
     on_grid(tied, "q4")
-    assert costs(tied) < min(costs(Vocabulary([use])(0, w, "q4")) for use in (looked_up, answers))
+    assert costs(tied) < min(costs(Vocabulary([use])(w, "q4")) for use in (looked_up, answers))
     assert costs(tied) < 0.6 * costs(quantize(w.numpy(), 4))
-    assert both.cost(0, w, "q4") == pytest.approx(costs(Vocabulary(both.uses, None, 1)(0, w, "q4")), rel=1e-4)
+    assert both.costs(w, ("q4", "q8"))[0] == pytest.approx(costs(tied), rel=1e-4)
 
 
-def test_blocks_of_a_vocabulary_take_their_own_rows() -> None:
+def test_each_kind_of_rows_is_rounded_for_its_own_hessian() -> None:
     w, use = weights(40), kinds([moment(inputs(seed=s)) for s in (8, 9)], torch.ones(40))
-    vocabulary = Vocabulary([use])
-    whole, late = vocabulary(0, w, "q4"), vocabulary(24, w[24:], "q4")
-    error = (late.dequantize() - whole[24:].dequantize()) != 0
-    assert error.mean() < 0.01  # the product of fewer rows is summed otherwise
+    q = Vocabulary([use])(w, "q4")
+    for n in (0, 1):
+        alone = c.compensate(w[n::2], c.prepare(use.hessians[n]), "q4")
+        assert np.array_equal(q.codes[n::2], alone.codes) and np.array_equal(q.scales[n::2], alone.scales)
+    w[23, 5] = 1e30
+    with pytest.raises(TooLarge, match="row 23"):
+        Vocabulary([use])(w, "q4")
 
 
 def test_rows_of_a_head_share_a_hessian_where_their_contexts_are_alike() -> None:
@@ -189,7 +192,7 @@ def test_frequent_tokens_have_a_fisher_information_of_their_own() -> None:
 def test_a_token_that_never_came_is_rounded_too() -> None:
     w, nothing = weights(4), torch.zeros(4)
     uses = [kinds([moment(inputs(seed=s))], nothing) for s in (1, 2)]
-    assert np.abs(Vocabulary(uses)(0, w, "q4").dequantize() - w.numpy()).max() < 0.05
+    assert np.abs(Vocabulary(uses)(w, "q4").dequantize() - w.numpy()).max() < 0.05
 
 
 def test_the_cost_is_that_of_the_error_and_less_at_more_bits() -> None:
