@@ -49,7 +49,7 @@ class Rounder:
     planned: Sequence[Planned]
     sweeps: int
     """Of polishing, at most."""
-    together: int
+    together: int = 64
     """Rows of a product that are rounded together, where their errors are spread over other rows too."""
 
     def __post_init__(self) -> None:
