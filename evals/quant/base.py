@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from evals.quant.decoded import Job, Unavailable
@@ -14,6 +15,8 @@ def original(job: Job, backend: str) -> Path:
     """The original at float32, as a Hugging Face folder or a GGUF file. Raises `Unavailable`."""
     from convert.pipeline import convert_all
 
+    if backend == "hf" and _plain(job.source):
+        return job.source  # in the architecture that it was published in
     out = job.shared / NAMES[backend]
     if not out.exists():  # a conversion appears only when it is whole
         try:
@@ -21,3 +24,11 @@ def original(job: Job, backend: str) -> Path:
         except UserError as e:
             raise Unavailable(f"the original does not go into {backend}: {e}") from None
     return out
+
+
+def _plain(source: Path) -> bool:
+    """Whether it is a Hugging Face folder of floats."""
+    config = source / "config.json"
+    if (source / "spec.yaml").exists() or not config.is_file() or not any(source.glob("*.safetensors")):
+        return False
+    return "quantization_config" not in json.loads(config.read_text(encoding="utf-8"))

@@ -82,7 +82,7 @@ def read(job: Job, out: Path, before: Path) -> Decoded:
 
     plain = job.folder / "decoded"
     shutil.rmtree(plain, ignore_errors=True)
-    shutil.copytree(before, plain, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json"))
+    shutil.copytree(before, plain, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "*.bin", "*.gguf"))
     floats, nbytes, wide = decode(out)
     save_file(floats, plain / "model.safetensors")
     try:
