@@ -44,14 +44,12 @@ def asked(
 
 def read(file: Path) -> Recipe:
     """A recipe file. Raises `UserError`, a line for each problem."""
-    from spec.load import read_yaml
+    from spec.load import read_file, read_yaml
 
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"--recipe {file}: not UTF-8 at byte {e.start}") from None
-    except OSError as e:
-        raise UserError(f"--recipe {file}: {e.strerror}") from None
+        text = read_file(file)
+    except UserError as e:
+        raise UserError(f"--recipe {e}") from None
     return from_dict(read_yaml(text, str(file), "a recipe"), str(file))
 
 

@@ -136,6 +136,16 @@ def load(source: str | Path) -> Spec:
     return parse(read_yaml(text, str(path)), str(path))
 
 
+def read_file(path: str | Path) -> str:
+    """A UTF-8 file that a user named. Raises `UserError`."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+
+
 def presets() -> list[str]:
     """Names of the presets that ship with the package."""
     folder = resources.files("spec") / "presets"

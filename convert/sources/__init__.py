@@ -25,8 +25,7 @@ def open_source(
 
     path: a folder, a GGUF file, or hf:owner/name[@revision]. adapters: LoRA adapters to merge into its weights,
     likewise. rounding: the folder of a calibrated rounding of it. imatrix: llama.cpp's file of what its inputs count.
-    Raises `UserError` (or `SpecError`, with every
-    problem at once) where it is missing, damaged or of no known kind.
+    Raises `UserError` (or `SpecError`, with every problem at once) where it is missing, damaged or of no known kind.
     """
     source = _opened(path, adapters)
     try:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from spec.config import Spec
 from spec.errors import UserError
+from spec.load import read_file
 from spec.params import params
 
 if TYPE_CHECKING:
@@ -37,15 +38,9 @@ def read_text(source: str | Path | None) -> str:
     """The text of a file; none or `stdlib` stands for `corpus`. Raises `UserError`."""
     if source is None or str(source) == "stdlib":
         return corpus()
-    path = Path(source)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
+    text = read_file(source)
     if not text.strip():
-        raise UserError(f"{path}: holds no text")
+        raise UserError(f"{source}: holds no text")
     return text
 
 

@@ -147,14 +147,9 @@ def parse(data: Mapping[str, Any], source: str = "") -> TrainConfig:
 
 def read(path: str | Path) -> dict[str, Any]:
     """The plain data of a YAML file, checked. Raises `UserError`."""
-    from spec.load import read_yaml
+    from spec.load import read_file, read_yaml
 
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
+    text = read_file(path)
     data = read_yaml(text, str(path), "a run's configuration") if text.strip() else {}
     return parse(data, str(path)).model_dump(exclude_unset=True)
 
