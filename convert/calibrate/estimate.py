@@ -26,6 +26,8 @@ MARGIN = 1.5
 """What norms, softmax, copies and the disk take beside products."""
 KEPT = 24
 """Widest rows that differentiating a layer keeps for each token (measured; 8 where it only runs)."""
+ENTERED = ("attn.q.weight", "attn.o.weight", ".up.weight", ".down.weight")
+"""One product for each input of a layer."""
 BASE = 400 << 20
 """Bytes of the interpreter and torch."""
 
@@ -86,12 +88,17 @@ def memory(spec: Spec, made: Sample, rounds: bool) -> int:
 
 
 def disk(spec: Spec, made: Sample, rounds: bool) -> int:
-    """Bytes at most: codes, and the residual stream of every token before each layer and beside it."""
+    """Bytes at most: codes, the residual stream of every token before each layer and beside it, what enters the
+    products of one layer, and how much each token counts for the head's kinds."""
     stream = 4 * made.tokens * spec.width
     if not rounds:
         return 3 * stream
     sizes = sum(p.size for p in params(spec) if p.matrix)
-    return sizes * 9 // 8 + (spec.depth + 4) * stream
+    entered = [0] * spec.depth
+    for p in params(spec):
+        if p.name.endswith(ENTERED) and p.role == "linear":
+            entered[int(p.name.split(".")[1])] += p.shape[-1]
+    return sizes * 9 // 8 + (spec.depth + 4) * stream + 4 * made.tokens * (max(entered) + KINDS)
 
 
 def _products(spec: Spec, made: Sample, rounds: bool) -> int:

@@ -26,7 +26,7 @@ from convert.calibrate.boundary import Boundary
 from convert.calibrate.compensate import SWEEPS, prepare
 from convert.calibrate.kinds import Kinds, Sums, by_context, by_frequency, most
 from convert.calibrate.measure import Measured
-from convert.calibrate.price import FINE, answers, gain
+from convert.calibrate.price import FINE, answers, gain, shares
 from convert.calibrate.runner import embedding_rows, groups, observing, parts, product_weight
 from convert.calibrate.statistics import Moments, spans
 from convert.calibrate.store import Store, read_tensors, write_json, write_tensors
@@ -106,10 +106,14 @@ class Fisher:
 
     def answers(self, stream: Boundary) -> Kinds:
         """The head's rows, for inputs from `stream`."""
-        depth = self.runner.spec.depth
-        found, plain = self.layer(depth), self.measured.boundary(depth)
+        depth, file = self.runner.spec.depth, self.store.work / "fisher.shares.safetensors"
+        found = self.layer(depth)
         labels = torch.from_numpy(found["head.labels"])
-        return answers(self.runner, labels, found["head.curvature"], plain, stream, len(self.ids))
+        if not file.is_file():
+            counts = shares(self.runner, labels, self.measured.boundary(depth), len(self.ids))
+            write_tensors(file, {"shares": counts.numpy()})
+        counts = torch.from_numpy(read_tensors(file)["shares"])
+        return answers(self.runner, labels, found["head.curvature"], counts, stream, len(self.ids))
 
     def gains(self) -> dict[str, float]:
         """Nats of KL divergence a token that int8 saves, for each priced matrix, once every step is done."""

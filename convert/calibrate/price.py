@@ -45,16 +45,24 @@ def head_moments(runner: Runner, boundary: Boundary, windows: int, plain: Bounda
     return moments
 
 
-def answers(
-    runner: Runner, labels: Tensor, curvature: NDArray[np.float64], plain: Boundary, stream: Boundary, windows: int
-) -> Kinds:
-    """The head's rows by kind: probabilities are those of the model as it is (`plain` after its last layer), inputs
-    those of `stream`."""
-    norm, sums = runner.final_norm(), Sums(labels.to(runner.device), runner.spec.width)
-    scores = runner.scores()
+def shares(runner: Runner, labels: Tensor, plain: Boundary, windows: int) -> Tensor:
+    """How much each token counts for each kind of the head's rows, [windows * T, K] on the CPU, by the probabilities of
+    the model as it is (`plain` after its last layer)."""
+    sums, scores = Sums(labels.to(runner.device), runner.spec.width), runner.scores()
     rows = max(1, sizes.LOGITS // runner.spec.vocab_size)
+    out = []
     for a, z in runner.chunks(windows):
-        before, after = (torch.from_numpy(b.read(a, z)).flatten(0, -2).to(runner.device) for b in (plain, stream))
-        shares = torch.cat([sums.shares(scores(part).exp()) for part in before.split(rows)])
-        sums.answered(shares, runner.end(norm, after))
+        x = torch.from_numpy(plain.read(a, z)).flatten(0, -2).to(runner.device)
+        out += [sums.shares(scores(part).exp()).cpu() for part in x.split(rows)]
+    return torch.cat(out)
+
+
+def answers(
+    runner: Runner, labels: Tensor, curvature: NDArray[np.float64], counts: Tensor, stream: Boundary, windows: int
+) -> Kinds:
+    """The head's rows by kind, for inputs from `stream`, which count by `shares`."""
+    norm, sums = runner.final_norm(), Sums(labels.to(runner.device), runner.spec.width)
+    for a, z in runner.chunks(windows):
+        x = torch.from_numpy(stream.read(a, z)).flatten(0, -2).to(runner.device)
+        sums.answered(counts[a * runner.length : z * runner.length].to(runner.device), runner.end(norm, x))
     return sums.answer_kinds(torch.from_numpy(curvature).to(runner.device).float(), windows * runner.length)

@@ -7,6 +7,7 @@ Inside a layer products are rounded in the order in which they run, and what ent
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from backends.base import Floats, Planned, QuantizedTensor
 from backends.torch.modules import Block
-from convert.calibrate.boundary import Boundary
+from convert.calibrate.boundary import Boundary, Sink
 from convert.calibrate.compensate import Factor, compensate, prepare
 from convert.calibrate.fisher import EXPERTS, Fisher
 from convert.calibrate.measure import Measured
 from convert.calibrate.price import head_moments
-from convert.calibrate.runner import Runner, embedding_rows, groups, product_weight
+from convert.calibrate.runner import Observe, Runner, embedding_rows, groups, observing, product_weight
 from convert.calibrate.statistics import Moments, spans
 from convert.calibrate.store import Store
 from convert.calibrate.twosided import compensate_both
@@ -89,23 +90,44 @@ class Rounder:
         self.store.add("embed", codes, tokens)
 
     def _layer(self, i: int) -> None:
-        block, plain = self.runner.block(i), self.runner.block(i)
         before, prefix = self.boundary(i), f"layers.{i}."
+        block = self.runner.block(i)
+        plain = self._enter_plain(i, block)
         self._round_floats(block, prefix)
         codes: dict[str, QuantizedTensor] = {}
         tokens: dict[str, Sequence[int]] = {}
         for group in groups(block):
             names = [n for n in group if f"{prefix}{n}.weight" in self.wanted]
             if names:
-                found, counts = self._group(i, block, plain, names)
+                found, counts = self._group(i, block, plain.get(group), names)
                 codes |= {f"{prefix}{n}.weight": q for n, q in found.items()}
                 tokens |= {f"{prefix}{n}.weight": counts for n in names}
         with self.boundary(i + 1).writing() as sink:
             for a, z in self.runner.chunks(len(self.ids)):
                 sink(a, self.runner.run(i, block, self._on_device(before, a, z)).cpu().numpy())
         self.store.add(f"layers.{i}", codes, tokens)
-        before.keep(0)
-        self.measured.boundary(i).keep(0)
+        for done in (before, self.measured.boundary(i), *plain.values()):
+            done.keep(0)
+
+    def _enter_plain(self, i: int, block: Block) -> dict[tuple[str, ...], Boundary]:
+        """What enters the products of layer i in the model as it is, by group; of experts nothing, since their tokens
+        are others in the rounded model."""
+        wanted = [g for g in groups(block) if any(f"layers.{i}.{n}.weight" in self.wanted for n in g)]
+        out = {
+            g: Boundary(
+                self.store.work / f"entered.{g[0]}.f32", (*self.ids.shape, product_weight(block, g[0]).shape[1])
+            )
+            for g in wanted
+            if not g[0].startswith(f"{EXPERTS}.")
+        }
+        if not out:
+            return out
+        with ExitStack() as stack:
+            sinks = {g[0]: stack.enter_context(boundary.writing()) for g, boundary in out.items()}
+            for a, z in self.runner.chunks(len(self.ids)):
+                with observing(block, {name: _kept(sink, a, z) for name, sink in sinks.items()}):
+                    self.runner.run(i, block, self._on_device(self.measured.boundary(i), a, z))
+        return out
 
     def _head(self) -> None:
         name = "head.weight"
@@ -125,15 +147,16 @@ class Rounder:
             raise UserError(e.at(name, 0)) from None
 
     def _group(
-        self, i: int, block: Block, plain: Block, names: Sequence[str]
+        self, i: int, block: Block, plain: Boundary | None, names: Sequence[str]
     ) -> tuple[dict[str, QuantizedTensor], list[int]]:
         """Round products of one input, in the block too; and the tokens that each expert saw."""
         experts = getattr(block.get_submodule(names[0]), "experts", None)
         width = product_weight(block, names[0]).shape[1]
         found: dict[str, list[QuantizedTensor]] = {n: [] for n in names}
         counts: list[int] = []
+        energies, outer = self._energies(i, names), {name: self._outer(i, name) for name in names}
         for span in [None] if experts is None else spans(experts, width):
-            moments = self._collect(i, block, None if experts else plain, names, width, span)
+            moments = self._collect(i, block, plain, names[0], energies, width, span)
             counts += moments.counts
             for n, e in enumerate(span or range(1)):
                 factor = self._factor(moments, n)
@@ -141,23 +164,28 @@ class Rounder:
                     weight = product_weight(block, name)
                     rows = len(weight) // (experts or 1)
                     part = weight[e * rows : (e + 1) * rows]
-                    q = self._round(f"layers.{i}.{name}.weight", e * rows, part, factor, self._outer(i, name))
+                    q = self._round(f"layers.{i}.{name}.weight", e * rows, part, factor, outer[name])
                     part.copy_(torch.from_numpy(q.dequantize()))
                     found[name].append(q)
         return {name: joined(parts) for name, parts in found.items()}, counts
 
     def _collect(
-        self, i: int, block: Block, plain: Block | None, names: Sequence[str], width: int, span: range | None
+        self,
+        i: int,
+        block: Block,
+        plain: Boundary | None,
+        name: str,
+        energies: Tensor,
+        width: int,
+        span: range | None,
     ) -> Moments:
-        """Moments of the input of these products, rows weighted by the energy of the gradients at their outputs."""
+        """Moments of the input of a product, rows weighted by the energy of the gradients at the outputs; crossed with
+        what enters it in the model as it is."""
         device = self.runner.device
         moments = Moments(width, span, plain is not None, device)
-        energies = self._energies(i, names)
         for a, z in self.runner.chunks(len(self.ids)):
-            entered = self.runner.enter(i, block, names[0], self._on_device(self.boundary(i), a, z))
-            before = None
-            if plain is not None:
-                before = self.runner.enter(i, plain, names[0], self._on_device(self.measured.boundary(i), a, z)).x
+            entered = self.runner.enter(i, block, name, self._on_device(self.boundary(i), a, z))
+            before = None if plain is None else self._on_device(plain, a, z).flatten(0, -2)
             energy = energies[a * self.runner.length : z * self.runner.length].to(device)
             moments.add(entered.x, entered.counts, entered.weights(energy), before)
         return moments
@@ -210,6 +238,11 @@ class Rounder:
 
     def _on_device(self, boundary: Boundary, start: int, stop: int) -> Tensor:
         return torch.from_numpy(boundary.read(start, stop)).to(self.runner.device)
+
+
+def _kept(sink: Sink, start: int, stop: int) -> Observe:
+    """Writes what enters a product, as windows start..stop."""
+    return lambda x, _: sink(start, x.unflatten(0, (stop - start, -1)).cpu().numpy())
 
 
 def _floats(values: Floats | QuantizedTensor) -> Floats:
