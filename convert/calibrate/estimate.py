@@ -67,8 +67,8 @@ def expected(source: Source, settings: Settings, planned: Sequence[Planned]) -> 
 
 def memory(spec: Spec, made: Sample, rounds: bool) -> int:
     """Bytes at most: the largest layer, as much again for its codes and copies on the way, the moments of its widest
-    group with room to solve, and the activations of the windows that run together; or the embedding's or head's share, with what
-    tells its rows' kinds apart, and their Hessians."""
+    group with room to solve, and the activations of the windows that run together; or the embedding's or head's share,
+    with what tells its rows' kinds apart, and their Hessians."""
     layers = [0] * spec.depth
     widest: dict[str, int] = {}
     for p in params(spec):
